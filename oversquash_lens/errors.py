@@ -1,0 +1,31 @@
+"""What can go wrong, by kind. Every message says what came, what was expected and what to do next."""
+
+
+class OversquashError(Exception):
+    """Base of everything this package raises on purpose; the command line turns it into exit code 2."""
+
+
+class InputError(OversquashError, ValueError):
+    """An argument, prompt, file or name that cannot be used as it came."""
+
+
+class ModelError(OversquashError):
+    """A model that cannot be found, loaded or described by the measures."""
+
+
+class GateError(OversquashError):
+    """What was recorded does not describe the model: a hook that did not fire, a row that does not sum to 1, …"""
+
+
+class TraceFileError(OversquashError):
+    """A trace file that is damaged, half-written or of another format version."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Collapse another library's multi-line message to one line of at most `limit` characters.
+
+    >>> one_line("first\\n   second")
+    'first second'
+    """
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
