@@ -1,0 +1,102 @@
+"""Proof, at recording, that what the hooks saw describes the model: otherwise an error, never a silent number."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.errors import GateError
+from oversquash_lens.record.layout import LayerWeights, Layout
+from oversquash_lens.record.nodes import MlpState
+
+# How far two routes to the same number may differ, relative to the largest entry, by the model's dtype.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise GateError(
+            f"{name} holds NaN or infinite values; expected finite activations: check the model's weights, or use "
+            "a wider dtype (float32) if this one overflows"
+        )
+
+
+def check_pattern(name: str, pattern: Float[Tensor, "head dest src"]) -> None:
+    """Rows sum to 1, nothing above the diagonal."""
+    tolerance = TOLERANCE[pattern.dtype]
+    check_finite(name, pattern)
+    off = (pattern.sum(-1, dtype=torch.float32) - 1).abs().max().item()
+    if off > tolerance:
+        raise GateError(
+            f"{name}: rows of the attention pattern sum to 1 ± {off:.2g}; expected 1: this hook does not show the "
+            "softmax that the model uses (attention sinks, padding or a delegated attention)"
+        )
+    n = pattern.shape[-1]
+    future = torch.ones(n, n, dtype=torch.bool, device=pattern.device).triu(1)
+    above = pattern.abs().amax(0)[future]
+    if len(above) and above.max() > 0:
+        raise GateError(
+            f"{name}: attention to later positions ({above.max():.2g}) came; expected a causal pattern, zero above "
+            "the diagonal"
+        )
+
+
+def check_output(
+    name: str,
+    pattern: Float[Tensor, "head pos pos"],
+    value: Float[Tensor, "pos kv_head d_head"],
+    z: Float[Tensor, "pos head d_head"],
+) -> None:
+    """pattern·v = z, so an edit of the pattern that the model does not use, or uses unseen, is found out."""
+    heads = z.shape[1] // value.shape[1]
+    value = repeat(value, "src kv d -> (kv heads) src d", heads=heads)
+    mixed = torch.matmul(pattern.to(z), value.to(z))
+    _compare(name, mixed.transpose(0, 1), z, "pattern · v", "hook_z", z.dtype)
+
+
+def check_scores(
+    name: str,
+    scores: Float[Tensor, "head pos pos"],
+    query: Float[Tensor, "pos head d_head"],
+    key: Float[Tensor, "pos kv_head d_head"],
+    scale: float,
+) -> None:
+    """q·k·scale on the diagonal, where rotations and relative positions cancel."""
+    key = repeat(key, "pos kv d -> pos (kv heads) d", heads=query.shape[1] // key.shape[1])
+    own = einsum(query.float(), key.float(), "pos head d, pos head d -> head pos") * scale
+    _compare(name, own, scores.diagonal(dim1=1, dim2=2), "q · k · scale", "the score", query.dtype)
+
+
+def check_mlp(name: str, state: MlpState, post: Float[Tensor, " d_mlp"], w: LayerWeights, layout: Layout) -> None:
+    """The last position's pre-activations from norm, gain and weights, and its activations from these."""
+    work = state.gate.dtype
+    last = state.normalized[-1] * w.mlp_gain.to(work)
+
+    def same(computed: Tensor, seen: Tensor, route: str, hook: str) -> None:
+        _compare(name, computed, seen, route, hook, layout.dtype)
+
+    inside = last @ w.mlp_in.to(work) + w.mlp_in_offset.to(work)
+    out = layout.activation.function(state.gate[-1])
+    if state.up is None:
+        same(inside, state.gate[-1], "norm · gain · W_in", "hook_pre")
+    else:
+        gate = last @ w.mlp_gate.to(work) + w.mlp_gate_offset.to(work)
+        same(gate, state.gate[-1], "norm · gain · W_gate", "hook_pre")
+        same(inside, state.up[-1], "norm · gain · W_in", "hook_pre_linear")
+        out = out * state.up[-1]
+    if w.mlp_post_bias is not None:
+        out = out + w.mlp_post_bias.to(work)
+    same(out, post.to(work), "activation(pre)", "hook_post")
+
+
+def _compare(where: str, computed: Tensor, seen: Tensor, route: str, hook: str, dtype: torch.dtype) -> None:
+    check_finite(f"{where} ({hook})", seen)
+    size = seen.abs().max().clamp(min=1e-6).item()
+    off = (computed - seen).abs().max().item() / size
+    if not off <= TOLERANCE[dtype]:
+        raise GateError(
+            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook that edits "
+            "activations behind ours, or a model that computes something else than its hooks show"
+        )

@@ -1,0 +1,119 @@
+"""From what the user typed to token ids and readable tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.record.layout import HookedModel
+
+# A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
+Prompt = Any
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model reads it, and whether it starts with BOS / went through the chat template."""
+
+    ids: Int[Tensor, " pos"]
+    tokens: tuple[str, ...]
+    bos: bool
+    chat: bool
+
+
+def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
+    """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""
+    if isinstance(prompt, str):
+        ids = _encode(model, prompt, chat=chat, bos=bos)
+    elif chat or bos is not None:
+        raise InputError(
+            "token ids came together with chat= or bos=; expected these for a text prompt only: put the special "
+            "tokens into the ids themselves"
+        )
+    else:
+        ids = _check_ids(prompt)
+    _check_range(model, ids)
+    return tokenized_ids(model, ids, chat=chat)
+
+
+def tokenized_ids(model: HookedModel, ids: Int[Tensor, " pos"], *, chat: bool = False) -> TokenizedPrompt:
+    """Ids that a model has already accepted, with their texts."""
+    begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    return TokenizedPrompt(ids, token_strings(model, ids), begin is not None and int(ids[0]) == begin, chat)
+
+
+def token_strings(model: HookedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    """Each token as text; a token that is not whole UTF-8 by itself as the tokenizer's own name for it."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return tuple(str(i) for i in ids.tolist())
+    texts = [tokenizer.decode([i]) for i in ids.tolist()]
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return tuple(name if "\ufffd" in text and name else text for text, name in zip(texts, names, strict=True))
+
+
+def _encode(model: HookedModel, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("a text prompt came for a model without tokenizer; expected token ids of shape [pos]")
+    if not prompt:
+        raise InputError("an empty prompt came; expected a text of at least two tokens")
+    ids = _chat_ids(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if bos is True and begin is None:
+        raise InputError("bos=True came for a tokenizer without a BOS token; expected bos=None or bos=False")
+    starts = begin is not None and ids[:1] == [begin]
+    if bos is True and not starts:
+        ids = [begin, *ids]
+    if bos is False and starts:
+        ids = ids[1:]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "chat=True came for a tokenizer without a chat template; expected an instruction-tuned model, or chat=False"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a prompt of type {type(prompt).__name__} came; expected a text, or token ids [pos] or [1, pos]"
+        ) from error
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(
+            f"token ids of shape {tuple(ids.shape)} and {ids.dtype} came; expected integers of shape [pos] or "
+            "[1, pos]: record one prompt at a time"
+        )
+    return ids.detach().long().cpu()
+
+
+def _check_range(model: HookedModel, ids: Int[Tensor, " pos"]) -> None:
+    n, n_ctx = len(ids), getattr(model.cfg, "n_ctx", None)
+    if n < 2:
+        raise InputError(
+            f"a prompt of {n} token{'s' if n != 1 else ''} came; expected at least two: one token has nothing to hear"
+        )
+    if n_ctx and n > n_ctx:
+        raise InputError(f"a prompt of {n} tokens came; this model reads at most n_ctx = {n_ctx}: shorten it")
+    d_vocab = model.cfg.d_vocab
+    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+        raise InputError(
+            f"token id {int(ids.max()) if int(ids.max()) >= d_vocab else int(ids.min())} came; expected ids in "
+            f"0 … {d_vocab - 1}, this model's vocabulary"
+        )

@@ -1,0 +1,274 @@
+"""`record` and `recording`: one forward pass of a hooked model in, a Trace out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.errors import GateError, InputError
+from oversquash_lens.record import gate
+from oversquash_lens.record.attention import KeptAttention
+from oversquash_lens.record.hooks import Hook, NamedHook, attached
+from oversquash_lens.record.layout import HookedModel, describe, layer_weights, model_layout
+from oversquash_lens.record.nodes import MlpState, mlp_lipschitz, node_gain, probe_directions
+from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize, tokenized_ids
+from oversquash_lens.record.trace import Gains, Trace
+from oversquash_lens.record.weights import weight_gains
+
+NODE_PROBES = 4
+
+
+def record(
+    model: Any,
+    prompt: Prompt,
+    *,
+    chat: bool = False,
+    bos: bool | None = None,
+    node_probes: int | None = NODE_PROBES,
+    seed: int = 0,
+) -> Trace:
+    """Run one prompt through a HookedTransformer or TransformerBridge and keep what the measures need.
+
+    `prompt` is a text or token ids [pos] / [1, pos]; `chat` applies the chat template; `bos` None leaves BOS to
+    the tokenizer. `node_probes` directions estimate each MLP's mean-square gain (unbiased; None is exact and
+    costs d_model of them), drawn anew per layer from `seed`. Raises InputError for a prompt or model that cannot
+    be used, GateError where the hooks do not describe the model.
+    """
+    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
+    return record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+
+
+def record_tokens(
+    model: Any, tokenized: TokenizedPrompt, *, node_probes: int | None = NODE_PROBES, seed: int = 0
+) -> Trace:
+    """`record` for a prompt that is already tokenized and checked."""
+    with recording(model, node_probes=node_probes, seed=seed) as recorder, torch.no_grad():
+        model(tokenized.ids[None].to(_device(model)))
+    return recorder.trace(tokenized)
+
+
+@contextmanager
+def recording(model: Any, *, node_probes: int | None = NODE_PROBES, seed: int = 0) -> Iterator[Recorder]:
+    """Record the one forward pass made inside the `with`; `recorder.trace()` then gives the Trace.
+
+    Composes with your own hooks, whenever they were added: what is recorded is what the model goes on to use.
+    Removes only its own hooks, also after an exception, and keeps no reference to the model.
+    """
+    if node_probes is not None and node_probes < 1:
+        raise InputError(f"node_probes={node_probes} came; expected at least 1, or None for the exact gain")
+    recorder = Recorder(model, node_probes, seed)
+    try:
+        with attached(model, recorder.hooks()) as move_last:
+            handle = model.embed.register_forward_pre_hook(recorder.begin(move_last))
+            try:
+                yield recorder
+            finally:
+                handle.remove()
+    finally:
+        recorder.close()
+
+
+class Recorder:
+    """Collects one pass, layer by layer, checks it as it goes, and forgets the model when closed."""
+
+    def __init__(self, model: HookedModel, node_probes: int | None, seed: int) -> None:
+        self.layout = model_layout(model)
+        self.about = describe(model, self.layout)
+        self._weights = weight_gains(model, self.layout)
+        self._model: HookedModel | None = model
+        self._node_probes, self._seed = node_probes, seed
+        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._tokenized: TokenizedPrompt | None = None
+
+    def begin(self, move_last: Any) -> Hook:
+        """Forward pre-hook of the embedding: the token ids, and the moment when every other hook is in place."""
+
+        def start(module: Any, inputs: tuple) -> None:
+            ids = inputs[0] if inputs else None
+            if isinstance(ids, Tensor) and ids.ndim == 2 and self._model is not None:
+                self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu())
+            move_last()
+
+        return start
+
+    def hooks(self) -> list[NamedHook]:
+        layers = range(self.layout.n_layers)
+        inside = self.layout.layer_hooks().items()
+        pairs = [(f"blocks.{i}.{name}", self._take(key, i)) for i in layers for key, name in inside]
+        last = self.layout.n_layers
+        return pairs + [(name, self._take(key, last)) for key, name in self.layout.final_hooks().items()]
+
+    def _take(self, key: str, layer: int) -> Hook:
+        def take(value: Tensor, hook: Any = None) -> None:
+            name = f"layer {layer}, {key}"
+            if key == "attention_scale" and self._same_again(layer, value):
+                return
+            if (key, layer) in self._seen:
+                raise GateError(
+                    f"{name}: the hook fired a second time; expected one forward pass per recording, and no split "
+                    "query/key/value inputs: open a new recording(model) for each pass"
+                )
+            if value.shape[0] != 1:
+                raise InputError(f"{name}: a batch of {value.shape[0]} came; expected one prompt at a time")
+            self._seen[key, layer] = value.detach()[0]
+            if key in FOLDING:
+                with torch.no_grad():
+                    FOLDING[key](self, layer)
+
+        return take
+
+    def _same_again(self, layer: int, scale: Tensor) -> bool:
+        """HookedTransformer normalises the same residual once each for queries, keys and values."""
+        kept = self._kept.get(("attention_scale", layer))
+        return kept is not None and scale.shape[0] == 1 and torch.equal(kept, scale.detach()[0, :, 0].double())
+
+    # Each stage turns what its layer's hooks saw into what is kept, as soon as the last of them has fired.
+
+    def _attention(self, layer: int) -> None:
+        name = f"layer {layer}, attention"
+        query, key, value, scores, pattern, z = (
+            self._pop(part, layer) for part in ("query", "key", "value", "scores", "pattern", "z")
+        )
+        if pattern.shape[1] != pattern.shape[2]:
+            raise InputError(f"{name}: a pass with a key/value cache came; expected the whole prompt at once")
+        gate.check_pattern(name, pattern)
+        gate.check_output(name, pattern, value, z)
+        gate.check_scores(name, scores, query, key, self._weights.score_scale[layer].item())
+        self._kept["pattern", layer] = pattern
+        self._kept["value", layer] = self._work(value).transpose(0, 1).contiguous()
+        self._kept["query_norm", layer] = self._work(query).norm(dim=-1).T.contiguous()
+        self._kept["key_norm", layer] = self._work(key).norm(dim=-1).T.contiguous()
+
+    def _mlp(self, layer: int) -> None:
+        name, layout = f"layer {layer}, MLP", self.layout
+        weights = layer_weights(self._model, layout, layer)
+        up = self._work(self._pop("pre_linear", layer)) if layout.gated else None
+        state = MlpState(
+            normalized=self._work(self._pop("mlp_normalized", layer)),
+            scale=self._work(self._pop("mlp_scale", layer))[:, 0],
+            gate=self._work(self._pop("pre", layer)),
+            up=up,
+        )
+        gate.check_mlp(name, state, self._pop("post", layer)[-1], weights, layout)
+        directions = probe_directions(layout.d_model, self._node_probes, self._seed, layer)
+        w, act = self._weights, layout.activation
+        sigma = mlp_lipschitz(state, act, w.mlp_gate_norm[layer], w.mlp_in_norm[layer], w.mlp_out_norm[layer])
+        self._kept["node_gain", layer] = node_gain(state, weights, act, directions, layout.centred).double()
+        self._kept["mlp_scale", layer] = state.scale.double()
+        self._kept["mlp_lipschitz", layer] = sigma / state.scale.double()
+        if layout.gated:  # no global constant exists: the largest over this prompt's activations
+            self._kept["mlp_sigma", layer] = sigma.max()
+        else:
+            self._kept["mlp_sigma", layer] = w.mlp_in_norm[layer] * act.lipschitz * w.mlp_out_norm[layer]
+
+    def _residual(self, layer: int) -> None:
+        residual = self._pop("residual" if layer < self.layout.n_layers else "last", layer)
+        gate.check_finite(f"layer {layer}, residual", residual)
+        self._kept["residual", layer] = self._work(residual[-1]).clone()
+
+    def _norm_scale(self, layer: int) -> None:
+        self._kept["attention_scale", layer] = self._pop("attention_scale", layer)[:, 0].double()
+
+    def _middle(self, layer: int) -> None:
+        self._pop("middle", layer)  # only its presence counts: this block is sequential
+
+    def _final_scale(self, layer: int) -> None:
+        self._kept["final_scale", layer] = self._pop("final_scale", layer)[-1, 0].double()
+
+    def _prediction_input(self, layer: int) -> None:
+        y = self._pop("prediction_input", layer)[-1]
+        gate.check_finite("the unembedding's input", y)
+        restore = self.layout.restore_gain
+        y = self._work(y)
+        self._kept["prediction_input", layer] = y.clone() if restore is None else y * restore.to(y)
+
+    def _pop(self, key: str, layer: int) -> Tensor:
+        """What a hook saw, the memory given back; the mark that it fired stays."""
+        value = self._seen.get((key, layer))
+        if value is None:
+            raise GateError(
+                f"layer {layer}: the hook for {key} did not fire before its layer was over; expected it once: this "
+                "model class does not show its own computation there (try attn_implementation='eager')"
+            )
+        self._seen[key, layer] = value.new_empty(0)
+        return value
+
+    def _work(self, value: Tensor) -> Tensor:
+        """float64 models stay float64; everything else is accumulated in float32."""
+        return value.double() if self.layout.dtype == torch.float64 else value.float()
+
+    def close(self) -> None:
+        self._model = None
+        self._seen = {}
+
+    def trace(self, tokenized: TokenizedPrompt | None = None) -> Trace:
+        """The recorded pass. Raises GateError if there was none, or if a hook did not fire."""
+        tokenized, layout = tokenized or self._tokenized, self.layout
+        expected = [(key, i) for i in range(layout.n_layers) for key in KEPT_PER_LAYER]
+        expected += [(key, layout.n_layers) for key in KEPT_AT_THE_END]
+        missing = [part for part in expected if part not in self._kept]
+        if missing or tokenized is None:
+            missing = missing or [("the token ids", 0)]
+            raise GateError(
+                f"{missing[0][0]} of layer {missing[0][1]} was not recorded ({len(missing)} of {len(expected)} parts "
+                "are missing); expected one whole forward pass inside the recording"
+            )
+        gain = layout.final_gain.double()
+        gains = Gains(
+            weights=self._weights,
+            **{key: self._stack(key) for key in STACKED},
+            final_scale=self._kept["final_scale", layout.n_layers].item(),
+            final_gain_max=gain.abs().max().item(),
+            final_gain_square=gain.square().mean().item(),
+            node_probes=min(self._node_probes or layout.d_model, layout.d_model),
+            seed=self._seed,
+        )
+        return Trace(
+            about=replace(self.about, bos=tokenized.bos, chat=tokenized.chat),
+            tokens=tokenized.tokens,
+            token_ids=tokenized.ids,
+            last_residuals=torch.stack([self._kept["residual", i] for i in range(layout.n_layers + 1)]),
+            prediction_input=self._kept["prediction_input", layout.n_layers],
+            attention=tuple(KeptAttention(self._kept["pattern", i]) for i in range(layout.n_layers)),
+            gains=gains,
+            gated_mlp=layout.gated,
+        )
+
+    def _stack(self, key: str) -> Float[Tensor, "layer ..."]:
+        return torch.stack([self._kept[key, i] for i in range(self.layout.n_layers)])
+
+
+# When a key's hook fires, everything that its stage needs has been seen.
+FOLDING = {
+    "attention_scale": Recorder._norm_scale,
+    "z": Recorder._attention,
+    "middle": Recorder._middle,
+    "post": Recorder._mlp,
+    "residual": Recorder._residual,
+    "last": Recorder._residual,
+    "final_scale": Recorder._final_scale,
+    "prediction_input": Recorder._prediction_input,
+}
+STACKED = (
+    "attention_scale",
+    "mlp_scale",
+    "value",
+    "query_norm",
+    "key_norm",
+    "node_gain",
+    "mlp_lipschitz",
+    "mlp_sigma",
+)
+KEPT_PER_LAYER = (*STACKED, "pattern", "residual")
+KEPT_AT_THE_END = ("residual", "final_scale", "prediction_input")
+
+
+def _device(model: HookedModel) -> torch.device:
+    return model.W_E.device

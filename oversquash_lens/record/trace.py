@@ -1,0 +1,172 @@
+"""What one forward pass left behind: everything that the measures need, and no reference to the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oversquash_lens.errors import InputError, TraceFileError, one_line
+from oversquash_lens.files import write_atomically
+from oversquash_lens.record.about import About
+from oversquash_lens.record.attention import AttentionRows, KeptAttention
+from oversquash_lens.record.weights import WeightGains
+
+FORMAT = "oversquash-lens-trace"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What edges and nodes need beside the attention weights; `weights` depends on the model alone.
+
+    Divisors r of the norms: `attention_scale`, `mlp_scale` (per layer and position), `final_scale` (last token).
+    `value`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included. `node_gain` is
+    ‖I + J_MLP‖_F²/d_model at each position, `mlp_lipschitz` a rigorous bound on ‖J_MLP‖₂ there, norm included;
+    `mlp_sigma` the paper's σ_ψ per layer, norm left out. `final_gain_max`, `final_gain_square`: max|γ₃|, mean γ₃².
+    """
+
+    weights: WeightGains
+    attention_scale: Float[Tensor, "layer pos"]
+    mlp_scale: Float[Tensor, "layer pos"]
+    final_scale: float
+    final_gain_max: float
+    final_gain_square: float
+    value: Float[Tensor, "layer kv_head pos d_head"]
+    query_norm: Float[Tensor, "layer head pos"]
+    key_norm: Float[Tensor, "layer kv_head pos"]
+    node_gain: Float[Tensor, "layer pos"]
+    mlp_lipschitz: Float[Tensor, "layer pos"]
+    mlp_sigma: Float[Tensor, " layer"]
+    node_probes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt through one model: last-token residuals, attention, gains.
+
+    `last_residuals[l]` is the last token's residual entering layer l (row n_layers: leaving the last layer);
+    `prediction_input` is y_n, what the unembedding reads; `attention[l].rows(start, stop)` gives
+    [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there.
+    """
+
+    about: About
+    tokens: tuple[str, ...]
+    token_ids: Int[Tensor, " pos"]
+    last_residuals: Float[Tensor, "layer_plus_1 d_model"]
+    prediction_input: Float[Tensor, " d_model"]
+    attention: tuple[AttentionRows, ...]
+    gains: Gains
+    gated_mlp: bool
+
+    def __post_init__(self) -> None:
+        n, n_layers = len(self.tokens), len(self.attention)
+        shapes = {
+            "token_ids": (self.token_ids.shape, (n,)),
+            "last_residuals": (self.last_residuals.shape[:1], (n_layers + 1,)),
+            "attention": ({a.n_positions for a in self.attention}, {n}),
+            "gains.node_gain": (self.gains.node_gain.shape, (n_layers, n)),
+            "gains.value": (self.gains.value.shape[::2], (n_layers, n)),
+        }
+        for name, (came, expected) in shapes.items():
+            if tuple(came) != tuple(expected):
+                raise InputError(
+                    f"a trace of {n} tokens and {n_layers} layers came with {name} of shape {tuple(came)}; "
+                    f"expected {tuple(expected)}: record it again"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.attention)
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.tokens)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write one .safetensors file (no pickle), whole or not at all."""
+        from safetensors.torch import save
+
+        return write_atomically(path, save(_tensors(self), metadata={FORMAT: json.dumps(_header(self))}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Trace:
+        """Read what `save` wrote; a TraceFileError names what is wrong with anything else."""
+        header, tensors = _read(Path(path))
+        if header.get("version") != FORMAT_VERSION:
+            raise TraceFileError(
+                f"{path} has trace format version {header.get('version')!r}; this oversquash-lens reads "
+                f"version {FORMAT_VERSION}: record the prompt again, or use the release that wrote it"
+            )
+        try:
+            return _assemble(header, tensors)
+        except (KeyError, TypeError) as error:
+            raise TraceFileError(
+                f"{path} lacks a part of a trace ({one_line(error)}); expected a file written by Trace.save: "
+                "record the prompt again"
+            ) from error
+
+
+_GAIN_TENSORS = [f.name for f in fields(Gains) if f.name not in ("weights",) and "Tensor" in str(f.type)]
+_GAIN_NUMBERS = [f.name for f in fields(Gains) if f.name not in ("weights", *_GAIN_TENSORS)]
+_WEIGHT_TENSORS = [f.name for f in fields(WeightGains)]
+
+
+def _header(trace: Trace) -> dict:
+    return {
+        "version": FORMAT_VERSION,
+        "about": trace.about.to_dict(),
+        "tokens": list(trace.tokens),
+        "gated_mlp": trace.gated_mlp,
+        "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
+    }
+
+
+def _tensors(trace: Trace) -> dict[str, Tensor]:
+    n = trace.n_positions
+    tensors = {name: getattr(trace, name) for name in ("token_ids", "last_residuals", "prediction_input")}
+    tensors |= {f"attention.{i}": a.rows(0, n) for i, a in enumerate(trace.attention)}
+    tensors |= {f"gains.{name}": getattr(trace.gains, name) for name in _GAIN_TENSORS}
+    tensors |= {f"weights.{name}": getattr(trace.gains.weights, name) for name in _WEIGHT_TENSORS}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise TraceFileError(f"{path} is not a file; expected a trace written by Trace.save")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[FORMAT])
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TraceFileError(
+            f"{path} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); expected a file "
+            "written by Trace.save: record the prompt again"
+        ) from error
+
+
+def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
+    weights = WeightGains(**{name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS})
+    gains = Gains(
+        weights=weights,
+        **{name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS},
+        **{name: header["gains"][name] for name in _GAIN_NUMBERS},
+    )
+    n_layers = header["about"]["n_layers"]
+    return Trace(
+        about=About(**header["about"]),
+        tokens=tuple(header["tokens"]),
+        token_ids=tensors["token_ids"],
+        last_residuals=tensors["last_residuals"],
+        prediction_input=tensors["prediction_input"],
+        attention=tuple(KeptAttention(tensors[f"attention.{i}"]) for i in range(n_layers)),
+        gains=gains,
+        gated_mlp=header["gated_mlp"],
+    )
