@@ -1,0 +1,239 @@
+"""Bound, estimate and truth side by side, on the user's own model and prompt."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.measure.bounds import CALIBRATED, PRINTED, VARIANTS, path_bound
+from oversquash_lens.measure.compare import compare
+from oversquash_lens.measure.jacobian import (
+    MEMORY,
+    MeasuredSensitivity,
+    differentiate,
+    exact_norms,
+    frobenius_estimate,
+    probe_squares,
+)
+from oversquash_lens.measure.mean_field import mean_field_sensitivity
+from oversquash_lens.measure.paths import PathProfile, json_numbers
+from oversquash_lens.record.about import About
+from oversquash_lens.record.layout import model_layout
+from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
+from oversquash_lens.record.recorder import NODE_PROBES, record_tokens
+
+ROUNDING = 1e-9  # a bound may be below the truth by this share before it counts as violated
+UNIT_BETA = "proof, β = 1"
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One measure against the truth. `spearman` is always against ‖∂y_n/∂v_i‖_F; ratios are log₁₀ of the measure
+    over the truth named by `compared_with`; `violations` counts positions where it lies below that truth.
+    """
+
+    name: str
+    spearman: float
+    median_log10_ratio: float
+    min_log10_ratio: float
+    max_log10_ratio: float
+    violations: int | None
+    promises_bound: bool
+    compared_with: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Every measure of one prompt beside the truth; `str(audit)` is a table, `sentence` says what it says."""
+
+    about: About
+    tokens: tuple[str, ...]
+    truth: MeasuredSensitivity
+    bounds: dict[str, PathProfile]
+    mean_field: PathProfile
+    rows: tuple[AuditRow, ...]
+
+    @property
+    def sentence(self) -> str:
+        estimate, paper = self._row("mean_field"), self._row("proof")
+        loosest = min(self._row(name).median_log10_ratio for name in CALIBRATED)
+        broken = sum(row.violations or 0 for row in self.rows if row.promises_bound)
+        size = 10**estimate.median_log10_ratio
+        sound = (
+            "the bounds that promise to hold do"
+            if not broken
+            else f"the bounds that promise to hold are BROKEN at {broken} positions"
+        )
+        return (
+            f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
+            f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
+            f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); {sound}, "
+            f"at least 10^{loosest:.0f} above the truth."
+        )
+
+    def _row(self, name: str) -> AuditRow:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> dict:
+        return {
+            "kind": "audit",
+            "about": self.about.to_dict(),
+            "tokens": list(self.tokens),
+            "sentence": self.sentence,
+            "rows": [
+                {k: json_numbers(v) if isinstance(v, float) else v for k, v in asdict(row).items()} for row in self.rows
+            ],
+            "truth": self.truth.to_dict(),
+            "mean_field": self.mean_field.to_dict(),
+            "bounds": {name: profile.to_dict() for name, profile in self.bounds.items()},
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.about}, {len(self.tokens)} tokens", title_justify="left")
+        table.add_column("measure")
+        for name in ("Spearman ρ", "median log₁₀ ratio", "min", "max", "below truth"):
+            table.add_column(name, justify="right")
+        table.add_column("ratio to")
+        for row in self.rows:
+            numbers = (row.median_log10_ratio, row.min_log10_ratio, row.max_log10_ratio)
+            table.add_row(
+                row.name,
+                _number(row.spearman),
+                *map(_number, numbers),
+                "–" if row.violations is None else str(row.violations),
+                row.compared_with,
+            )
+        console = Console(file=io.StringIO(), width=110, legacy_windows=False)
+        console.print(table)
+        console.print(self.sentence, highlight=False)
+        return console.file.getvalue().rstrip()
+
+
+@dataclass(frozen=True)
+class Truths:
+    """What the measures are held against. Spectral norms are exact, or rigorous lower bounds from probes."""
+
+    frobenius: MeasuredSensitivity
+    spectral: MeasuredSensitivity
+    frozen_spectral: MeasuredSensitivity
+
+
+def audit(
+    model: Any,
+    prompt: Prompt,
+    *,
+    probes: int | None = None,
+    chat: bool = False,
+    bos: bool | None = None,
+    beta: float | str = "measured",
+    node_probes: int | None = NODE_PROBES,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: bool = False,
+) -> Audit:
+    """Record a prompt, compute every bound and the mean-field estimate, measure the truth, and compare.
+
+    `probes=None` measures exactly (2·d_model backward products). With probes the Frobenius truth is estimated, and
+    bounds are held against ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
+    """
+    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+    bounds = {name: path_bound(trace, name, beta if name in PRINTED else "measured") for name in VARIANTS}
+    if beta == "measured":
+        bounds[UNIT_BETA] = path_bound(trace, "proof", 1.0)
+    estimate = mean_field_sensitivity(trace)
+    truths = _measure(model, tokenized, trace.about, probes, seed, memory, progress)
+    rows = [_row("mean_field", estimate, truths.frobenius, truths, "‖J‖_F")]
+    for name, bound in bounds.items():
+        frozen = name == "calibrated"
+        truth = truths.frozen_spectral if frozen else truths.spectral
+        label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
+        rows.append(_row(name, bound, truth, truths, label if probes is None else f"{label}, from below"))
+    return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows))
+
+
+def _measure(
+    model: Any,
+    tokenized: TokenizedPrompt,
+    about: About,
+    probes: int | None,
+    seed: int,
+    memory: int,
+    progress: bool,
+) -> Truths:
+    """Full and frozen-attention Jacobian: both norms of the one from the same products."""
+    layout = model_layout(model)
+
+    def measured(values: Tensor, error: Tensor, norm: str, freeze: tuple[str, ...] = ()) -> MeasuredSensitivity:
+        own_seed = None if probes is None else seed
+        return MeasuredSensitivity(
+            tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
+        )
+
+    tape = differentiate(model, layout, tokenized)
+    if probes is None:
+        full = exact_norms(tape, ("fro", "spectral"), memory, progress)
+        fro, spectral, error = full["fro"], full["spectral"], torch.zeros_like(full["fro"])
+    else:
+        squares, covectors = probe_squares(tape, probes, seed, memory, progress)
+        fro, error = frobenius_estimate(squares)
+        spectral = _spectral_from_below(squares, covectors)
+    del tape  # one graph at a time
+    frozen_tape = differentiate(model, layout, tokenized, ("attention",))
+    if probes is None:
+        frozen = exact_norms(frozen_tape, ("spectral",), memory, progress)["spectral"]
+    else:
+        frozen = _spectral_from_below(*probe_squares(frozen_tape, probes, seed, memory, progress))
+    none = torch.zeros_like(fro)
+    return Truths(
+        measured(fro, error, "fro"),
+        measured(spectral, none, "spectral"),
+        measured(frozen, none, "spectral", ("attention",)),
+    )
+
+
+def _spectral_from_below(
+    squares: Float[Tensor, "probe pos"], covectors: Float[Tensor, "probe d_model"]
+) -> Float[Tensor, " pos"]:
+    """max ‖ωJ‖/‖ω‖ ≤ ‖J‖₂: no estimate of it, but never above it."""
+    return (squares / covectors.square().sum(1, keepdim=True)).amax(0).sqrt()
+
+
+def _row(name: str, profile: PathProfile, truth: MeasuredSensitivity, truths: Truths, compared_with: str) -> AuditRow:
+    sizes = compare(profile, truth)
+    violations = None
+    if name != "mean_field" and not math.isnan(profile.log_constant):
+        below = profile.log_values < truth.values.log() + math.log1p(-ROUNDING)
+        violations = int(below.sum())
+    return AuditRow(
+        name=name,
+        spearman=compare(profile, truths.frobenius).spearman,
+        median_log10_ratio=sizes.median_log10_ratio,
+        min_log10_ratio=sizes.min_log10_ratio,
+        max_log10_ratio=sizes.max_log10_ratio,
+        violations=violations,
+        promises_bound=name in CALIBRATED,
+        compared_with="–" if math.isnan(sizes.median_log10_ratio) else compared_with,
+    )
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _in_words(rho: float) -> str:
+    if math.isnan(rho):
+        return "not at all (all positions alike)"
+    for least, words in ((0.9, "almost as the truth does"), (0.6, "roughly as the truth does")):
+        if rho >= least:
+            return words
+    return "hardly as the truth does" if rho >= 0.3 else "not as the truth does"

@@ -1,0 +1,231 @@
+"""The paper's path-counting bounds, the two forms of them that hold on a real model, and attention rollout.
+
+The paper prints Theorem 5.1 in three forms that differ (docs/theory.md, section 2); each is a variant here, and none
+of them is a bound on a real model, whose value, output and norm-gain matrices the paper's notation leaves out:
+
+| variant           | edge j ← k                     | constant C              | where from                            |
+|-------------------|--------------------------------|-------------------------|---------------------------------------|
+| `proof`           | mean_h α/β₁ + δ                | (1/β₃) Π_l (σ_ψ/β₂ + 1) | derivation under Theorem B.5          |
+| `theorem_5_1`     | mean_h α/β₂ + δ                | unspecified (nan)       | Theorem 5.1, main text                |
+| `theorem_b5`      | (mean_h α + δ)/β₁              | Π_l σ_ψ                 | Theorem B.5, statement                |
+| `multi_head`      | Σ_h α + δ/H                    | max_l (σ_ψ/β₂ + 1)^L    | Barbero et al. 2025, from memory      |
+| `rollout`         | (mean_h α + δ)/2               | nan                     | Abnar & Zuidema 2020                  |
+| `calibrated`      | δ + Σ_h α ‖OV_h‖₂/r            | max|γ₃|/r_n             | ours: sound with the attention frozen |
+| `calibrated_full` | the same + softmax derivatives | max|γ₃|/r_n             | ours: sound                           |
+
+The text of Barbero et al. 2025 (arXiv 2504.02732) was not at hand; `multi_head` is its form as we recall it.
+The calibrated variants carry the MLP as a node factor 1 + lip at each position instead of inside C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.measure.edges import (
+    attention_rows,
+    diagonal_of,
+    head_mean,
+    per_head,
+    squared_output_distance,
+)
+from oversquash_lens.measure.paths import EdgeRows, PathProfile, log_path_products
+from oversquash_lens.record.trace import Trace
+
+PRINTED = ("proof", "theorem_5_1", "theorem_b5", "multi_head")
+CALIBRATED = ("calibrated", "calibrated_full")
+VARIANTS = (*PRINTED, "rollout", *CALIBRATED)
+NOTES = {
+    "proof": "printed form, no bound on a real model: value and output matrices and per-head norms are left out",
+    "theorem_5_1": "printed form; the paper leaves its constant unspecified, so only shares have a meaning",
+    "theorem_b5": "printed form, no bound even on the paper's own terms: its constant vanishes with the MLP",
+    "multi_head": "the sinks paper's multi-head form as we recall it; no bound on a real model",
+    "rollout": "attention rollout, dimensionless: a share, no sensitivity",
+    "calibrated": "a bound with the attention weights frozen; always above that truth, by orders of magnitude",
+    "calibrated_full": "a bound on the full sensitivity; always above the truth, by orders of magnitude",
+}
+
+Block = Float[Tensor, "head dest src"]
+
+
+def path_bound(trace: Trace, variant: str = "proof", beta: float | str = "measured") -> PathProfile:
+    """Weighted count of causal paths from every input position to the prediction, as the variant weights them.
+
+    `beta` is what the printed variants divide by: "measured" (per layer the geometric mean over positions of the
+    norm's divisor; β₃ at the last token, over max|γ₃|) or one number for all norms. The calibrated variants use
+    each position's own divisor and rollout none: giving them a number raises InputError.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"variant {variant!r} came; expected one of {', '.join(VARIANTS)}")
+    _check_beta(beta, variant)
+    if variant in CALIBRATED:
+        edges: EdgeRows = _calibrated_edges(trace, softmax=variant == "calibrated_full")
+        log_nodes = torch.log1p(trace.gains.mlp_lipschitz)
+        log_constant = math.log(trace.gains.final_gain_max / trace.gains.final_scale)
+    else:
+        norms = _norms(trace, beta)
+        edge = _printed_edge(variant, norms)
+
+        def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+            rows = attention_rows(trace, layer, start, stop)
+            return edge(rows, diagonal_of(start, stop, rows), layer)
+
+        log_nodes, log_constant = None, _log_constant(variant, norms, trace.gains.mlp_sigma)
+    log_by_layer = log_path_products(edges, trace.n_positions, trace.n_layers, log_nodes)
+    return PathProfile(variant, trace.tokens, log_by_layer, log_constant, trace.about, _notes(trace, variant))
+
+
+def path_products(
+    store: Mapping[str, Any],
+    variant: str = "proof",
+    beta: float | str = "measured",
+    batch: int | None = None,
+) -> Float[Tensor, "layer_plus_1 pos"]:
+    """Attention-path products from what `attention_path_hooks` left in `store`, constant left out.
+
+    Row l is how much the last token hears of each position entering layer l; the last row is the last token
+    alone. `variant` is one of the printed ones or rollout (the calibrated ones need `record`); `batch` picks the
+    prompt where several ran together. float64; see `path_bound` for logarithms that cannot overflow.
+    """
+    known = (*PRINTED, "rollout")
+    if variant not in known:
+        raise InputError(
+            f"variant {variant!r} came; expected one of {', '.join(known)}: the calibrated ones need record()"
+        )
+    _check_beta(beta, variant)
+    patterns = store.get("attention")
+    if not patterns:
+        raise InputError(
+            "a store without attention came; expected one that attention_path_hooks(model, store) filled: run the "
+            "model with these hooks first"
+        )
+    size = len(patterns[0])
+    if batch is None and size != 1:
+        raise InputError(f"a store of {size} prompts came; expected batch=0 … {size - 1} to say which one")
+    which = batch or 0
+    if variant == "rollout":
+        beta = 1.0  # it divides by no norm
+    norms = Norms(*(_stored_norm(store, key, which, beta) for key in ("attention_scale", "mlp_scale")), 1.0)
+    edge = _printed_edge(variant, norms)
+
+    def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        rows = patterns[layer][which, :, start:stop, :stop].detach()
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        return edge(rows, diagonal_of(start, stop, rows), layer)
+
+    return log_path_products(edges, patterns[0].shape[-1], len(patterns)).exp()
+
+
+@dataclass(frozen=True)
+class Norms:
+    """β₁, β₂ of each layer and β₃, what assumption (i) replaces the norms by."""
+
+    attention: Float[Tensor, " layer"]
+    mlp: Float[Tensor, " layer"]
+    final: float
+
+
+def _geometric_mean(scale: Float[Tensor, "layer pos"]) -> Float[Tensor, " layer"]:
+    return scale.double().log().mean(-1).exp()
+
+
+def _norms(trace: Trace, beta: float | str) -> Norms:
+    gains = trace.gains
+    measured = Norms(
+        _geometric_mean(gains.attention_scale),
+        _geometric_mean(gains.mlp_scale),
+        gains.final_scale / gains.final_gain_max,
+    )
+    if beta == "measured":
+        return measured
+    given = torch.full_like(measured.attention, float(beta))
+    return Norms(given, given, float(beta))
+
+
+def _stored_norm(store: Mapping[str, Any], key: str, batch: int, beta: float | str) -> Float[Tensor, " layer"]:
+    layers = range(len(store["attention"]))
+    if beta != "measured":
+        return torch.full((len(layers),), float(beta), dtype=torch.float64)
+    if len(store.get(key, ())) != len(layers):
+        raise InputError(f"a store without {key} came; expected attention_path_hooks to fill it, or beta=1.0")
+    return _geometric_mean(torch.stack([store[key][layer][batch].detach().cpu() for layer in layers]))
+
+
+def _check_beta(beta: float | str, variant: str) -> None:
+    if beta == "measured":
+        return
+    if isinstance(beta, str) or not (math.isfinite(beta) and beta > 0):
+        raise InputError(f"beta={beta!r} came; expected 'measured' or a positive number")
+    if variant not in PRINTED:
+        raise InputError(f"beta={beta!r} came with variant {variant!r}; expected no beta: it uses none")
+
+
+def _printed_edge(
+    variant: str, norms: Norms
+) -> Callable[[Block, Float[Tensor, "dest src"], int], Float[Tensor, "dest src"]]:
+    """α^h of one block and δ -> the paper's Ā. The sum over heads over H is their mean."""
+
+    def edge(rows: Block, own: Float[Tensor, "dest src"], layer: int) -> Float[Tensor, "dest src"]:
+        mean, beta_1, beta_2 = head_mean(rows), norms.attention[layer].item(), norms.mlp[layer].item()
+        forms = {
+            "proof": lambda: mean / beta_1 + own,
+            "theorem_5_1": lambda: mean / beta_2 + own,
+            "theorem_b5": lambda: (mean + own) / beta_1,
+            "multi_head": lambda: mean * len(rows) + own / len(rows),
+            "rollout": lambda: (mean + own) / 2,
+        }
+        return forms[variant]()
+
+    return edge
+
+
+def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) -> float:
+    factors = torch.log1p(sigma.double().cpu() / norms.mlp)
+    if variant == "proof":
+        return factors.sum().item() - math.log(norms.final)
+    if variant == "theorem_b5":
+        return sigma.double().log().sum().item()
+    if variant == "multi_head":
+        return len(factors) * factors.max().item()
+    return math.nan
+
+
+def _calibrated_edges(trace: Trace, *, softmax: bool) -> EdgeRows:
+    """Operator-norm edges; with `softmax`, the derivative of the attention weights too (docs/theory.md, section 3)."""
+    gains, weights = trace.gains, trace.gains.weights
+
+    def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        rows = attention_rows(trace, layer, start, stop)
+        scale = gains.attention_scale[layer].to(rows)
+        edge = einsum(rows, weights.ov_norm[layer].to(rows), "head dest src, head -> dest src")
+        own = diagonal_of(start, stop, rows)
+        if softmax:
+            moved = rows * squared_output_distance(trace, layer, start, rows).sqrt()
+            moved = moved * weights.score_scale[layer].to(rows).abs()
+            query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
+            key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
+            key = key * weights.query_norm[layer, :, None].to(rows)
+            edge = edge + einsum(moved, query, "head dest src, head dest -> dest src")
+            query_side = einsum(moved, key, "head dest src, head src -> dest")
+            own_rest = 1 + query_side / scale[start:stop]
+            return edge / scale[:stop] + own * own_rest[:, None]
+        return edge / scale[:stop] + own
+
+    return edges
+
+
+def _notes(trace: Trace, variant: str) -> tuple[str, ...]:
+    notes = [NOTES[variant]]
+    if variant in ("proof", "theorem_b5", "multi_head") and trace.gated_mlp:
+        notes.append("a gated MLP has no global Lipschitz constant: σ_ψ is the largest over this prompt")
+    if trace.about.final_gain == "unknown":
+        notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
+    return tuple(notes)

@@ -1,0 +1,259 @@
+"""The truth: how much y_n, what the unembedding reads, really moves with each position's embedding.
+
+‖∂y_n/∂v_i⁽⁰⁾‖ by autograd from `unembed.hook_in` at the last position to `blocks.0.hook_resid_pre`. One backward pass
+gives every position at once, so the exact norm costs d_model products whatever the prompt's length, and a few
+Gaussian probes estimate the Frobenius norm with a standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from oversquash_lens.errors import InputError, ModelError
+from oversquash_lens.measure.paths import json_numbers
+from oversquash_lens.record import gate
+from oversquash_lens.record.about import About
+from oversquash_lens.record.hooks import NamedHook, attached
+from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, Layout, describe, model_layout
+from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
+
+NORMS = ("fro", "spectral")
+FREEZABLE = ("attention", "norms")
+MEMORY = 1 << 30  # bytes that one batch of backward products may take
+
+
+@dataclass(frozen=True)
+class MeasuredSensitivity:
+    """‖∂y_n/∂v_i‖ for every position i, measured. `standard_error` is 0 where `exact`."""
+
+    tokens: tuple[str, ...]
+    values: Float[Tensor, " pos"]
+    standard_error: Float[Tensor, " pos"]
+    exact: bool
+    norm: str
+    freeze: tuple[str, ...]
+    probes: int | None
+    seed: int | None
+    about: About
+
+    @property
+    def share(self) -> Float[Tensor, " pos"]:
+        """Each position's part of the sum of sensitivities; sums to 1."""
+        return self.values / self.values.sum()
+
+    def to_dict(self) -> dict:
+        tensors = {name: json_numbers(getattr(self, name)) for name in ("values", "standard_error", "share")}
+        rest = {name: value for name, value in vars(self).items() if name not in tensors and name != "about"}
+        return {"kind": "measured", **rest, **tensors, "about": asdict(self.about)}
+
+
+def measured_sensitivity(
+    model: Any,
+    prompt: Prompt,
+    *,
+    probes: int | None = 16,
+    norm: str = "fro",
+    freeze: Sequence[str] = (),
+    seed: int = 0,
+    chat: bool = False,
+    bos: bool | None = None,
+    memory: int = MEMORY,
+    progress: bool = False,
+) -> MeasuredSensitivity:
+    """Measure how much the prediction's input moves with each position's embedding, in its own units.
+
+    `probes=None` is exact (d_model vector-Jacobian products, batched within `memory` bytes), norm "fro" or
+    "spectral"; `probes=K` estimates the Frobenius norm from K Gaussian probes (K = 16: about 6 %). `freeze`
+    detaches the attention weights and/or the norms' divisors, as the paper's assumptions do.
+    """
+    _check_options(probes, norm, freeze)
+    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
+    layout = model_layout(model)
+    tape = differentiate(model, layout, tokenized, freeze)
+    if probes is None:
+        values = exact_norms(tape, (norm,), memory, progress)[norm]
+        error = torch.zeros_like(values)
+    else:
+        squares, _ = probe_squares(tape, probes, seed, memory, progress)
+        values, error = frobenius_estimate(squares)
+    return MeasuredSensitivity(
+        tokens=tokenized.tokens,
+        values=values,
+        standard_error=error,
+        exact=probes is None,
+        norm=norm,
+        freeze=tuple(freeze),
+        probes=probes,
+        seed=None if probes is None else seed,
+        about=replace(describe(model, layout), bos=tokenized.bos, chat=tokenized.chat),
+    )
+
+
+@dataclass(frozen=True)
+class Tape:
+    """One forward pass ready to be differentiated: y_n and the embeddings that it is a function of."""
+
+    output: Float[Tensor, " d_model"]
+    leaf: Float[Tensor, "one pos d_model"]
+    bytes_per_product: int
+
+    def products(
+        self, covectors: Float[Tensor, "row d_model"], memory: int, progress: bool
+    ) -> Iterator[Float[Tensor, "chunk pos d_model"]]:
+        """covector · ∂y_n/∂v for all positions, a batch of covectors at a time."""
+        chunk = max(1, memory // self.bytes_per_product)
+        parts = covectors.to(self.output).split(chunk)
+        for part in tqdm(parts, desc="backward products", unit="batch", disable=not progress, leave=False):
+            (rows,) = torch.autograd.grad(self.output, self.leaf, part, is_grads_batched=True, retain_graph=True)
+            yield rows[:, 0]
+
+
+def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()) -> Tape:
+    """Run the model once with a leaf at the first residual, the named parts detached, and keep the graph."""
+    caught: dict[str, Tensor] = {}
+
+    def start(residual: Tensor, hook: Any = None) -> Tensor:
+        caught["leaf"] = residual.detach().clone().requires_grad_()
+        return caught["leaf"]
+
+    def end(y: Tensor, hook: Any = None) -> None:
+        caught["output"] = y[0, -1]
+
+    hooks: list[NamedHook] = [(f"blocks.0.{LAYER_HOOKS['residual']}", start), ("unembed.hook_in", end)]
+    if "attention" in freeze:
+        _check_pattern_is_used(model, layout, tokenized)
+    hooks += _freezing_hooks(layout, freeze)
+    with _on_the_record(model, hooks):
+        model(tokenized.ids[None].to(model.W_E.device))
+    output = caught["output"]
+    gate.check_finite("the unembedding's input", output)
+    if layout.restore_gain is not None:
+        output = output * layout.restore_gain.to(output)
+    return Tape(output, caught["leaf"], _product_bytes(model, layout, len(tokenized.ids)))
+
+
+def exact_norms(
+    tape: Tape, norms: Sequence[str], memory: int = MEMORY, progress: bool = False
+) -> dict[str, Float[Tensor, " pos"]]:
+    """The asked norms of every ∂y_n/∂v_i from d_model products; the spectral one holds whole Jacobians.
+
+    Where these pass `memory`, positions are taken in windows and the products computed again for each.
+    """
+    d_model, n = tape.output.shape[0], tape.leaf.shape[1]
+    window = n
+    if "spectral" in norms:
+        window = max(1, min(n, memory // (d_model * d_model * tape.output.element_size())))
+    found: dict[str, list[Tensor]] = {norm: [] for norm in norms}
+    eye = torch.eye(d_model)
+    for start in range(0, n, window):
+        columns = slice(start, start + window)
+        squares, jacobian = 0, []
+        for rows in tape.products(eye, memory, progress):
+            rows = rows[:, columns]
+            squares = squares + rows.square().sum((0, 2), dtype=torch.float64)
+            if "spectral" in norms:
+                jacobian.append(rows)
+        if "fro" in norms:
+            found["fro"].append(squares.sqrt())
+        if "spectral" in norms:
+            found["spectral"].append(_spectral(torch.cat(jacobian).transpose(0, 1)))
+    return {norm: torch.cat(parts).cpu() for norm, parts in found.items()}
+
+
+def probe_squares(
+    tape: Tape, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
+) -> tuple[Float[Tensor, "probe pos"], Float[Tensor, "probe d_model"]]:
+    """‖ω ∂y_n/∂v_i‖² for Gaussian ω, and the ω: each is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
+    generator = torch.Generator().manual_seed(seed)
+    covectors = torch.randn(probes, tape.output.shape[0], generator=generator, dtype=torch.float64)
+    parts = [rows.square().sum(2, dtype=torch.float64) for rows in tape.products(covectors, memory, progress)]
+    return torch.cat(parts).cpu(), covectors
+
+
+def frobenius_estimate(
+    squares: Float[Tensor, "probe pos"],
+) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"]]:
+    """Root of the mean square and its standard error; one probe alone gets the largest error possible, √½."""
+    probes = len(squares)
+    values = squares.mean(0).sqrt()
+    if probes == 1:
+        return values, values * math.sqrt(0.5)
+    error_of_square = squares.std(0) / math.sqrt(probes)
+    return values, error_of_square / (2 * values).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _spectral(jacobian: Float[Tensor, "pos out d_model"]) -> Float[Tensor, " pos"]:
+    gram = jacobian @ jacobian.mT
+    return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt().double()
+
+
+def _check_options(probes: int | None, norm: str, freeze: Sequence[str]) -> None:
+    if norm not in NORMS:
+        raise InputError(f"norm {norm!r} came; expected 'fro' or 'spectral'")
+    if isinstance(freeze, str) or not set(freeze) <= set(FREEZABLE):
+        raise InputError(f"freeze={freeze!r} came; expected a subset of ('attention', 'norms')")
+    if probes is not None and probes < 1:
+        raise InputError(f"probes={probes} came; expected at least 1, or None for the exact norm")
+    if probes is not None and norm == "spectral":
+        raise InputError("norm='spectral' came with probes; expected probes=None: probes estimate 'fro' only")
+
+
+def _freezing_hooks(layout: Layout, freeze: Iterable[str]) -> list[NamedHook]:
+    def detach(value: Tensor, hook: Any = None) -> Tensor:
+        return value.detach()
+
+    keys = [LAYER_HOOKS["pattern"]] if "attention" in freeze else []
+    final = []
+    if "norms" in freeze:
+        keys += [LAYER_HOOKS["attention_scale"], LAYER_HOOKS["mlp_scale"]]
+        final = [(layout.final_hooks()["final_scale"], detach)]
+    return [(f"blocks.{i}.{key}", detach) for i in range(layout.n_layers) for key in keys] + final
+
+
+@contextmanager
+def _on_the_record(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
+    """Hooks attached behind the user's own, gradients on whatever the caller's mode is."""
+    with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks) as move_last:
+        handle = model.embed.register_forward_pre_hook(lambda module, inputs: move_last())
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt) -> None:
+    """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
+    caught = []
+
+    def end(y: Tensor, hook: Any = None) -> None:
+        caught.append(y[0, -1].detach())
+
+    def halve(pattern: Tensor, hook: Any = None) -> Tensor:
+        return pattern * 0.5
+
+    halved = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(layout.n_layers)]
+    ids = tokenized.ids[None].to(model.W_E.device)
+    for hooks in ([], halved):
+        with torch.no_grad(), attached(model, [("unembed.hook_in", end), *hooks]):
+            model(ids)
+    if torch.equal(*caught):
+        raise ModelError(
+            f"{model.cfg.model_name}: halving its attention patterns changes nothing; expected hook_pattern to be "
+            "what the model uses: freezing attention is not possible with this model class"
+        )
+
+
+def _product_bytes(model: HookedModel, layout: Layout, n: int) -> int:
+    """About what one vector-Jacobian product keeps alive at its widest: attention of one layer, or its MLP."""
+    d_mlp = model.blocks[0].mlp.W_out.shape[0]
+    attention, mlp = 4 * layout.n_heads * n * n, 4 * n * d_mlp
+    return (max(attention, mlp) + 6 * n * layout.d_model) * layout.dtype.itemsize

@@ -1,0 +1,210 @@
+"""The one row recursion that every measure of this package is: u ← (u · node gain) · edge, in log space.
+
+A measure says what one layer's edges (from position `src` to position `dest`) and node gains (the MLP's, at one
+position) are; this module multiplies them along all causal paths that end at the last token. Only that one row
+of the product is wanted, so it costs O(layer·pos²) time, and the edges come as blocks of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.record.about import About
+
+ROWS = 256  # rows of an edge matrix that are in memory at a time
+FAINT = 1e-250  # below this share of the largest entry, sums are redone with logsumexp: no far token underflows
+
+# (layer, start, stop) -> the edges into positions start … stop-1 from positions 0 … stop-1 (later ones are zero
+# anyway and may be left out); none negative.
+EdgeRows = Callable[[int, int, int], Float[Tensor, "dest src"]]
+
+
+@dataclass(frozen=True)
+class PathProfile:
+    """How much of each position the last token hears, summed over all causal paths, at every layer.
+
+    `log_by_layer[l, i]` is the natural log of the sum over paths from position i entering layer l to the last
+    position leaving the last layer (row `n_layers` is the last token alone), the constant left out. -inf means
+    that no path exists. `log_constant` is the log of C; nan where the paper leaves C unspecified.
+    """
+
+    kind: str
+    tokens: tuple[str, ...]
+    log_by_layer: Float[Tensor, "layer_plus_1 pos"]
+    log_constant: float
+    about: About | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.log_by_layer.ndim != 2 or self.log_by_layer.shape[1] != len(self.tokens):
+            raise InputError(
+                f"a profile over {len(self.tokens)} tokens came with path products of shape "
+                f"{tuple(self.log_by_layer.shape)}; expected [layer+1, {len(self.tokens)}]"
+            )
+        if torch.isnan(self.log_by_layer).any():
+            raise InputError(
+                f"the {self.kind} profile has NaN path products; expected finite logs or -inf: "
+                "check the model's weights and activations for NaN"
+            )
+
+    @property
+    def n_layers(self) -> int:
+        return self.log_by_layer.shape[0] - 1
+
+    @property
+    def log_values(self) -> Float[Tensor, " pos"]:
+        """Natural log of the sensitivity to each input position, constant included (nan where C is unspecified)."""
+        return self.log_by_layer[0] + self.log_constant
+
+    @property
+    def values(self) -> Float[Tensor, " pos"]:
+        """Sensitivity to each input position; inf where it passes float64 (a warning says so)."""
+        if math.isnan(self.log_constant):
+            raise InputError(
+                f"variant {self.kind!r} has no values: the paper leaves its constant C unspecified; "
+                "use .share, which needs no constant, or another variant"
+            )
+        values = self.log_values.exp()
+        if torch.isinf(values).any():
+            warnings.warn(
+                f"the {self.kind} profile passes the range of float64: .values holds inf, .log_values is exact",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return values
+
+    @property
+    def share(self) -> Float[Tensor, " pos"]:
+        """Each input position's part of all that the last token hears; sums to 1."""
+        return self.log_by_layer[0].softmax(-1)
+
+    @property
+    def share_by_layer(self) -> Float[Tensor, "layer_plus_1 pos"]:
+        """As `share`, counted from every layer on; each row sums to 1, the last is the last token alone."""
+        return self.log_by_layer.softmax(-1)
+
+    def to_dict(self) -> dict:
+        """The profile as JSON-able values; -inf and nan become null, as JSON has neither."""
+        return {
+            "kind": self.kind,
+            "tokens": list(self.tokens),
+            "log_by_layer": json_numbers(self.log_by_layer),
+            "log_constant": json_numbers(self.log_constant),
+            "share": json_numbers(self.share),
+            "notes": list(self.notes),
+            "about": self.about.to_dict() if self.about else None,
+        }
+
+
+def json_numbers(value: Tensor | float) -> list | float | None:
+    """Nested lists of floats with None in place of what JSON cannot hold.
+
+    >>> json_numbers(torch.tensor([1.0, -math.inf]))
+    [1.0, None]
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [json_numbers(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def log_path_products(
+    edge_rows: EdgeRows,
+    n: int,
+    n_layers: int,
+    log_node_gain: Float[Tensor, "layer pos"] | None = None,
+) -> Float[Tensor, "layer_plus_1 pos"]:
+    """Log of the weighted count of causal paths from every position, at every layer, to the last position.
+
+    Row l is log(e_nᵀ N⁽ᴸ⁻¹⁾E⁽ᴸ⁻¹⁾ ⋯ N⁽ˡ⁾E⁽ˡ⁾), N = diag(node gain), E = edges (docs/theory.md, section 2). Exact to
+    rounding whatever the spread of the entries: linear arithmetic scaled by the row's largest entry, and
+    logsumexp for the entries that this would push below `FAINT`.
+
+    >>> log_path_products(lambda layer, start, stop: torch.ones(3, 3).tril()[start:stop], 3, 2)[0].exp().round()
+    tensor([3., 2., 1.], dtype=torch.float64)
+    """
+    row = torch.full((n,), -math.inf, dtype=torch.float64)
+    row[-1] = 0.0
+    rows = [row]
+    for layer in reversed(range(n_layers)):
+        if log_node_gain is not None:
+            row = row + log_node_gain[layer].double().to(row.device)
+        row = _log_times(row, lambda layer=layer: _blocks(edge_rows, layer, n))
+        rows.append(row)
+    return torch.stack(rows[::-1])
+
+
+def _blocks(edge_rows: EdgeRows, layer: int, n: int) -> Iterator[tuple[slice, Float[Tensor, "dest src"]]]:
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        yield slice(start, stop), edge_rows(layer, start, stop).double().cpu()
+
+
+def _log_times(
+    log_row: Float[Tensor, " dest"],
+    blocks: Callable[[], Iterator[tuple[slice, Float[Tensor, "dest src"]]]],
+) -> Float[Tensor, " src"]:
+    """log(exp(log_row) · edges), no entry lost to underflow."""
+    shift = log_row.max()
+    row = (log_row - shift).exp()
+    product = torch.zeros_like(row)
+    for dest, edges in blocks():
+        product[: edges.shape[1]] += row[dest] @ edges
+    log_product = product.log() + shift
+    faint = (product < FAINT).nonzero()[:, 0]
+    if len(faint):  # rare: only where one position hears another less than 1e-250 times the loudest
+        parts = []
+        for dest, edges in blocks():
+            edges = torch.nn.functional.pad(edges, (0, len(row) - edges.shape[1]))
+            parts.append(torch.logsumexp(log_row[dest, None] + edges[:, faint].log(), dim=0))
+        log_product[faint] = torch.stack(parts).logsumexp(dim=0)
+    return log_product
+
+
+def count_paths(n: int, n_layers: int) -> PathProfile:
+    """Number of causal paths from each of n positions to the last through `n_layers` layers.
+
+    Null model: every edge of the causal mask counts 1, so `values` is binomial(n-i+L-1, L-1), i = 1 … n
+    (exact to float64 rounding, in log space beyond).
+
+    >>> count_paths(4, 2).values.round()
+    tensor([4., 3., 2., 1.], dtype=torch.float64)
+    """
+    return _null_model("count_paths", n, n_layers, lambda dest: torch.ones_like(dest), "every causal edge is 1")
+
+
+def uniform_causal(n: int, n_layers: int, residual: float = 0.0) -> PathProfile:
+    """Null model of pure mask geometry: every position attends evenly to itself and all earlier ones.
+
+    `residual` in [0, 1) is the share of the residual stream in each layer: 0 is α_jk = 1/j alone, 0.5 is what
+    attention rollout assumes. `values` sums to 1.
+
+    >>> uniform_causal(4, 1).values
+    tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    if not 0.0 <= residual < 1.0:
+        raise InputError(f"residual={residual} came; expected 0 ≤ residual < 1")
+    note = f"uniform causal attention, residual share {residual:g}"
+    return _null_model("uniform_causal", n, n_layers, lambda dest: (1 - residual) / (dest + 1), note, diagonal=residual)
+
+
+def _null_model(kind: str, n: int, n_layers: int, weight: Callable, note: str, diagonal: float = 0.0) -> PathProfile:
+    if n < 1 or n_layers < 1:
+        raise InputError(f"n={n}, n_layers={n_layers} came; expected at least one position and one layer")
+
+    def edge_rows(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        dest = torch.arange(start, stop, dtype=torch.float64)[:, None]
+        src = torch.arange(n, dtype=torch.float64)
+        return weight(dest) * (src <= dest) + diagonal * (src == dest)
+
+    tokens = tuple(str(i) for i in range(1, n + 1))
+    return PathProfile(kind, tokens, log_path_products(edge_rows, n, n_layers), 0.0, None, (note,))
