@@ -1,0 +1,94 @@
+"""Results made by hand, for tests that draw: no model, no forward pass, numbers that one can recompute."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from oversquash_lens.measure.audit import Audit, AuditRow
+from oversquash_lens.measure.jacobian import MeasuredSensitivity
+from oversquash_lens.measure.paths import PathProfile
+from oversquash_lens.record.about import About
+
+TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")
+EVIL = (
+    "</script><img src=x onerror=document.title='pwned'>",
+    "<img src=x onerror=document.title='pwned'>",
+    "<svg/onload=document.title='pwned'>",
+    "<!--<script>document.title='pwned'</script>",
+    "&lt;b&gt;&#x3c;script&#x3e;",
+    "\u2028\u2029\u202eabc\x00\x1b\ud800",
+    '"\'`${document.title="pwned"}\\u003cimg src=x onerror=document.title=1\\u003e',
+    "",
+    "x" * 10_000,
+    "é\u0301 漢字 👩‍👧 שלום",
+)
+VARIANTS = ("proof", "theorem_5_1", "theorem_b5", "multi_head", "rollout", "calibrated", "calibrated_full")
+
+
+def about(model: str = "a model made by hand") -> About:
+    return About(model, "HookedTransformer", 3, 2, 8, "float32", False, "model", False, False, {"torch": "2.13.0"})
+
+
+def profile(
+    kind: str = "proof",
+    tokens: tuple[str, ...] = TOKENS,
+    n_layers: int = 3,
+    seed: int = 0,
+    constant: float = 0.0,
+) -> PathProfile:
+    """A profile with a loud first token, as attention sinks make it."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1.5 * torch.randn(n_layers + 1, len(tokens), generator=generator, dtype=torch.float64)
+    rows[:, 0] += 3
+    rows[-1] = -math.inf
+    rows[-1, -1] = 0.0
+    return PathProfile(kind, tokens, rows, constant, about(), (f"assumed by {kind} <of course>",))
+
+
+def truth(tokens: tuple[str, ...] = TOKENS, exact: bool = True, seed: int = 1) -> MeasuredSensitivity:
+    generator = torch.Generator().manual_seed(seed)
+    values = (1.2 * torch.randn(len(tokens), generator=generator, dtype=torch.float64)).exp()
+    error = torch.zeros_like(values) if exact else 0.06 * values
+    probes, seeded = (None, None) if exact else (16, 0)
+    return MeasuredSensitivity(
+        tokens=tokens,
+        values=values,
+        standard_error=error,
+        exact=exact,
+        norm="fro",
+        freeze=(),
+        probes=probes,
+        seed=seeded,
+        about=about(),
+    )
+
+
+def audit_result(
+    tokens: tuple[str, ...] = TOKENS,
+    *,
+    model: str = "a model made by hand",
+    n_layers: int = 3,
+    exact: bool = True,
+) -> Audit:
+    unspecified = ("theorem_5_1", "rollout")
+    bounds = {
+        kind: profile(kind, tokens, n_layers, seed, math.nan if kind in unspecified else 2.0)
+        for seed, kind in enumerate(VARIANTS)
+    }
+    rows = [
+        AuditRow(kind, 0.25, *(math.nan,) * 3, None, False, "–")
+        if kind in unspecified
+        else AuditRow(kind, -0.5, 1.25, -0.75, 3.0, 2, kind.startswith("cal"), "‖J‖₂")
+        for kind in VARIANTS
+    ]
+    rows.append(AuditRow("mean_field", 0.93, -0.09, -0.55, 0.22, None, False, "‖J‖_F"))
+    return Audit(
+        about=about(model),
+        tokens=tokens,
+        truth=truth(tokens, exact),
+        bounds=bounds,
+        mean_field=profile("mean_field", tokens, n_layers, 9),
+        rows=tuple(rows),
+    )
