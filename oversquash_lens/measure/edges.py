@@ -45,7 +45,7 @@ def squared_output_distance(
     other_gram = mixed @ gram
     other = einsum(other_gram, mixed, "head dest i, head dest i -> head dest")
     size = own[:, None, :] + other[:, :, None]
-    squared = size - 2 * (other_gram @ value.mT)
+    squared = torch.baddbmm(size, other_gram, value.mT, alpha=-2)
     cancelled = squared < CANCELLED * size
     cancelled &= torch.ones_like(cancelled[0]).tril(start)  # above the diagonal nothing is asked for
     for part in cancelled.nonzero().split(1 << 18):
