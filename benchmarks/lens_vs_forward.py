@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from benchmarks.prompts import MEETING
 
 import oversquash_lens as osl
+from benchmarks.prompts import MEETING
 from oversquash_lens.measure.bounds import VARIANTS
 
 
@@ -30,9 +30,8 @@ def main() -> None:
     again = seconds(lambda: osl.record(model, ids))
     print(f"{model.cfg.model_name}, {type(model).__name__}, {torch.get_num_threads()} threads")
     print(f"once per model (norms and Grams of the weights): {first - again:.1f} s")
-    print(
-        f"{'n':>5} {'forward':>9} {'record':>8} {'lens':>8} {'rollout':>8}   medians of {options.repeats}; ratios to forward"
-    )
+    print(f"medians of {options.repeats}; the last three columns are ratios to the forward pass")
+    print(f"{'n':>5} {'forward':>9} {'record':>8} {'lens':>8} {'rollout':>8}")
     for n in options.lengths:
         tokens = ids.repeat(n // len(ids) + 1)[:n]
         steps = {

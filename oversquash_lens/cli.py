@@ -86,6 +86,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
     source = command.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="'-' reads standard input")
     source.add_argument("--prompt-file", metavar="FILE", help="'-' reads standard input")
+    source.add_argument("--token-ids", metavar="IDS", help="the prompt as numbers: '504 4922 2271'")
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")
     command.add_argument("--bos", action=argparse.BooleanOptionalAction, help="force BOS on or off")
     command.add_argument("--device", help="cpu, cuda, mps … (default: cuda where there is one)")
@@ -169,8 +170,13 @@ def _model(options: argparse.Namespace) -> Any:
     return load_model(name, kind=options.kind, dtype=options.dtype, device=options.device)
 
 
-def _prompt(options: argparse.Namespace) -> str:
-    """The prompt's text; read before any model is loaded, so that a wrong path costs no waiting."""
+def _prompt(options: argparse.Namespace) -> str | list[int]:
+    """The prompt; read before any model is loaded, so that a wrong path costs no waiting."""
+    if options.token_ids is not None:
+        try:
+            return [int(each) for each in options.token_ids.replace(",", " ").split()]
+        except ValueError:
+            raise InputError(f"--token-ids {options.token_ids!r} came; expected whole numbers, '504 4922'") from None
     if options.prompt_file not in (None, "-"):
         try:
             return Path(options.prompt_file).read_text(encoding="utf-8")

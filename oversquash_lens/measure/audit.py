@@ -112,7 +112,9 @@ class Audit:
                 "–" if row.violations is None else str(row.violations),
                 row.compared_with,
             )
-        console = Console(file=io.StringIO(), width=110, legacy_windows=False)
+        console = Console(
+            file=io.StringIO(), width=110, legacy_windows=False, force_jupyter=False, force_terminal=False
+        )
         console.print(table)
         console.print(self.sentence, highlight=False)
         return console.file.getvalue().rstrip()

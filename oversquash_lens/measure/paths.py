@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ class PathProfile:
         }
 
 
-def json_numbers(value: Tensor | float) -> list | float | None:
+def json_numbers(value: Tensor | list | float) -> list | float | None:
     """Nested lists of floats with None in place of what JSON cannot hold.
 
     >>> json_numbers(torch.tensor([1.0, -math.inf]))
@@ -170,19 +170,19 @@ def _log_times(
     return log_product
 
 
-def count_paths(n: int, n_layers: int) -> PathProfile:
+def count_paths(n: int, n_layers: int, tokens: Sequence[str] | None = None) -> PathProfile:
     """Number of causal paths from each of n positions to the last through `n_layers` layers.
 
     Null model: every edge of the causal mask counts 1, so `values` is binomial(n-i+L-1, L-1), i = 1 … n
-    (exact to float64 rounding, in log space beyond).
+    (exact to float64 rounding, in log space beyond). `tokens` name the positions, to set it against a prompt's profile.
 
     >>> count_paths(4, 2).values.round()
     tensor([4., 3., 2., 1.], dtype=torch.float64)
     """
-    return _null_model("count_paths", n, n_layers, lambda dest: torch.ones_like(dest), "every causal edge is 1")
+    return _null_model("count_paths", n, n_layers, torch.ones_like, "every causal edge is 1", tokens)
 
 
-def uniform_causal(n: int, n_layers: int, residual: float = 0.0) -> PathProfile:
+def uniform_causal(n: int, n_layers: int, residual: float = 0.0, tokens: Sequence[str] | None = None) -> PathProfile:
     """Null model of pure mask geometry: every position attends evenly to itself and all earlier ones.
 
     `residual` in [0, 1) is the share of the residual stream in each layer: 0 is α_jk = 1/j alone, 0.5 is what
@@ -194,17 +194,30 @@ def uniform_causal(n: int, n_layers: int, residual: float = 0.0) -> PathProfile:
     if not 0.0 <= residual < 1.0:
         raise InputError(f"residual={residual} came; expected 0 ≤ residual < 1")
     note = f"uniform causal attention, residual share {residual:g}"
-    return _null_model("uniform_causal", n, n_layers, lambda dest: (1 - residual) / (dest + 1), note, diagonal=residual)
+
+    def weight(dest: Tensor) -> Tensor:
+        return (1 - residual) / (dest + 1)
+
+    return _null_model("uniform_causal", n, n_layers, weight, note, tokens, residual)
 
 
-def _null_model(kind: str, n: int, n_layers: int, weight: Callable, note: str, diagonal: float = 0.0) -> PathProfile:
+def _null_model(
+    kind: str,
+    n: int,
+    n_layers: int,
+    weight: Callable[[Tensor], Tensor],
+    note: str,
+    tokens: Sequence[str] | None,
+    residual: float = 0.0,
+) -> PathProfile:
+    """Every causal edge into a position weighs the same, `residual` more on the diagonal."""
     if n < 1 or n_layers < 1:
         raise InputError(f"n={n}, n_layers={n_layers} came; expected at least one position and one layer")
 
     def edge_rows(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
         dest = torch.arange(start, stop, dtype=torch.float64)[:, None]
         src = torch.arange(n, dtype=torch.float64)
-        return weight(dest) * (src <= dest) + diagonal * (src == dest)
+        return weight(dest) * (src <= dest) + residual * (src == dest)
 
-    tokens = tuple(str(i) for i in range(1, n + 1))
-    return PathProfile(kind, tokens, log_path_products(edge_rows, n, n_layers), 0.0, None, (note,))
+    names = tuple(str(i) for i in range(1, n + 1)) if tokens is None else tuple(tokens)
+    return PathProfile(kind, names, log_path_products(edge_rows, n, n_layers), 0.0, None, (note,))

@@ -87,12 +87,25 @@ def check_mlp(name: str, state: MlpState, post: Float[Tensor, " d_mlp"], w: Laye
     same(out, post.to(work), "activation(pre)", "hook_post")
 
 
+def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    """The residual stream: what was there, plus what the weights make of the hooks, is what comes out."""
+    check_finite(name, after)
+    off = (before + update - after).abs().max().item()
+    rounding = 16 * torch.finfo(dtype).eps * after.abs().max().item()
+    if not off <= TOLERANCE[dtype] * update.abs().max().item() + rounding:
+        raise GateError(
+            f"{name}: the residual stream moves by other than what this layer writes (off by {off:.2g}); expected "
+            "residual + output · W + b: the model scales or normalises what it adds, or a hook behind ours edits it"
+        )
+
+
 def _compare(where: str, computed: Tensor, seen: Tensor, route: str, hook: str, dtype: torch.dtype) -> None:
     check_finite(f"{where} ({hook})", seen)
     size = seen.abs().max().clamp(min=1e-6).item()
     off = (computed - seen).abs().max().item() / size
     if not off <= TOLERANCE[dtype]:
         raise GateError(
-            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook that edits "
-            "activations behind ours, or a model that computes something else than its hooks show"
+            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook of yours edits "
+            "the result (to ablate a head, edit hook_pattern or hook_v instead; measured_sensitivity allows any edit), "
+            "or the model computes something else than its hooks show"
         )

@@ -47,7 +47,8 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
 
     Each pass fills `store["attention"][l]` with the pattern [batch, head, dest, src], and
     `store["attention_scale"][l]`, `store["mlp_scale"][l]` with the divisors of the two norms [batch, pos].
-    Patterns are kept whole: memory grows as layer·head·pos².
+    Put them behind hooks of your own that edit patterns, or they see the pattern before the edit. Patterns are kept
+    whole: memory grows as layer·head·pos².
     """
     layout = model_layout(model)
 

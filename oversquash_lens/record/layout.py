@@ -99,6 +99,7 @@ class LayerWeights:
     key: Float[Tensor, "kv_head d_model d_head"]
     value: Float[Tensor, "kv_head d_model d_head"]
     output: Float[Tensor, "head d_head d_model"]
+    output_bias: Float[Tensor, " d_model"] | None
     score_scale: float
     mlp_gain: Float[Tensor, " d_model"]
     mlp_gate: Float[Tensor, "d_model d_mlp"] | None
@@ -107,6 +108,7 @@ class LayerWeights:
     mlp_gate_offset: Float[Tensor, " d_mlp"] | None
     mlp_in_offset: Float[Tensor, " d_mlp"]
     mlp_post_bias: Float[Tensor, " d_mlp"] | None
+    mlp_out_bias: Float[Tensor, " d_model"] | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def model_layout(model: Any) -> Layout:
     cfg, block = model.cfg, model.blocks[0]
     folded = _folded(model)
     restore = _folded_final_gain(model) if folded else None
-    own_gain = _gain(model.ln_final, cfg.d_model)
+    own_gain = _gain(model.ln_final, model)
     state = "model" if not folded else ("restored" if restore is not None else "unknown")
     weight = block.attn.W_O
     return Layout(
@@ -185,7 +187,7 @@ def describe(model: HookedModel, layout: Layout) -> About:
 def layer_weights(model: HookedModel, layout: Layout, layer: int) -> LayerWeights:
     """One layer's weights, as views where the class has them; detached."""
     block = model.blocks[layer]
-    attn, mlp, d_model = block.attn, block.mlp, layout.d_model
+    attn, mlp = block.attn, block.mlp
     gate = _weight(mlp, "W_gate")
     w_in = _weight(mlp, "W_in").detach()
     norm_bias = _norm_bias(block.ln2)
@@ -201,19 +203,21 @@ def layer_weights(model: HookedModel, layout: Layout, layer: int) -> LayerWeight
     in_bias = None if hooked and gate is not None else _weight(mlp, "b_in")
     gate_bias = None if hooked else _weight(mlp, "b_gate")
     return LayerWeights(
-        attention_gain=_gain(block.ln1, d_model),
+        attention_gain=_gain(block.ln1, model),
         query=attn.W_Q.detach(),
         key=_per_kv_head(attn.W_K.detach(), layout),
         value=_per_kv_head(attn.W_V.detach(), layout),
         output=attn.W_O.detach(),
+        output_bias=_detached(attn, "b_O"),
         score_scale=_score_scale(attn, layout),
-        mlp_gain=_gain(block.ln2, d_model),
+        mlp_gain=_gain(block.ln2, model),
         mlp_gate=None if gate is None else gate.detach(),
         mlp_in=w_in,
         mlp_out=_weight(mlp, "W_out").detach(),
         mlp_gate_offset=None if gate is None else offset(gate.detach(), gate_bias),
         mlp_in_offset=offset(w_in, in_bias),
-        mlp_post_bias=_weight(mlp, "b_in").detach() if hooked and gate is not None else None,
+        mlp_post_bias=_detached(mlp, "b_in") if hooked and gate is not None else None,
+        mlp_out_bias=_detached(mlp, "b_out"),
     )
 
 
@@ -221,8 +225,8 @@ def _refuse_unknown_structure(model: HookedModel) -> None:
     """What would make the recorded hooks tell another story than section 1's equations."""
     cfg, block, hooks = model.cfg, model.blocks[0], model.hook_dict
     reasons = {
-        "attention and MLP in parallel": "blocks.0.hook_resid_mid" not in hooks
-        or bool(getattr(cfg, "parallel_attn_mlp", False)),
+        "attention and MLP in parallel": bool(getattr(cfg, "parallel_attn_mlp", False))
+        or (hasattr(block, "mlp") and "blocks.0.hook_resid_mid" not in hooks),
         "norms after attention or MLP": any("ln1_post." in n or "ln2_post." in n for n in hooks)
         or bool(getattr(cfg, "use_normalization_before_and_after", False)),
         "normalised queries and keys": any("q_norm" in name for name in hooks),
@@ -255,7 +259,7 @@ def _folded(model: HookedModel) -> bool:
     if not getattr(model, "compatibility_mode", False):
         return False
     norms = [model.ln_final] + [norm for block in model.blocks for norm in (block.ln1, block.ln2)]
-    return all(bool((_gain(norm, model.cfg.d_model) == 1).all()) for norm in norms)
+    return all(bool((_gain(norm, model) == 1).all()) for norm in norms)
 
 
 def _folded_final_gain(model: HookedModel) -> Float[Tensor, " d_model"] | None:
@@ -263,7 +267,8 @@ def _folded_final_gain(model: HookedModel) -> Float[Tensor, " d_model"] | None:
     embed, unembed = getattr(model, "W_E", None), getattr(model, "W_U", None)
     if embed is None or unembed is None or embed.T.shape != unembed.shape:
         return None
-    embed, unembed = embed.detach().T.double(), unembed.detach().double()
+    some = slice(0, 4096)  # as many tokens say as much as all
+    embed, unembed = embed.detach()[some].T.double(), unembed.detach()[:, some].double()
     embed = embed - embed.mean(1, keepdim=True)  # centring the unembedding over the vocabulary shifts it
     unembed = unembed - unembed.mean(1, keepdim=True)
     gain = (embed * unembed).sum(1) / embed.square().sum(1)
@@ -271,13 +276,13 @@ def _folded_final_gain(model: HookedModel) -> Float[Tensor, " d_model"] | None:
     return gain if bool(residual < 1e-3) else None
 
 
-def _gain(norm: Any, d_model: int) -> Float[Tensor, " d_model"]:
-    """A norm's γ as it multiplies: ones where folded away; Gemma's stored γ-1 is handled by its own flag."""
+def _gain(norm: Any, model: HookedModel) -> Float[Tensor, " d_model"]:
+    """A norm's γ as it multiplies: ones where folded away, one more than what is stored where the class says so."""
     weight = getattr(norm, "w", None)
     if weight is None:
         weight = getattr(norm, "weight", None)
     if weight is None:
-        return torch.ones(d_model)
+        return model.blocks[0].attn.W_O.new_ones(model.cfg.d_model).detach()
     offset = bool(getattr(getattr(norm, "config", None), "rmsnorm_uses_offset", False))
     return weight.detach() + 1 if offset else weight.detach()
 
@@ -295,6 +300,11 @@ def _centred(model: HookedModel) -> bool:
 def _weight(module: Any, name: str) -> Tensor | None:
     weight = getattr(module, name, None)
     return weight if isinstance(weight, Tensor) else None
+
+
+def _detached(module: Any, name: str) -> Tensor | None:
+    weight = _weight(module, name)
+    return None if weight is None else weight.detach()
 
 
 def _key_value_heads(cfg: Any, n_heads: int) -> int:

@@ -142,6 +142,7 @@ class Recorder:
         gate.check_output(name, pattern, value, z)
         gate.check_scores(name, scores, query, key, self._weights.score_scale[layer].item())
         self._kept["pattern", layer] = pattern
+        self._kept["z_last", layer] = self._work(z[-1]).clone()
         self._kept["value", layer] = self._work(value).transpose(0, 1).contiguous()
         self._kept["query_norm", layer] = self._work(query).norm(dim=-1).T.contiguous()
         self._kept["key_norm", layer] = self._work(key).norm(dim=-1).T.contiguous()
@@ -156,7 +157,9 @@ class Recorder:
             gate=self._work(self._pop("pre", layer)),
             up=up,
         )
-        gate.check_mlp(name, state, self._pop("post", layer)[-1], weights, layout)
+        post = self._pop("post", layer)[-1]
+        gate.check_mlp(name, state, post, weights, layout)
+        self._kept["post_last", layer] = self._work(post).clone()
         directions = probe_directions(layout.d_model, self._node_probes, self._seed, layer)
         w, act = self._weights, layout.activation
         sigma = mlp_lipschitz(state, act, w.mlp_gate_norm[layer], w.mlp_in_norm[layer], w.mlp_out_norm[layer])
@@ -172,12 +175,32 @@ class Recorder:
         residual = self._pop("residual" if layer < self.layout.n_layers else "last", layer)
         gate.check_finite(f"layer {layer}, residual", residual)
         self._kept["residual", layer] = self._work(residual[-1]).clone()
+        if layer and ("middle", layer - 1) in self._kept:
+            weights = layer_weights(self._model, self.layout, layer - 1)
+            update = self._earlier("post_last", layer - 1) @ self._work(weights.mlp_out)
+            self._check_sum(layer - 1, "MLP", "middle", update, weights.mlp_out_bias, ("residual", layer))
 
     def _norm_scale(self, layer: int) -> None:
-        self._kept["attention_scale", layer] = self._pop("attention_scale", layer)[:, 0].double()
+        scale = self._pop("attention_scale", layer)
+        if scale.ndim != 2:
+            raise GateError(
+                f"layer {layer}, attention: the norm's divisor came per head; expected one residual stream for "
+                "queries, keys and values: model.set_use_split_qkv_input(False), model.set_use_attn_in(False)"
+            )
+        self._kept["attention_scale", layer] = scale[:, 0].double()
 
     def _middle(self, layer: int) -> None:
-        self._pop("middle", layer)  # only its presence counts: this block is sequential
+        self._kept["middle", layer] = self._work(self._pop("middle", layer)[-1]).clone()
+        weights = layer_weights(self._model, self.layout, layer)
+        update = self._earlier("z_last", layer).flatten() @ self._work(weights.output).flatten(0, 1)
+        self._check_sum(layer, "attention", "residual", update, weights.output_bias, ("middle", layer))
+
+    def _check_sum(
+        self, layer: int, part: str, before: str, update: Tensor, bias: Tensor | None, after: tuple[str, int]
+    ) -> None:
+        update = update if bias is None else update + self._work(bias)
+        name, dtype = f"layer {layer}, {part}", self.layout.dtype
+        gate.check_sum(name, self._earlier(before, layer), update, self._earlier(*after), dtype)
 
     def _final_scale(self, layer: int) -> None:
         self._kept["final_scale", layer] = self._pop("final_scale", layer)[-1, 0].double()
@@ -191,14 +214,22 @@ class Recorder:
 
     def _pop(self, key: str, layer: int) -> Tensor:
         """What a hook saw, the memory given back; the mark that it fired stays."""
-        value = self._seen.get((key, layer))
-        if value is None:
-            raise GateError(
-                f"layer {layer}: the hook for {key} did not fire before its layer was over; expected it once: this "
-                "model class does not show its own computation there (try attn_implementation='eager')"
-            )
+        value = self._fired(self._seen, key, layer)
         self._seen[key, layer] = value.new_empty(0)
         return value
+
+    def _earlier(self, key: str, layer: int) -> Tensor:
+        """What an earlier stage kept."""
+        return self._fired(self._kept, key, layer)
+
+    def _fired(self, where: dict[tuple[str, int], Tensor], key: str, layer: int) -> Tensor:
+        if (key, layer) not in where:
+            raise GateError(
+                f"layer {layer}: the hook for {key.removesuffix('_last')} did not fire before its layer was over; "
+                "expected it once: this model class does not show its own computation there (try "
+                "attn_implementation='eager')"
+            )
+        return where[key, layer]
 
     def _work(self, value: Tensor) -> Tensor:
         """float64 models stay float64; everything else is accumulated in float32."""
@@ -266,7 +297,7 @@ STACKED = (
     "mlp_lipschitz",
     "mlp_sigma",
 )
-KEPT_PER_LAYER = (*STACKED, "pattern", "residual")
+KEPT_PER_LAYER = (*STACKED, "pattern", "residual", "middle")
 KEPT_AT_THE_END = ("residual", "final_scale", "prediction_input")
 
 

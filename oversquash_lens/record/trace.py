@@ -97,15 +97,17 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Trace:
         """Read what `save` wrote; a TraceFileError names what is wrong with anything else."""
-        header, tensors = _read(Path(path))
-        if header.get("version") != FORMAT_VERSION:
+        path = Path(path).expanduser()
+        header, tensors = _read(path)
+        version = header.get("version") if isinstance(header, dict) else header
+        if version != FORMAT_VERSION or not isinstance(header, dict):
             raise TraceFileError(
-                f"{path} has trace format version {header.get('version')!r}; this oversquash-lens reads "
+                f"{path} has trace format version {version!r}; this oversquash-lens reads "
                 f"version {FORMAT_VERSION}: record the prompt again, or use the release that wrote it"
             )
         try:
             return _assemble(header, tensors)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, InputError) as error:
             raise TraceFileError(
                 f"{path} lacks a part of a trace ({one_line(error)}); expected a file written by Trace.save: "
                 "record the prompt again"
@@ -136,7 +138,7 @@ def _tensors(trace: Trace) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -14,6 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.errors import ModelError
 from oversquash_lens.record.layout import HookedModel, LayerWeights, Layout, layer_weights
 
 
@@ -58,6 +59,9 @@ def _fingerprint(model: HookedModel) -> tuple:
     parameters = [p.detach() for p in model.blocks.parameters()]
     wide = torch.promote_types(parameters[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(p, dtype=wide) for p in parameters])
+    if not torch.isfinite(norms).all():
+        which = [name for name, _ in model.blocks.named_parameters()][int((~torch.isfinite(norms)).nonzero()[0])]
+        raise ModelError(f"the weights blocks.{which} hold NaN or infinite values; expected finite ones: load it again")
     return tuple((p.data_ptr(), p._version) for p in parameters), tuple(norms.tolist())
 
 

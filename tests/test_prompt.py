@@ -1,0 +1,185 @@
+"""From what the user typed to token ids: BOS, chat template, readable tokens, and every prompt that is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import NO_BRIDGE, bridge, has_bridge
+
+import oversquash_lens as osl
+from oversquash_lens.errors import InputError
+from oversquash_lens.record.prompt import token_strings, tokenize
+
+D_VOCAB, N_CTX = 12, 8
+TEMPLATE = "{% for m in messages %}u {{ m.content }} {% endfor %}{% if add_generation_prompt %}a{% endif %}"
+
+
+class Stub:
+    """As much of a hooked model as a prompt needs."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.cfg = SimpleNamespace(n_ctx=N_CTX, d_vocab=D_VOCAB)
+        self.hook_dict: dict = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise AssertionError("tokenizing runs no model")
+
+    run_with_hooks = __call__
+
+
+def made_tokenizer(*, adds_bos: bool, has_bos: bool = True, template: str | None = None) -> Any:
+    """Words w3 … w11, `u` and `a`; <s> is BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "u": 1, "a": 2, **{f"w{i}": i for i in range(3, D_VOCAB)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="u"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="u", **({"bos_token": "<s>"} if has_bos else {}))
+    fast.chat_template = template
+    return fast
+
+
+PLAIN, WITH_BOS = Stub(made_tokenizer(adds_bos=False)), Stub(made_tokenizer(adds_bos=True))
+CHATTY = Stub(made_tokenizer(adds_bos=True, template=TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    ("model", "bos", "ids", "starts"),
+    [
+        (PLAIN, None, [3, 4], False),
+        (PLAIN, True, [0, 3, 4], True),
+        (PLAIN, False, [3, 4], False),
+        (WITH_BOS, None, [0, 3, 4], True),
+        (WITH_BOS, True, [0, 3, 4], True),
+        (WITH_BOS, False, [3, 4], False),
+    ],
+)
+def test_bos_is_the_tokenizers_own_or_forced(model: Stub, bos: bool | None, ids: list[int], starts: bool) -> None:
+    found = tokenize(model, "w3 w4", bos=bos)
+    assert found.ids.tolist() == ids
+    assert (found.bos, found.chat) == (starts, False)
+    assert found.ids.dtype == torch.long
+
+
+def test_chat_goes_through_the_template() -> None:
+    found = tokenize(CHATTY, "w3 w4", chat=True)
+    assert found.ids.tolist() == [1, 3, 4, 2]  # u w3 w4 a: the template writes its own start
+    assert (found.bos, found.chat) == (False, True)
+    assert tokenize(CHATTY, "w3 w4", chat=True, bos=True).ids.tolist() == [0, 1, 3, 4, 2]
+
+
+@pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
+def test_bos_and_chat_are_in_every_result() -> None:
+    model = bridge(2, "llama")
+    model.tokenizer.chat_template, before = "u {{ messages[0].content }} w9", model.tokenizer.chat_template
+    try:
+        for chat, bos, expected in (
+            (False, None, (True, False)),
+            (False, False, (False, False)),
+            (True, None, (False, True)),
+        ):
+            options = {"chat": chat, "bos": bos}
+            audit = osl.audit(model, "w3 w4", probes=2, **options)
+            trace = osl.record(model, "w3 w4", **options)
+            truth = osl.measured_sensitivity(model, "w3 w4", probes=2, **options)
+            for about in (trace.about, truth.about, audit.about, audit.truth.about, audit.mean_field.about):
+                assert (about.bos, about.chat) == expected
+            assert audit.tokens == trace.tokens == truth.tokens
+            assert audit.to_dict()["about"]["bos"] is expected[0]
+            assert ("starts with BOS" in str(audit.about), "chat template" in str(audit.about)) == expected
+    finally:
+        model.tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [3, 4, 5],
+        (3, 4, 5),
+        [[3, 4, 5]],
+        torch.tensor([3, 4, 5]),
+        torch.tensor([[3, 4, 5]]),
+        torch.tensor([3, 4, 5], dtype=torch.int32),
+        torch.tensor([3, 4, 5], dtype=torch.uint8).numpy(),
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
+def test_token_ids_of_every_kind(ids: Any) -> None:
+    found = tokenize(PLAIN, ids)
+    assert found.ids.tolist() == [3, 4, 5]
+    assert found.ids.dtype == torch.long
+    assert found.tokens == ("w3", "w4", "w5")
+
+
+def test_ids_that_start_with_bos_are_said_to() -> None:
+    assert tokenize(PLAIN, [0, 3]).bos
+    assert not tokenize(PLAIN, [3, 0]).bos
+
+
+def test_the_given_ids_are_not_the_traces_own() -> None:
+    ids = torch.tensor([3, 4, 5])
+    found = tokenize(PLAIN, ids)
+    ids[0] = 7
+    assert found.tokens[0] == "w3"
+    assert found.ids.tolist() == [3, 4, 5]
+
+
+def test_without_a_tokenizer_tokens_are_numbers() -> None:
+    assert tokenize(Stub(None), [3, 4]).tokens == ("3", "4")
+
+
+def test_a_token_that_is_half_a_character_keeps_its_name(smollm2: Any) -> None:
+    text = "naïve 👩‍👧 漢字"
+    ids = tokenize(smollm2, text).ids
+    tokens = token_strings(smollm2, ids)
+    assert len(tokens) == len(ids)
+    assert not any("\ufffd" in token for token in tokens)
+    assert smollm2.tokenizer.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "options", "said"),
+    [
+        (PLAIN, "", {}, "empty prompt"),
+        (PLAIN, "   ", {}, "0 tokens came"),
+        (PLAIN, "w3", {}, "a prompt of 1 token came"),
+        (WITH_BOS, "w3", {"bos": False}, "a prompt of 1 token came"),
+        (PLAIN, "w3 " * 9, {}, "9 tokens came; this model reads at most n_ctx = 8"),
+        (WITH_BOS, "w3 " * 8, {}, "9 tokens came"),
+        (PLAIN, [3] * 9, {}, "9 tokens came"),
+        (PLAIN, [3], {}, "1 token came"),
+        (PLAIN, [], {}, "shape (0,)"),
+        (PLAIN, 3, {}, "shape ()"),
+        (PLAIN, [3, 12], {}, "token id 12 came; expected ids in 0 … 11"),
+        (PLAIN, [-1, 3], {}, "token id -1 came"),
+        (PLAIN, [3.0, 4.0], {}, "float32"),
+        (PLAIN, [True, False], {}, "bool"),
+        (PLAIN, [[3, 4], [5, 6]], {}, "one prompt at a time"),
+        (PLAIN, torch.zeros(1, 1, 3, dtype=torch.long), {}, "(1, 1, 3)"),
+        (PLAIN, [[3, 4], [5]], {}, "type list"),
+        (PLAIN, ["w3", "w4"], {}, "type list"),
+        (PLAIN, None, {}, "type NoneType"),
+        (PLAIN, b"w3 w4", {}, "type bytes"),
+        (PLAIN, {3, 4}, {}, "type set"),
+        (PLAIN, [2**70, 3], {}, "type list"),
+        (PLAIN, [3, 4], {"bos": True}, "for a text prompt only"),
+        (PLAIN, [3, 4], {"chat": True}, "for a text prompt only"),
+        (PLAIN, "w3 w4", {"chat": True}, "without a chat template"),
+        (Stub(None), "w3 w4", {}, "without tokenizer"),
+        (Stub(made_tokenizer(adds_bos=False, has_bos=False)), "w3 w4", {"bos": True}, "without a BOS token"),
+        (PLAIN, "w3 \ud800 w4", {}, "expected"),
+    ],
+    ids=lambda value: repr(value)[:24] if not isinstance(value, Stub) else "",
+)
+def test_prompts_that_are_refused(model: Stub, prompt: Any, options: dict, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tokenize(model, prompt, **options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
