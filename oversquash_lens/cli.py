@@ -36,6 +36,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
     options = build_parser().parse_args(arguments)
     try:
         _silence_other_peoples_notices()
@@ -113,6 +116,8 @@ def run_audit(options: argparse.Namespace) -> None:
 
 def run_bound(options: argparse.Namespace) -> None:
     beta = _number_or_word(options.beta)
+    if options.variant == "mean_field" and beta != "measured":
+        raise InputError(f"--beta {options.beta} came with mean_field; expected no beta: it uses none")
     if options.variant not in (*VARIANT_NAMES, "mean_field"):
         raise InputError(f"variant {options.variant!r} came; expected one of {', '.join(VARIANT_NAMES)}, or mean_field")
     if options.top < 1:
@@ -136,7 +141,7 @@ def run_models(options: argparse.Namespace) -> None:
 
     found = cached_models()
     if options.json:
-        rows = [{name: str(value) for name, value in vars(model).items()} for model in found]
+        rows = [{**vars(model), "path": str(model.path)} for model in found]
         print(json.dumps({"cache": str(cache_folder()), "models": rows}))
         return
     print(f"cache: {cache_folder()}")
@@ -185,12 +190,20 @@ def _prompt(options: argparse.Namespace) -> str | list[int]:
                 f"cannot read --prompt-file {options.prompt_file}: {one_line(error)}; expected a UTF-8 text file"
             ) from error
     if "-" in (options.prompt, options.prompt_file):
-        return sys.stdin.read()
+        return _standard_input()
     if options.prompt is None:
         return DEFAULT_PROMPT
     if not options.prompt:
         raise InputError("an empty --prompt came; expected a text of at least two tokens")
     return options.prompt
+
+
+def _standard_input() -> str:
+    raw = getattr(sys.stdin, "buffer", None)
+    try:
+        return sys.stdin.read() if raw is None else raw.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
 
 
 def _number_or_word(text: str) -> float | str:

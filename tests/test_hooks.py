@@ -277,8 +277,8 @@ def test_an_edited_pattern_is_recorded_as_the_model_used_it(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_ablated_value_is_recorded_as_the_model_used_it(way: str, fresh: tuple[Model, Tokens]) -> None:
-    """Keys and values of one head set to zero: pattern·v is still z, and both are what the model had."""
+def test_an_ablated_value_is_refused(way: str, fresh: tuple[Model, Tokens]) -> None:
+    """Values set to zero leave pattern·v = z, but the head's W_V no longer tells what it passes on."""
     model, tokens = fresh
 
     def ablate(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
@@ -286,9 +286,8 @@ def test_an_ablated_value_is_recorded_as_the_model_used_it(way: str, fresh: tupl
         edited[:, :, 0] = 0
         return edited
 
-    trace = run_edited(model, tokens, way, "blocks.1.attn.hook_v", ablate)
-    assert torch.count_nonzero(trace.gains.value[1, 0]) == 0
-    assert torch.count_nonzero(trace.gains.value[1, 1]) > 0
+    with pytest.raises(GateError, match=r"layer 1, attention: norm · gain · W_value differs from hook_v"):
+        run_edited(model, tokens, way, "blocks.1.attn.hook_v", ablate)
 
 
 @pytest.mark.parametrize("way", WAYS)

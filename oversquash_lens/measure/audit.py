@@ -62,7 +62,7 @@ class Audit:
     @property
     def sentence(self) -> str:
         estimate, paper = self._row("mean_field"), self._row("proof")
-        loosest = min(self._row(name).median_log10_ratio for name in CALIBRATED)
+        closest = min(self._row(name).min_log10_ratio for name in CALIBRATED)
         broken = sum(row.violations or 0 for row in self.rows if row.promises_bound)
         size = 10**estimate.median_log10_ratio
         sound = (
@@ -74,7 +74,7 @@ class Audit:
             f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
             f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
             f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); {sound}, "
-            f"at least 10^{loosest:.0f} above the truth."
+            f"at least 10^{math.floor(closest)} above the truth."
         )
 
     def _row(self, name: str) -> AuditRow:
@@ -97,8 +97,10 @@ class Audit:
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.about}, {len(self.tokens)} tokens", title_justify="left")
+        title = Text(f"{self.about}, {len(self.tokens)} tokens")  # a model's name is no markup
+        table = Table(title=title, title_justify="left")
         table.add_column("measure")
         for name in ("Spearman ρ", "median log₁₀ ratio", "min", "max", "below truth"):
             table.add_column(name, justify="right")
@@ -116,7 +118,7 @@ class Audit:
             file=io.StringIO(), width=110, legacy_windows=False, force_jupyter=False, force_terminal=False
         )
         console.print(table)
-        console.print(self.sentence, highlight=False)
+        console.print(Text(self.sentence))
         return console.file.getvalue().rstrip()
 
 

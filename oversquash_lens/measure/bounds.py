@@ -108,9 +108,9 @@ def path_products(
             "model with these hooks first"
         )
     size = len(patterns[0])
-    if batch is None and size != 1:
-        raise InputError(f"a store of {size} prompts came; expected batch=0 … {size - 1} to say which one")
-    which = batch or 0
+    which = 0 if batch is None and size == 1 else batch
+    if which is None or not 0 <= which < size:
+        raise InputError(f"a store of {size} prompts came with batch={batch}; expected batch=0 … {size - 1}")
     if variant == "rollout":
         beta = 1.0  # it divides by no norm
     norms = Norms(*(_stored_norm(store, key, which, beta) for key in ("attention_scale", "mlp_scale")), 1.0)
@@ -134,7 +134,7 @@ class Norms:
 
 
 def _geometric_mean(scale: Float[Tensor, "layer pos"]) -> Float[Tensor, " layer"]:
-    return scale.double().log().mean(-1).exp()
+    return scale.double().log().mean(-1).exp().cpu()
 
 
 def _norms(trace: Trace, beta: float | str) -> Norms:

@@ -38,11 +38,13 @@ def compare(first: Profile, second: Profile) -> Comparison:
         )
     _refuse_mixed_gains(first, second)
     logs = _log_shape(first), _log_shape(second)
-    ratio = (logs[0] - logs[1]) / math.log(10)
-    if not (_has_size(first) and _has_size(second)) or bool(torch.isnan(ratio).any()):
+    heard = ~(torch.isneginf(logs[0]) & torch.isneginf(logs[1]))  # what neither hears has no ratio
+    ratio = ((logs[0] - logs[1]) / math.log(10))[heard]
+    if not (_has_size(first) and _has_size(second)) or not len(ratio) or bool(torch.isnan(ratio).any()):
         return Comparison(spearman(*logs), math.nan, math.nan, math.nan)
-    low, high = ratio.aminmax()
-    return Comparison(spearman(*logs), ratio.median().item(), low.item(), high.item())
+    ordered = ratio.sort().values
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return Comparison(spearman(*logs), middle.item(), ordered[0].item(), ordered[-1].item())
 
 
 def spearman(first: Float[Tensor, " pos"], second: Float[Tensor, " pos"]) -> float:

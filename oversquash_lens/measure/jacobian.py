@@ -24,6 +24,7 @@ from oversquash_lens.record import gate
 from oversquash_lens.record.about import About
 from oversquash_lens.record.hooks import NamedHook, attached
 from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, Layout, describe, model_layout
+from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
 
 NORMS = ("fro", "spectral")
@@ -174,8 +175,7 @@ def probe_squares(
     tape: Tape, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
 ) -> tuple[Float[Tensor, "probe pos"], Float[Tensor, "probe d_model"]]:
     """‖ω ∂y_n/∂v_i‖² for Gaussian ω, and the ω: each is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
-    generator = torch.Generator().manual_seed(seed)
-    covectors = torch.randn(probes, tape.output.shape[0], generator=generator, dtype=torch.float64)
+    covectors = torch.randn(probes, tape.output.shape[0], generator=random_source(seed), dtype=torch.float64)
     parts = [rows.square().sum(2, dtype=torch.float64) for rows in tape.products(covectors, memory, progress)]
     return torch.cat(parts).cpu(), covectors
 

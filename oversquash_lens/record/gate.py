@@ -65,6 +65,24 @@ def check_scores(
     _compare(name, own, scores.diagonal(dim1=1, dim2=2), "q · k · scale", "the score", query.dtype)
 
 
+def check_projections(
+    name: str,
+    normalized: Float[Tensor, " d_model"],
+    w: LayerWeights,
+    seen: dict[str, Float[Tensor, "heads d_head"]],
+    dtype: torch.dtype,
+) -> None:
+    """The last position's queries, keys and values from norm, gain and weights: no head of them was edited."""
+    inside = normalized * w.attention_gain.to(normalized)
+    if w.attention_norm_bias is not None:
+        inside = inside + w.attention_norm_bias.to(normalized)
+    for key, value in seen.items():
+        weight, bias = getattr(w, key).to(normalized), getattr(w, f"{key}_bias")
+        computed = einsum(inside, weight, "d, head d i -> head i")
+        computed = computed if bias is None else computed + bias.to(normalized)
+        _compare(name, computed, value.to(normalized), f"norm · gain · W_{key}", f"hook_{key[0]}", dtype)
+
+
 def check_mlp(name: str, state: MlpState, post: Float[Tensor, " d_mlp"], w: LayerWeights, layout: Layout) -> None:
     """The last position's pre-activations from norm, gain and weights, and its activations from these."""
     work = state.gate.dtype
@@ -106,6 +124,6 @@ def _compare(where: str, computed: Tensor, seen: Tensor, route: str, hook: str, 
     if not off <= TOLERANCE[dtype]:
         raise GateError(
             f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook of yours edits "
-            "the result (to ablate a head, edit hook_pattern or hook_v instead; measured_sensitivity allows any edit), "
-            "or the model computes something else than its hooks show"
+            "the result, which the weights then do not tell (to ablate a head, set its W_O to 0; measured_sensitivity "
+            "allows any edit), or the model computes something else than its hooks show"
         )

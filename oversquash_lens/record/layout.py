@@ -95,9 +95,13 @@ class LayerWeights:
     """
 
     attention_gain: Float[Tensor, " d_model"]
+    attention_norm_bias: Float[Tensor, " d_model"] | None
     query: Float[Tensor, "head d_model d_head"]
     key: Float[Tensor, "kv_head d_model d_head"]
     value: Float[Tensor, "kv_head d_model d_head"]
+    query_bias: Float[Tensor, "head d_head"] | None
+    key_bias: Float[Tensor, "kv_head d_head"] | None
+    value_bias: Float[Tensor, "kv_head d_head"] | None
     output: Float[Tensor, "head d_head d_model"]
     output_bias: Float[Tensor, " d_model"] | None
     score_scale: float
@@ -198,15 +202,26 @@ def layer_weights(model: HookedModel, layout: Layout, layer: int) -> LayerWeight
             total = total + norm_bias @ weight
         return total if bias is None else total + bias.detach()
 
+    def heads_bias(name: str, heads: int) -> Tensor | None:
+        bias = _detached(attn, name)
+        if bias is None:
+            return None
+        bias = bias.reshape(-1, attn.W_Q.shape[2])
+        return bias[:: bias.shape[0] // heads]
+
     # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
     hooked = type(model).__name__ == "HookedTransformer"
     in_bias = None if hooked and gate is not None else _weight(mlp, "b_in")
     gate_bias = None if hooked else _weight(mlp, "b_gate")
     return LayerWeights(
         attention_gain=_gain(block.ln1, model),
+        attention_norm_bias=_norm_bias(block.ln1),
         query=attn.W_Q.detach(),
         key=_per_kv_head(attn.W_K.detach(), layout),
         value=_per_kv_head(attn.W_V.detach(), layout),
+        query_bias=heads_bias("b_Q", layout.n_heads),
+        key_bias=heads_bias("b_K", layout.n_kv_heads),
+        value_bias=heads_bias("b_V", layout.n_kv_heads),
         output=attn.W_O.detach(),
         output_bias=_detached(attn, "b_O"),
         score_scale=_score_scale(attn, layout),

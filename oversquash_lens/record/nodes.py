@@ -17,6 +17,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.errors import InputError
 from oversquash_lens.record.layout import Activation, LayerWeights
 
 CHUNK = 1 << 24  # elements of [probe, pos, d_mlp] held at a time
@@ -38,11 +39,18 @@ class MlpState:
 
 
 def _value_and_slope(activation: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         value = activation.function(x)
         (slope,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), slope
+
+
+def random_source(seed: int, layer: int = 0) -> torch.Generator:
+    """Reproducible randomness on the CPU, another for each layer."""
+    if not -(2**63) < seed < 2**63:
+        raise InputError(f"seed={seed} came; expected a whole number of at most 63 bits")
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
 
 
 def probe_directions(d_model: int, probes: int | None, seed: int, layer: int) -> Float[Tensor, "probe d_model"]:
@@ -52,8 +60,7 @@ def probe_directions(d_model: int, probes: int | None, seed: int, layer: int) ->
     """
     if probes is None or probes >= d_model:
         return torch.eye(d_model, dtype=torch.float64) * d_model**0.5
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
-    gaussian = torch.randn(d_model, probes, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(d_model, probes, generator=random_source(seed, layer), dtype=torch.float64)
     return torch.linalg.qr(gaussian).Q.T * d_model**0.5
 
 

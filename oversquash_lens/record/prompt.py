@@ -28,6 +28,11 @@ class TokenizedPrompt:
 
 def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
     """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""
+    if not hasattr(model, "cfg"):
+        raise InputError(
+            f"a {type(model).__name__} came as the model; expected a HookedTransformer or TransformerBridge: load one "
+            "with oversquash_lens.load_model()"
+        )
     if isinstance(prompt, str):
         ids = _encode(model, prompt, chat=chat, bos=bos)
     elif chat or bos is not None:
@@ -63,6 +68,10 @@ def _encode(model: HookedModel, prompt: str, *, chat: bool, bos: bool | None) ->
         raise InputError("a text prompt came for a model without tokenizer; expected token ids of shape [pos]")
     if not prompt:
         raise InputError("an empty prompt came; expected a text of at least two tokens")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"a prompt that is no valid Unicode came ({error.reason}); expected UTF-8 text") from error
     ids = _chat_ids(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
     begin = tokenizer.bos_token_id
     if bos is True and begin is None:
@@ -100,7 +109,7 @@ def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
             f"token ids of shape {tuple(ids.shape)} and {ids.dtype} came; expected integers of shape [pos] or "
             "[1, pos]: record one prompt at a time"
         )
-    return ids.detach().long().cpu()
+    return ids.detach().long().cpu().clone()
 
 
 def _check_range(model: HookedModel, ids: Int[Tensor, " pos"]) -> None:

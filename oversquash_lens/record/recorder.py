@@ -19,7 +19,7 @@ from oversquash_lens.record.layout import HookedModel, describe, layer_weights, 
 from oversquash_lens.record.nodes import MlpState, mlp_lipschitz, node_gain, probe_directions
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.record.trace import Gains, Trace
-from oversquash_lens.record.weights import weight_gains
+from oversquash_lens.record.weights import WeightGains, weight_gains
 
 NODE_PROBES = 2  # a node gain then is off by 0.02 in log10 (rms, SmolLM2), a tenth of what the estimate itself is
 
@@ -80,7 +80,7 @@ class Recorder:
     def __init__(self, model: HookedModel, node_probes: int | None, seed: int) -> None:
         self.layout = model_layout(model)
         self.about = describe(model, self.layout)
-        self._weights = weight_gains(model, self.layout)
+        self._weights: WeightGains | None = None
         self._model: HookedModel | None = model
         self._node_probes, self._seed = node_probes, seed
         self._seen: dict[tuple[str, int], Tensor] = {}
@@ -93,7 +93,9 @@ class Recorder:
         def start(module: Any, inputs: tuple) -> None:
             ids = inputs[0] if inputs else None
             if isinstance(ids, Tensor) and ids.ndim == 2 and self._model is not None:
-                self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu())
+                self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu().clone())
+                self.layout = model_layout(self._model)  # as the weights are now, not when the recording began
+                self._weights = weight_gains(self._model, self.layout)
             move_last()
 
         return start
@@ -117,6 +119,8 @@ class Recorder:
                 )
             if value.shape[0] != 1:
                 raise InputError(f"{name}: a batch of {value.shape[0]} came; expected one prompt at a time")
+            if self._weights is None:
+                raise GateError("no token ids were seen; expected a forward pass that starts from token ids")
             self._seen[key, layer] = value.detach()[0]
             if key in FOLDING:
                 with torch.no_grad():
@@ -141,9 +145,14 @@ class Recorder:
         gate.check_pattern(name, pattern)
         gate.check_output(name, pattern, value, z)
         gate.check_scores(name, scores, query, key, self._weights.score_scale[layer].item())
-        self._kept["pattern", layer] = pattern
+        weights, residual = layer_weights(self._model, self.layout, layer), self._earlier("residual", layer)
+        centre = residual.mean() if self.layout.centred else 0.0
+        normalized = (residual - centre) / self._earlier("attention_scale", layer)[-1].to(residual)
+        last = {"query": query[-1], "key": key[-1], "value": value[-1]}
+        gate.check_projections(name, normalized, weights, last, self.layout.dtype)
+        self._kept["pattern", layer] = pattern.clone()  # a user's cache may hold the same memory
         self._kept["z_last", layer] = self._work(z[-1]).clone()
-        self._kept["value", layer] = self._work(value).transpose(0, 1).contiguous()
+        self._kept["value", layer] = self._work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self._kept["query_norm", layer] = self._work(query).norm(dim=-1).T.contiguous()
         self._kept["key_norm", layer] = self._work(key).norm(dim=-1).T.contiguous()
 

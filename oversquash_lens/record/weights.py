@@ -58,11 +58,20 @@ def _fingerprint(model: HookedModel) -> tuple:
     """Changes when any weight does, also by a `.data` edit, which torch's own version counter does not see."""
     parameters = [p.detach() for p in model.blocks.parameters()]
     wide = torch.promote_types(parameters[0].dtype, torch.float32)
-    norms = torch.stack([torch.linalg.vector_norm(p, dtype=wide) for p in parameters])
-    if not torch.isfinite(norms).all():
-        which = [name for name, _ in model.blocks.named_parameters()][int((~torch.isfinite(norms)).nonzero()[0])]
+    sums = torch.stack([_irregular_sum(p.to(wide)) for p in parameters])
+    if not torch.isfinite(sums).all():
+        which = [name for name, _ in model.blocks.named_parameters()][int((~torch.isfinite(sums)).nonzero()[0])]
         raise ModelError(f"the weights blocks.{which} hold NaN or infinite values; expected finite ones: load it again")
-    return tuple((p.data_ptr(), p._version) for p in parameters), tuple(norms.tolist())
+    return tuple((p.data_ptr(), p._version) for p in parameters), tuple(sums.tolist())
+
+
+def _irregular_sum(weight: Tensor) -> Float[Tensor, ""]:
+    """A sum whose terms weigh differently, so that signs, swapped heads and permuted rows change it."""
+    rows = weight.reshape(len(weight), -1)
+    across, down = (
+        torch.arange(1, size + 1, device=weight.device).to(weight).sqrt().cos() for size in rows.shape[::-1]
+    )
+    return (rows @ across) @ down
 
 
 def _layer_gains(w: LayerWeights) -> dict[str, Tensor]:
