@@ -21,7 +21,7 @@ from oversquash_lens.measure.compare import compare
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 needs_both = pytest.mark.skipif(
-    not (has_hooked() and has_bridge()), reason="this TransformerLens has only one of the two classes"
+    not (has_hooked() and has_bridge()), reason="this TransformerLens has no HookedTransformer beside a bridge"
 )
 
 Model = Any

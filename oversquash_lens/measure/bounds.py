@@ -208,13 +208,13 @@ def _calibrated_edges(trace: Trace, *, softmax: bool) -> EdgeRows:
         edge = einsum(rows, weights.ov_norm[layer].to(rows), "head dest src, head -> dest src")
         own = diagonal_of(start, stop, rows)
         if softmax:
-            moved = rows * squared_output_distance(trace, layer, start, rows).sqrt()
-            moved = moved * weights.score_scale[layer].to(rows).abs()
+            moved = squared_output_distance(trace, layer, start, rows).sqrt_().mul_(rows)
+            moved *= weights.score_scale[layer].to(rows).abs()
             query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
             key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
             key = key * weights.query_norm[layer, :, None].to(rows)
-            edge = edge + einsum(moved, query, "head dest src, head dest -> dest src")
-            query_side = einsum(moved, key, "head dest src, head src -> dest")
+            query_side = einsum(moved, key, "head dest src, head src -> head dest").sum(0)
+            edge = edge + moved.mul_(query[:, :, None]).sum(0)
             own_rest = 1 + query_side / scale[start:stop]
             return edge / scale[:stop] + own * own_rest[:, None]
         return edge / scale[:stop] + own

@@ -66,8 +66,8 @@ def _key_side(
 ) -> Float[Tensor, "dest src"]:
     """Σ_h (α^h ‖o_k - ō_j‖)² · ‖q_j‖² scale² · ‖diag(γ)W_K‖_F²/d_head / d."""
     weights = trace.gains.weights
-    squared = squared_output_distance(trace, layer, start, rows) * rows.square()
+    squared = squared_output_distance(trace, layer, start, rows).mul_(rows).mul_(rows)
     d_head = trace.gains.value.shape[-1]
     key = weights.key_square[layer] * weights.score_scale[layer] ** 2 / (d_head * trace.about.d_model)
     query = trace.gains.query_norm[layer][:, start:stop].square() * key[:, None].to(rows)
-    return einsum(squared, query.to(rows), "head dest src, head dest -> dest src")
+    return squared.mul_(query.to(rows)[:, :, None]).sum(0)

@@ -31,11 +31,11 @@ def check_pattern(name: str, pattern: Float[Tensor, "head dest src"]) -> None:
             f"{name}: rows of the attention pattern sum to 1 ± {off:.2g}; expected 1: this hook does not show the "
             "softmax that the model uses (attention sinks, padding or a delegated attention), or weights hold NaN"
         )
-    above = pattern.triu(1).abs().max().item()
-    if above > 0:
+    future = pattern.triu(1)
+    if future.any():
         raise GateError(
-            f"{name}: attention to later positions ({above:.2g}) came; expected a causal pattern, zero above "
-            "the diagonal"
+            f"{name}: attention to later positions ({future.abs().max().item():.2g}) came; expected a causal pattern, "
+            "zero above the diagonal"
         )
 
 

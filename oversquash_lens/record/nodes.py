@@ -20,6 +20,8 @@ from torch import Tensor
 from oversquash_lens.errors import InputError
 from oversquash_lens.record.layout import Activation, LayerWeights
 
+Slopes = list[Float[Tensor, "pos d_mlp"]]  # [c, a] of a gated MLP, [c] of a plain one
+
 CHUNK = 1 << 24  # elements of [probe, pos, d_mlp] held at a time
 
 
@@ -32,7 +34,7 @@ class MlpState:
     gate: Float[Tensor, "pos d_mlp"]
     up: Float[Tensor, "pos d_mlp"] | None
 
-    def slopes(self, activation: Activation) -> list[Float[Tensor, "pos d_mlp"]]:
+    def slopes(self, activation: Activation) -> Slopes:
         """[c, a] of a gated MLP, [c] of a plain one: how the output of each neuron follows its inputs."""
         value, slope = _value_and_slope(activation, self.gate)
         return [slope] if self.up is None else [slope * self.up, value]
@@ -65,7 +67,7 @@ def probe_directions(d_model: int, probes: int | None, seed: int, layer: int) ->
 
 
 def node_gain(
-    state: MlpState, w: LayerWeights, activation: Activation, directions: Tensor, centred: bool
+    state: MlpState, w: LayerWeights, slopes: Slopes, directions: Tensor, centred: bool
 ) -> Float[Tensor, " pos"]:
     """‖I + J‖_F²/d_model at every position (docs/theory.md, section 4), from probes that all positions share."""
     dtype = state.gate.dtype
@@ -74,15 +76,15 @@ def node_gain(
     along = einsum(state.normalized, directions, "pos d, probe d -> probe pos") / directions.shape[1]
     inner = [state.gate] if state.up is None else [state.gate, state.up]
     inner = [x - offset for x, offset in zip(inner, offsets, strict=True)]
-    slopes = state.slopes(activation)
+    radial = sum(x * slope for x, slope in zip(inner, slopes, strict=True))  # what the norm's projection takes away
     w_out, total = w.mlp_out.to(dtype), torch.zeros_like(state.scale)
     step = max(1, CHUNK // state.gate.numel())
     for start in range(0, len(directions), step):
         part = slice(start, start + step)
-        hidden = sum(
-            (push[part, None] - along[part, :, None] * x) * slope
-            for push, x, slope in zip(pushed, inner, slopes, strict=True)
-        )
+        hidden = pushed[0][part, None] * slopes[0]
+        for push, slope in zip(pushed[1:], slopes[1:], strict=True):
+            hidden.addcmul_(push[part, None], slope)
+        hidden.addcmul_(along[part, :, None], radial, value=-1)
         out = (hidden @ w_out) / state.scale[:, None] + directions[part, None]
         total += out.square().sum((0, 2))
     return total / (len(directions) * directions.shape[1])
@@ -101,13 +103,12 @@ def _pushed(w: LayerWeights, directions: Tensor, dtype: torch.dtype, centred: bo
 
 
 def mlp_lipschitz(
-    state: MlpState,
-    activation: Activation,
+    slopes: Slopes,
     gate_norm: Float[Tensor, ""],
     in_norm: Float[Tensor, ""],
     out_norm: Float[Tensor, ""],
 ) -> Float[Tensor, " pos"]:
     """Rigorous bound on ‖J‖₂ at every position, the norm's 1/r left out (docs/theory.md, section 3)."""
-    slopes = [slope.abs().amax(1).double() for slope in state.slopes(activation)]
-    norms = [in_norm] if state.up is None else [gate_norm, in_norm]
-    return sum(norm.to(slope) * slope for norm, slope in zip(norms, slopes, strict=True)) * out_norm.to(slopes[0])
+    steepest = [slope.abs().amax(1).double() for slope in slopes]
+    norms = [in_norm] if len(slopes) == 1 else [gate_norm, in_norm]
+    return sum(norm.to(slope) * slope for norm, slope in zip(norms, steepest, strict=True)) * out_norm.to(steepest[0])

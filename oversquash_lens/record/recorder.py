@@ -171,8 +171,9 @@ class Recorder:
         self._kept["post_last", layer] = self._work(post).clone()
         directions = probe_directions(layout.d_model, self._node_probes, self._seed, layer)
         w, act = self._weights, layout.activation
-        sigma = mlp_lipschitz(state, act, w.mlp_gate_norm[layer], w.mlp_in_norm[layer], w.mlp_out_norm[layer])
-        self._kept["node_gain", layer] = node_gain(state, weights, act, directions, layout.centred).double()
+        slopes = state.slopes(act)
+        sigma = mlp_lipschitz(slopes, w.mlp_gate_norm[layer], w.mlp_in_norm[layer], w.mlp_out_norm[layer])
+        self._kept["node_gain", layer] = node_gain(state, weights, slopes, directions, layout.centred).double()
         self._kept["mlp_scale", layer] = state.scale.double()
         self._kept["mlp_lipschitz", layer] = sigma / state.scale.double()
         if layout.gated:  # no global constant exists: the largest over this prompt's activations
