@@ -102,7 +102,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
 def run_report(options: argparse.Namespace) -> None:
     from oversquash_lens.render.page import write_page
 
-    check_writable(options.out)
+    _check_out(options)
     audit = _audit(options, None if options.exact else options.probes)
     path = write_page(audit, options.out)
     print(json.dumps(audit.to_dict()) if options.json else f"{audit.sentence}\n\n{path}")

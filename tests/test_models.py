@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import has_bridge, has_hooked
 
 from oversquash_lens import conversion, embedded, sources
 from oversquash_lens.errors import InputError, ModelError
@@ -25,22 +26,6 @@ from oversquash_lens.models import cache_folder, cached_models, load_model
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 VOCAB = 40
-
-
-def has_hooked() -> bool:
-    try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def has_bridge() -> bool:
-    try:
-        import transformer_lens.model_bridge  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 HOOKED = pytest.mark.skipif(not has_hooked(), reason="this TransformerLens (4 or later) has no HookedTransformer")

@@ -135,7 +135,7 @@ def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt
         _check_pattern_is_used(model, layout, tokenized)
     hooks += _freezing_hooks(layout, freeze)
     with _on_the_record(model, hooks):
-        model(tokenized.ids[None].to(model.W_E.device))
+        model(tokenized.batch(model))
     output = caught["output"]
     gate.check_finite("the unembedding's input", output)
     if layout.restore_gain is not None:
@@ -223,12 +223,8 @@ def _freezing_hooks(layout: Layout, freeze: Iterable[str]) -> list[NamedHook]:
 @contextmanager
 def _on_the_record(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
     """Hooks attached behind the user's own, gradients on whatever the caller's mode is."""
-    with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks) as move_last:
-        handle = model.embed.register_forward_pre_hook(lambda module, inputs: move_last())
-        try:
-            yield
-        finally:
-            handle.remove()
+    with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks):
+        yield
 
 
 def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt) -> None:
@@ -242,7 +238,7 @@ def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: Tokeni
         return pattern * 0.5
 
     halved = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(layout.n_layers)]
-    ids = tokenized.ids[None].to(model.W_E.device)
+    ids = tokenized.batch(model)
     for hooks in ([], halved):
         with torch.no_grad(), attached(model, [("unembed.hook_in", end), *hooks]):
             model(ids)

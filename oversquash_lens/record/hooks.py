@@ -74,11 +74,11 @@ def _own(value: Tensor, detach: bool) -> Tensor:
 
 
 @contextmanager
-def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[Callable[[], None]]:
+def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
     """Attach our hooks, and on leaving, whatever happened, remove these and no others.
 
-    They survive the model's own reset_hooks(). Yields a function that moves them behind every other hook of
-    their points, so that what they see is what the model goes on to use.
+    They survive the model's own reset_hooks(). When a pass begins they move behind every other hook of their points,
+    so that what they see is what the model goes on to use.
     """
     handles = []
     points = model.hook_dict  # a bridge builds it anew at every look
@@ -90,13 +90,17 @@ def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[Callabl
             point.add_hook(hook, is_permanent=True)
             handles.append((point, point.fwd_hooks[-1]))
 
-        def move_last() -> None:
+        def move_last(embed: Any, inputs: tuple) -> None:
             for _, handle in handles:
                 waiting = handle.hook.hooks_dict_ref()
                 if waiting is not None and handle.hook.id in waiting:
                     waiting.move_to_end(handle.hook.id)
 
-        yield move_last
+        beginning = model.embed.register_forward_pre_hook(move_last)
+        try:
+            yield
+        finally:
+            beginning.remove()
     finally:
         for point, handle in handles:
             handle.hook.remove()

@@ -25,6 +25,10 @@ class TokenizedPrompt:
     bos: bool
     chat: bool
 
+    def batch(self, model: HookedModel) -> Int[Tensor, "one pos"]:
+        """The ids as the model takes them: one row, on its device."""
+        return self.ids[None].to(model.W_E.device)
+
 
 def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
     """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""

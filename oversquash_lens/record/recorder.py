@@ -15,7 +15,7 @@ from oversquash_lens.errors import GateError, InputError
 from oversquash_lens.record import gate
 from oversquash_lens.record.attention import KeptAttention
 from oversquash_lens.record.hooks import Hook, NamedHook, attached
-from oversquash_lens.record.layout import HookedModel, describe, layer_weights, model_layout
+from oversquash_lens.record.layout import HookedModel, LayerWeights, describe, layer_weights, model_layout
 from oversquash_lens.record.nodes import MlpState, mlp_lipschitz, node_gain, probe_directions
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.record.trace import Gains, Trace
@@ -49,7 +49,7 @@ def record_tokens(
 ) -> Trace:
     """`record` for a prompt that is already tokenized and checked."""
     with recording(model, node_probes=node_probes, seed=seed) as recorder, torch.no_grad():
-        model(tokenized.ids[None].to(_device(model)))
+        model(tokenized.batch(model))
     return recorder.trace(tokenized)
 
 
@@ -64,8 +64,8 @@ def recording(model: Any, *, node_probes: int | None = NODE_PROBES, seed: int = 
         raise InputError(f"node_probes={node_probes} came; expected at least 1, or None for the exact gain")
     recorder = Recorder(model, node_probes, seed)
     try:
-        with attached(model, recorder.hooks()) as move_last:
-            handle = model.embed.register_forward_pre_hook(recorder.begin(move_last))
+        with attached(model, recorder.hooks()):
+            handle = model.embed.register_forward_pre_hook(recorder.begin)
             try:
                 yield recorder
             finally:
@@ -83,22 +83,18 @@ class Recorder:
         self._weights: WeightGains | None = None
         self._model: HookedModel | None = model
         self._node_probes, self._seed = node_probes, seed
+        self._current: tuple[int, LayerWeights] | None = None
         self._seen: dict[tuple[str, int], Tensor] = {}
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._tokenized: TokenizedPrompt | None = None
 
-    def begin(self, move_last: Any) -> Hook:
-        """Forward pre-hook of the embedding: the token ids, and the moment when every other hook is in place."""
-
-        def start(module: Any, inputs: tuple) -> None:
-            ids = inputs[0] if inputs else None
-            if isinstance(ids, Tensor) and ids.ndim == 2 and self._model is not None:
-                self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu().clone())
-                self.layout = model_layout(self._model)  # as the weights are now, not when the recording began
-                self._weights = weight_gains(self._model, self.layout)
-            move_last()
-
-        return start
+    def begin(self, embed: Any, inputs: tuple) -> None:
+        """Forward pre-hook of the embedding: the token ids, and the weights as they are in this pass."""
+        ids = inputs[0] if inputs else None
+        if isinstance(ids, Tensor) and ids.ndim == 2 and self._model is not None:
+            self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu().clone())
+            self.layout = model_layout(self._model)  # not when the recording began
+            self._weights = weight_gains(self._model, self.layout)
 
     def hooks(self) -> list[NamedHook]:
         layers = range(self.layout.n_layers)
@@ -145,7 +141,7 @@ class Recorder:
         gate.check_pattern(name, pattern)
         gate.check_output(name, pattern, value, z)
         gate.check_scores(name, scores, query, key, self._weights.score_scale[layer].item())
-        weights, residual = layer_weights(self._model, self.layout, layer), self._earlier("residual", layer)
+        weights, residual = self._layer_weights(layer), self._earlier("residual", layer)
         centre = residual.mean() if self.layout.centred else 0.0
         normalized = (residual - centre) / self._earlier("attention_scale", layer)[-1].to(residual)
         last = {"query": query[-1], "key": key[-1], "value": value[-1]}
@@ -158,7 +154,7 @@ class Recorder:
 
     def _mlp(self, layer: int) -> None:
         name, layout = f"layer {layer}, MLP", self.layout
-        weights = layer_weights(self._model, layout, layer)
+        weights = self._layer_weights(layer)
         up = self._work(self._pop("pre_linear", layer)) if layout.gated else None
         state = MlpState(
             normalized=self._work(self._pop("mlp_normalized", layer)),
@@ -186,7 +182,7 @@ class Recorder:
         gate.check_finite(f"layer {layer}, residual", residual)
         self._kept["residual", layer] = self._work(residual[-1]).clone()
         if layer and ("middle", layer - 1) in self._kept:
-            weights = layer_weights(self._model, self.layout, layer - 1)
+            weights = self._layer_weights(layer - 1)
             update = self._earlier("post_last", layer - 1) @ self._work(weights.mlp_out)
             self._check_sum(layer - 1, "MLP", "middle", update, weights.mlp_out_bias, ("residual", layer))
 
@@ -201,7 +197,7 @@ class Recorder:
 
     def _middle(self, layer: int) -> None:
         self._kept["middle", layer] = self._work(self._pop("middle", layer)[-1]).clone()
-        weights = layer_weights(self._model, self.layout, layer)
+        weights = self._layer_weights(layer)
         update = self._earlier("z_last", layer).flatten() @ self._work(weights.output).flatten(0, 1)
         self._check_sum(layer, "attention", "residual", update, weights.output_bias, ("middle", layer))
 
@@ -221,6 +217,12 @@ class Recorder:
         restore = self.layout.restore_gain
         y = self._work(y)
         self._kept["prediction_input", layer] = y.clone() if restore is None else y * restore.to(y)
+
+    def _layer_weights(self, layer: int) -> LayerWeights:
+        """The weights of the layer that is running; its stages ask one after another."""
+        if self._current is None or self._current[0] != layer:
+            self._current = (layer, layer_weights(self._model, self.layout, layer))
+        return self._current[1]
 
     def _pop(self, key: str, layer: int) -> Tensor:
         """What a hook saw, the memory given back; the mark that it fired stays."""
@@ -246,7 +248,7 @@ class Recorder:
         return value.double() if self.layout.dtype == torch.float64 else value.float()
 
     def close(self) -> None:
-        self._model = None
+        self._model = self._current = None
         self._seen = {}
 
     def trace(self, tokenized: TokenizedPrompt | None = None) -> Trace:
@@ -309,7 +311,3 @@ STACKED = (
 )
 KEPT_PER_LAYER = (*STACKED, "pattern", "residual", "middle")
 KEPT_AT_THE_END = ("residual", "final_scale", "prediction_input")
-
-
-def _device(model: HookedModel) -> torch.device:
-    return model.W_E.device
