@@ -65,8 +65,10 @@ class Audit:
         closest = min(self._row(name).min_log10_ratio for name in CALIBRATED)
         broken = sum(row.violations or 0 for row in self.rows if row.promises_bound)
         size = 10**estimate.median_log10_ratio
-        held = "do" if self.truth.exact else "are not refuted"  # probes see the spectral norm from below only
-        above = f"the bounds that promise to hold {held}, at least 10^{math.floor(closest)} above the truth"
+        gap = f"at least 10^{math.floor(closest)} above"
+        above = f"the bounds that promise to hold do, {gap} the truth"
+        if not self.truth.exact:  # probes see the spectral norm from below only
+            above = f"the bounds that promise to hold are not refuted, {gap} what the probes see of the truth"
         sound = f"the bounds that promise to hold are BROKEN at {broken} positions" if broken else above
         return (
             f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
