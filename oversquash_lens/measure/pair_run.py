@@ -1,0 +1,109 @@
+"""Two prompts after another through one model in one number format, and how far apart each pair ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.measure.double import InDouble
+from oversquash_lens.measure.family import Ids, repeats_last
+from oversquash_lens.measure.precision import NumberFormat, stored
+from oversquash_lens.record.layout import HookedModel, Layout
+from oversquash_lens.record.readings import read, read_alone, unembedded
+
+FLOOR_POINTS = 9  # pairs at which the noise floor is measured, spread over all
+LOGITS = 64  # pairs whose logits are held at a time
+
+Again = dict[int, tuple[Tensor, Tensor]]  # pair -> its first prompt's y and heads
+
+
+class PairRun:
+    """One pass over all pairs in one compute format, and what is read from it."""
+
+    def __init__(self, model: HookedModel, layout: Layout, pairs: Sequence[tuple[Ids, Ids]], share: bool) -> None:
+        self.model, self.layout = model, layout
+        self.sequences = list(dict.fromkeys(ids for pair in pairs for ids in pair))
+        index = {ids: i for i, ids in enumerate(self.sequences)}
+        self.first = torch.tensor([index[a] for a, _ in pairs])
+        self.second = torch.tensor([index[b] for _, b in pairs])
+        repeated = {b for a, b in pairs if repeats_last(a, b)}
+        compared = [ids in repeated for ids in self.sequences]
+        with self._passing():
+            self.readings = read(model, layout, self.sequences, compared=compared, share=share)
+        self.covered = torch.tensor([repeats_last(*pair) for pair in pairs])
+
+    def _passing(self) -> AbstractContextManager[Any]:
+        return InDouble() if self.layout.dtype == torch.float64 else nullcontext()
+
+    def distances(self, fmt: NumberFormat) -> dict[str, Tensor]:
+        readings, first, second = self.readings, self.first, self.second
+        y = stored(readings.prediction_input, fmt).cpu()
+        heads = stored(readings.heads, fmt).cpu()
+        change = (y[first] - y[second]).abs()
+        shift, own = (
+            values[:, second].masked_fill(~self.covered, torch.nan)
+            for values in (readings.attention_shift, readings.self_attention)
+        )
+        return {
+            "l1": change.sum(1),
+            "l2": change.norm(dim=1),
+            "linf": change.amax(1),
+            "relative": change.norm(dim=1) / y[first].norm(dim=1),
+            "per_head": (heads[first] - heads[second]).abs().amax(2),
+            "by_layer": torch.stack([self._relative(layer, fmt) for layer in readings.residuals]),
+            "bit_equal": (change == 0).all(1),
+            "attention_shift": shift,
+            "self_attention": own,
+            **self._logits(y, fmt),
+        }
+
+    def _relative(self, residuals: Float[Tensor, "sequence d_model"], fmt: NumberFormat) -> Float[Tensor, " length"]:
+        values = stored(residuals, fmt)
+        change = (values[self.first] - values[self.second]).norm(dim=1)
+        return (change / values[self.first].norm(dim=1)).cpu()
+
+    def _logits(self, y: Float[Tensor, "sequence d_model"], fmt: NumberFormat) -> dict[str, Tensor]:
+        """Each sequence's logits once, a few pairs at a time: [pair, d_vocab] would not fit for long curves."""
+        change, agree, shift = [], [], []
+        inputs = y.to(self.readings.prediction_input)
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        for first, second in zip(self.first.split(LOGITS), self.second.split(LOGITS), strict=True):
+            both, place = torch.cat([first, second]).unique(return_inverse=True)
+            logits = unembedded(self.model, self.layout, inputs[both]).to(wide)
+            best = logits.topk(2)
+            a, b = place.tensor_split(2)
+            top, runner_up = best.values.double().unbind(1)
+            margin = top - runner_up
+            change += [(logits[i] - logits[j]).abs().max() for i, j in zip(a, b, strict=True)]
+            agree.append(best.indices[a, 0] == best.indices[b, 0])
+            shift.append((margin[a] - margin[b]).abs() / (fmt.epsilon * top[a].abs()))
+        same = (y[self.first] == y[self.second]).all(1)  # a product's rows may round differently, whatever they are
+        return {
+            "logits": torch.stack(change).double().cpu().masked_fill(same, 0),
+            "top1_agree": torch.cat(agree).cpu() | same,
+            "margin_shift": torch.cat(shift).cpu().masked_fill(same, 0),
+        }
+
+    def again(self) -> Again:
+        """The first prompts of a few pairs once more, from a batch of two."""
+        some = torch.linspace(0, len(self.first) - 1, min(FLOOR_POINTS, len(self.first))).round().long().unique()
+        with self._passing():
+            return {
+                at: read_alone(self.model, self.layout, self.sequences[int(self.first[at])], batch=2)
+                for at in some.tolist()
+            }
+
+    def floors(self, fmt: NumberFormat, again: Again) -> Curves:
+        """What rounding alone makes of the distances: nan where a prompt was not read again."""
+        floors = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64)
+        for at, (y, heads) in again.items():
+            one = int(self.first[at])
+            moved = stored(heads, fmt) - stored(self.readings.heads[one], fmt)
+            floors[0, at] = (stored(y, fmt) - stored(self.readings.prediction_input[one], fmt)).abs().sum()
+            floors[1, at] = moved.abs().amax(1).mean()
+        return {"noise_floor": floors[0], "head_floor": floors[1]}
