@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -21,6 +22,18 @@ def check_writable(path: str | os.PathLike) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"the folder {folder} cannot be written to; give a path in one that can")
     return target
+
+
+def check_place(folder: str | os.PathLike, file: str) -> Path:
+    """Where the file will lie, if it can be put there; makes the folder. Asked before long work."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file):
+        raise InputError(f"the file name {file!r} came; expected letters, digits, '.', '-' and '_' only")
+    place = Path(folder).expanduser().absolute()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {place} cannot be made ({error.strerror}); give another one") from error
+    return check_writable(place / file)
 
 
 def write_atomically(path: str | os.PathLike, payload: bytes) -> Path:

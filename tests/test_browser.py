@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_charts import collapse, grid
 from small_results import EVIL, TOKENS, audit_result, profile, truth
 
+from oversquash_lens.render.gallery import write_chart, write_index
 from oversquash_lens.render.html import visible_token
 from oversquash_lens.render.page import render_page
 from oversquash_lens.render.views import layers, positions
@@ -258,6 +261,27 @@ def test_text_stays_readable_on_every_colour(opened):
     assert len(set(backgrounds)) == len(tokens)
     assert all(contrast(*pair) >= 7 for pair in colours)
     assert sorted(backgrounds, key=luminance) == backgrounds  # the larger the share, the darker
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_figures_page_shows_every_figure(driver, tmp_path, width):
+    for chart in (collapse(), replace(grid(), title=EVIL[0], setup=EVIL)):
+        write_chart(chart, tmp_path)
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == 400}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        page = Opened(driver, write_index(tmp_path))
+        images = page.ask("return [...document.images].map(one => [one.complete, one.naturalWidth, one.clientWidth])")
+        assert len(images) == 2
+        assert all(complete and natural > 1000 and shown > 300 for complete, natural, shown in images)
+        assert page.ask("return document.documentElement.scrollWidth") <= width
+        text = page.ask("return document.body.innerText")
+        assert "did not hold: the count survives" in text
+        assert visible_token(EVIL[0], 100).replace("·", " ") in text
+        assert "pwned" not in page.ask("return document.title")
+        assert page.complaints() == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def luminance(colour: str) -> float:

@@ -1,0 +1,141 @@
+"""Figures for print: any `Chart`, and result objects, as matplotlib figures; `save` writes them as files.
+
+Each function gives a `matplotlib.figure.Figure` that stands alone: no pyplot, nothing to close, and nothing of the
+user's settings in it. A notebook shows it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.files import check_place, write_atomically
+from oversquash_lens.measure.collapse import CollapseCurve
+from oversquash_lens.measure.jacobian import MeasuredSensitivity
+from oversquash_lens.measure.paths import PathProfile
+from oversquash_lens.render.chart import Chart, Panel, Series
+from oversquash_lens.render.collapse_chart import collapse_chart
+from oversquash_lens.render.html import visible_token
+from oversquash_lens.render.sheet import draw_sheet
+from oversquash_lens.render.style import styled
+from oversquash_lens.render.views import GLOSSES, NAMES
+
+FORMATS = ("pdf", "svg", "png")
+VALUES = {"share": "share in what the last token hears", "log10": "log₁₀ of the sensitivity"}
+_NO_DATE = {"pdf": "CreationDate", "svg": "Date"}
+
+
+def chart(chart: Chart | object) -> matplotlib.figure.Figure:
+    """Draw a chart as a matplotlib Figure: panels in a grid, title and model on top, the legend below.
+
+    Where the panels have little in common (more than ten labels in all), each has a legend of its own.
+    """
+    if not isinstance(chart, Chart) or not chart.panels:
+        raise InputError(f"a figure was asked of a {type(chart).__name__}; expected a Chart with at least one panel")
+    with styled():
+        figure = draw_sheet(chart)
+    figure._repr_png_ = partial(_for_notebooks, figure)  # matplotlib teaches IPython only pyplot's figures
+    return figure
+
+
+def profile(profile: PathProfile | object, value: str = "share") -> matplotlib.figure.Figure:
+    """What the last token hears of each position, as a matplotlib Figure: a bound, an estimate or a null model.
+
+    `value` "share": dimensionless, sums to 1, on a log axis. "log10": log₁₀ of the sensitivity itself, constant
+    included, for a kind that has one.
+    """
+    if not isinstance(profile, PathProfile):
+        raise InputError(f"a {type(profile).__name__} came; expected a PathProfile: call path_bound or the like first")
+    _check_value(value)
+    if value == "log10" and math.isnan(profile.log_constant):
+        raise InputError(f"{profile.kind!r} has no log10 values, as its constant C is unspecified; draw value='share'")
+    row = profile.share if value == "share" else profile.log_values / math.log(10)
+    name = NAMES.get(profile.kind, profile.kind)
+    gloss = GLOSSES.get(profile.kind, "")
+    zero = "no path, or less than 10⁻³⁰⁸"
+    return _by_position(profile, f"{name}: {gloss}" if gloss else name, name, zero, value, row)
+
+
+def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") -> matplotlib.figure.Figure:
+    """What the last token hears of each position, measured by autograd, as a matplotlib Figure.
+
+    `value` as in `profile`. Where probes measured, the band is one standard error to either side.
+    """
+    if not isinstance(measured, MeasuredSensitivity):
+        raise InputError(f"a {type(measured).__name__} came; expected what measured_sensitivity returns: call it first")
+    _check_value(value)
+    rows = [measured.values, measured.values - measured.standard_error, measured.values + measured.standard_error]
+    rows = [row.clamp(min=0) / measured.values.sum() if value == "share" else row.clamp(min=0).log10() for row in rows]
+    how = "exact" if measured.exact else f"{measured.probes} probes, band of one standard error"
+    frozen = f", {' and '.join(measured.freeze)} frozen" if measured.freeze else ""
+    norm = {"fro": "Frobenius norm", "spectral": "spectral norm"}.get(measured.norm, measured.norm)
+    title = f"{NAMES['truth']}: {norm} of the derivative by each token’s embedding"
+    label = f"measured ({how}{frozen})"
+    return _by_position(measured, title, label, "not heard", value, *(rows[:1] if measured.exact else rows))
+
+
+def collapse(curve: CollapseCurve | object) -> Any:
+    """How far apart a family's two prompts end, as a matplotlib Figure: y, heads, layers, and B.3's assumption."""
+    if not isinstance(curve, CollapseCurve):
+        raise InputError(f"a {type(curve).__name__} came; expected what collapse_curve returns: call it first")
+    return chart(collapse_chart(curve))
+
+
+def _check_value(value: str) -> None:
+    if value not in VALUES:
+        raise InputError(f"value={value!r} came; expected one of {', '.join(map(repr, VALUES))}")
+
+
+def _by_position(result: Any, title: str, label: str, zero: str, value: str, *rows: torch.Tensor) -> Any:
+    """`rows` are the values, and where there is a band its ends."""
+    n = len(result.tokens)
+    panel = Panel(
+        title="",
+        x_label="token",
+        y_label=VALUES[value],
+        series=(Series(label, tuple(range(n)), *(tuple(row.tolist()) for row in rows)),),
+        y_axis="log" if value == "share" else "linear",
+        reference=(1 / n, f"even share, 1/{n}") if value == "share" else None,
+        zero=zero,
+        x_names=tuple(visible_token(token) for token in result.tokens),
+    )
+    about = getattr(result, "about", None)
+    return chart(Chart(result.__class__.__name__, title, (panel,), (), model=str(about) if about else ""))
+
+
+def save(figure: Chart | Any, folder: str | os.PathLike, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write a figure, or a chart, as `folder`/`name`.pdf, .svg and .png (200 dpi); returns the absolute paths.
+
+    Each file appears whole or not at all; the same figure and matplotlib give the same bytes. The folder is made
+    where there is none.
+    """
+    targets = [check_place(folder, f"{name}.{kind}") for kind in formats]
+    if unknown := set(formats) - set(FORMATS):
+        raise InputError(f"formats {', '.join(sorted(unknown))} came; expected some of {', '.join(FORMATS)}")
+    drawn = chart(figure) if isinstance(figure, Chart) else figure
+    if not hasattr(drawn, "savefig"):
+        raise InputError(f"a {type(figure).__name__} came; expected a Chart or a matplotlib Figure")
+    payloads = [_as_bytes(drawn, kind, name) for kind in formats]
+    return [write_atomically(target, payload) for target, payload in zip(targets, payloads, strict=True)]
+
+
+def _as_bytes(figure: Any, kind: str, name: str) -> bytes:
+    metadata = {"Title": figure.get_label() or name} | ({_NO_DATE[kind]: None} if kind in _NO_DATE else {})
+    out = io.BytesIO()
+    with styled():
+        figure.savefig(out, format=kind, metadata=metadata)
+    return out.getvalue()
+
+
+def _for_notebooks(figure: Any) -> tuple[bytes, dict[str, int]]:
+    """PNG in the density of a good screen, with the size at which it is to be shown (CSS pixels)."""
+    width, height = figure.get_size_inches() * 110
+    return _as_bytes(figure, "png", "figure"), {"width": int(width), "height": int(height)}
