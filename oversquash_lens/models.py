@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from oversquash_lens.embedded import CachedModel, cache_folder, cached_models
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.sources import Loading, Weights
 
-__all__ = ["CachedModel", "cache_folder", "cached_models", "load_model"]
+__all__ = ["CachedModel", "cache_folder", "cached_models", "load_model", "load_twin"]
 
 KINDS = ("auto", "bridge", "hooked")
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -68,6 +68,29 @@ def load_model(
     model.cfg.model_name = found.label
     model.cfg.default_prepend_bos = _starts_with_bos(found.tokenizer)
     return model.eval()
+
+
+def load_twin(
+    name: str | os.PathLike = embedded.NAME,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> Weights:
+    """The same weights without hooks: the plain transformers model (`.model`), `.tokenizer` and `.label`.
+
+    For work that reads no activations, such as generating answers: its fused attention and key/value cache are
+    several times as fast as a hooked model's. Names and options as for `load_model`.
+    """
+    if device is not None and device_map is not None:
+        raise InputError(f"Both device={device!r} and device_map={device_map!r} came; expected one of them.")
+    loading = Loading(_dtype(dtype), _device(device), device_map, trust_remote_code)
+    _check_held(loading)
+    found = _find(name, loading)
+    with suppress(ValueError):  # a class without fused attention keeps its own
+        found.model.set_attn_implementation("sdpa")
+    return found
 
 
 def _find(name: str | os.PathLike, loading: Loading) -> Weights:
