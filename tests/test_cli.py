@@ -136,7 +136,13 @@ def test_the_lists_of_variants_agree() -> None:
 def test_bound_prints_a_table(on_tiny: Callable) -> None:
     result = on_tiny("bound", "--prompt", PROMPT)
     assert result.code == 0
-    assert on_tiny.asked == {"name": "smollm2-135m", "kind": "auto", "dtype": "float32", "device": None}
+    assert on_tiny.asked == {
+        "name": "smollm2-135m",
+        "kind": "auto",
+        "dtype": "float32",
+        "device": None,
+        "device_map": None,
+    }
     lines = result.out.splitlines()
     assert "tiny-random-llama as TransformerBridge (float64), starts with BOS" in lines[0]
     assert lines[1].startswith("proof: ")
@@ -161,7 +167,13 @@ def test_bound_json_is_the_profile(variant: str, on_tiny: Callable, tiny: Any) -
 def test_options_reach_the_model_and_the_measure(on_tiny: Callable, tiny: Any) -> None:
     common = ("--model", "some/name", "--kind", "bridge", "--dtype", "float64", "--device", "cpu", "--json")
     result = on_tiny("bound", "--prompt", PROMPT, "--beta", "2.5", "--no-bos", "--seed", "4", *common)
-    assert on_tiny.asked == {"name": "some/name", "kind": "bridge", "dtype": "float64", "device": "cpu"}
+    assert on_tiny.asked == {
+        "name": "some/name",
+        "kind": "bridge",
+        "dtype": "float64",
+        "device": "cpu",
+        "device_map": None,
+    }
     wanted = oversquash_lens.path_bound(oversquash_lens.record(tiny, PROMPT, bos=False, seed=4), "proof", 2.5)
     assert json.loads(result.out)["log_by_layer"] == wanted.to_dict()["log_by_layer"]
     assert json.loads(result.out)["about"]["bos"] is False

@@ -17,8 +17,9 @@ def sources(notebook: dict, kind: str) -> list[str]:
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
-def test_the_two_demos_are_there():
-    assert {"01_first_trace", "05_hooks_in_your_code"} <= {path.stem for path in DEMOS}
+def test_the_demos_are_there():
+    names = {"01_first_trace", "02_representational_collapse", "03_paper_figures", "05_hooks_in_your_code"}
+    assert names <= {path.stem for path in DEMOS}
 
 
 def test_the_first_cell_installs_the_package_only_where_it_is_missing(notebook):

@@ -1,0 +1,94 @@
+"""What the commands share: options of the model and the prompt, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.files import check_writable, write_atomically
+
+# The counting prompt of the paper's section 4, one of those whose truth we publish.
+DEFAULT_PROMPT = "How many ones are in the following sequence? " + "1 " * 40 + "Answer:"
+
+
+def prompt_command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    """A command that runs a model on one prompt."""
+    command = model_command(commands, name, run, about)
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="'-' reads standard input")
+    source.add_argument("--prompt-file", metavar="FILE", help="'-' reads standard input")
+    source.add_argument("--token-ids", metavar="IDS", help="the prompt as numbers: '504 4922 2271'")
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    return command
+
+
+def model_command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    """A command that runs a model, with the options that all of these share."""
+    command = commands.add_parser(name, help=about, description=about)
+    command.set_defaults(run=run)
+    command.add_argument("--model", help="hub name, Hugging Face folder or .gguf file")
+    command.add_argument("--kind", default="auto", help="hooked, bridge or auto (default)")
+    command.add_argument("--bos", action=argparse.BooleanOptionalAction, help="force BOS on or off")
+    command.add_argument("--device", help="cpu, cuda, mps … (default: cuda where there is one)")
+    command.add_argument("--device-map", help="transformers' device_map, such as auto (bridge only)")
+    command.add_argument("--dtype", default="float32", help="float64, float32 (default), bfloat16, float16")
+    command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return command
+
+
+def load(options: argparse.Namespace) -> Any:
+    from oversquash_lens.embedded import NAME
+    from oversquash_lens.models import load_model
+
+    name = options.model if options.model is not None else NAME
+    print(f"loading {name} …", file=sys.stderr)
+    place = {"device": options.device, "device_map": options.device_map}
+    return load_model(name, kind=options.kind, dtype=options.dtype, **place)
+
+
+def prompt_of(options: argparse.Namespace) -> str | list[int]:
+    """The prompt; read before any model is loaded, so that a wrong path costs no waiting."""
+    if options.token_ids is not None:
+        try:
+            return [int(each) for each in options.token_ids.replace(",", " ").split()]
+        except ValueError:
+            raise InputError(f"--token-ids {options.token_ids!r} came; expected whole numbers, '504 4922'") from None
+    if options.prompt_file not in (None, "-"):
+        try:
+            return Path(options.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read --prompt-file {options.prompt_file}: {one_line(error)}; expected a UTF-8 text file"
+            ) from error
+    if "-" in (options.prompt, options.prompt_file):
+        return standard_input()
+    if options.prompt is None:
+        return DEFAULT_PROMPT
+    if not options.prompt:
+        raise InputError("an empty --prompt came; expected a text of at least two tokens")
+    return options.prompt
+
+
+def standard_input() -> str:
+    raw = getattr(sys.stdin, "buffer", None)
+    try:
+        return sys.stdin.read() if raw is None else raw.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
+
+
+def check_out(options: argparse.Namespace) -> None:
+    if options.out:
+        check_writable(options.out)
+
+
+def deliver(options: argparse.Namespace, result: dict, table: str) -> None:
+    if options.out:
+        write_atomically(options.out, json.dumps(result, indent=1).encode())
+        print(f"wrote {options.out}", file=sys.stderr)
+    print(json.dumps(result) if options.json else table)

@@ -1,0 +1,132 @@
+"""The commands on one prompt: `report`, `bound`, `audit`, and `models`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of
+from oversquash_lens.errors import InputError
+
+VARIANT_NAMES = (
+    "proof",
+    "theorem_5_1",
+    "theorem_b5",
+    "multi_head",
+    "rollout",
+    "calibrated",
+    "calibrated_full",
+)
+
+
+def add_commands(commands: Any) -> None:
+    report = prompt_command(commands, "report", run_report, "write one HTML page: bound, estimate and truth")
+    report.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
+    report.add_argument("--exact", action="store_true", help="exact truth, d_model backward products")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="default report.html")
+    bound = prompt_command(commands, "bound", run_bound, "the paper's bound or another variant, token by token")
+    bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANT_NAMES)}, or mean_field")
+    bound.add_argument("--beta", default="measured", help="'measured' or a number (printed variants only)")
+    bound.add_argument("--top", type=int, default=20, metavar="K", help="rows of the table (default 20)")
+    bound.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    audit = prompt_command(commands, "audit", run_audit, "every measure beside the measured truth")
+    audit.add_argument("--probes", type=int, metavar="K", help="estimate the truth from K probes, not exactly")
+    audit.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    models = commands.add_parser("models", help="which models are cached, and where")
+    models.add_argument("--json", action="store_true", help="print JSON")
+    models.set_defaults(run=run_models)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from oversquash_lens.render.page import write_page
+
+    check_out(options)
+    audit = _audit(options, None if options.exact else options.probes)
+    path = write_page(audit, options.out)
+    print(json.dumps(audit.to_dict()) if options.json else f"{audit.sentence}\n\n{path}")
+
+
+def run_audit(options: argparse.Namespace) -> None:
+    check_out(options)
+    audit = _audit(options, options.probes)
+    deliver(options, audit.to_dict(), str(audit))
+
+
+def run_bound(options: argparse.Namespace) -> None:
+    beta = _number_or_word(options.beta)
+    if options.variant == "mean_field" and beta != "measured":
+        raise InputError(f"--beta {options.beta} came with mean_field; expected no beta: it uses none")
+    if options.variant not in (*VARIANT_NAMES, "mean_field"):
+        raise InputError(f"variant {options.variant!r} came; expected one of {', '.join(VARIANT_NAMES)}, or mean_field")
+    if options.top < 1:
+        raise InputError(f"--top {options.top} came; expected at least 1")
+    check_out(options)
+    prompt = prompt_of(options)
+    from oversquash_lens.measure.bounds import path_bound
+    from oversquash_lens.measure.mean_field import mean_field_sensitivity
+    from oversquash_lens.record.recorder import record
+
+    trace = record(load(options), prompt, chat=options.chat, bos=options.bos, seed=options.seed)
+    if options.variant == "mean_field":
+        profile = mean_field_sensitivity(trace)
+    else:
+        profile = path_bound(trace, options.variant, beta)
+    deliver(options, profile.to_dict(), _profile_table(profile, options.top))
+
+
+def run_models(options: argparse.Namespace) -> None:
+    from oversquash_lens.models import cache_folder, cached_models
+
+    found = cached_models()
+    if options.json:
+        rows = [{**vars(model), "path": str(model.path)} for model in found]
+        print(json.dumps({"cache": str(cache_folder()), "models": rows}))
+        return
+    print(f"cache: {cache_folder()}")
+    for model in found:
+        print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
+
+
+def _audit(options: argparse.Namespace, probes: int | None) -> Any:
+    prompt = prompt_of(options)
+    if probes is not None and probes < 1:
+        raise InputError(f"--probes {probes} came; expected at least 1")
+    from oversquash_lens.measure.audit import audit
+
+    return audit(
+        load(options),
+        prompt,
+        probes=probes,
+        chat=options.chat,
+        bos=options.bos,
+        seed=options.seed,
+        progress=True,
+    )
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        if text == "measured":
+            return text
+        raise InputError(f"--beta {text!r} came; expected 'measured' or a number") from None
+
+
+def _profile_table(profile: Any, top: int) -> str:
+    """The most heard tokens, and how much of the whole they are."""
+    import math
+
+    share = profile.share
+    order = share.argsort(descending=True)[:top].tolist()
+    sized = not math.isnan(profile.log_constant)
+    lines = [f"{profile.about}", f"{profile.kind}: {'; '.join(profile.notes)}", ""]
+    lines.append(f"{'position':>8}  {'share':>9}  {'log10 value':>11}  token")
+    for i in order:
+        value = f"{profile.log_values[i].item() / math.log(10):11.3f}" if sized else " " * 10 + "–"
+        lines.append(f"{i:8d}  {share[i].item():9.3g}  {value}  {profile.tokens[i]!r}")
+    rest = len(profile.tokens) - len(order)
+    if rest:
+        lines.append(f"… and {rest} more with {1 - share[order].sum().item():.3g} of the whole together")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Every figure of the paper by name, and `reproduce`: run, write, judge, index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.files import check_place
+from oversquash_lens.paper.setting import LENGTHS, Options, Setting
+from oversquash_lens.render.chart import Chart
+from oversquash_lens.render.gallery import write_chart, write_index
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One figure: what it shows, and `module:function` that makes its Chart, from a Setting where a model runs."""
+
+    title: str
+    source: str
+    synthetic: bool = False
+
+    def chart(self, setting: Setting) -> Chart:
+        module, name = self.source.split(":")
+        make = getattr(import_module(f"oversquash_lens.paper.{module}"), name)
+        return make() if self.synthetic else make(setting)
+
+
+FIGURES = {
+    "1": Recipe("converging counts; paths of an early and a late token", "collapse_figures:figure_1"),
+    "2": Recipe("copying the first and the last digit, hint, interleaving", "task_figures:figure_2"),
+    "3": Recipe("counting: error against length", "task_figures:figure_3"),
+    "4": Recipe("which numbers are answered", "task_figures:figure_4"),
+    "5": Recipe("representational collapse", "collapse_figures:figure_5"),
+    "6": Recipe("counting on an open model: error against length", "task_figures:figure_6"),
+    "7": Recipe("which numbers an open model answers", "task_figures:figure_7"),
+    "8": Recipe("one Gaussian attention layer, convergence", "synthetic:figure_8", synthetic=True),
+    "9": Recipe("total variation of softmaxes", "synthetic:figure_9", synthetic=True),
+    "10": Recipe("convergence under four positional encodings", "synthetic:figure_10", synthetic=True),
+    "11": Recipe("copying under prompt Types 1 and 2", "task_figures:figure_11"),
+    "12": Recipe("collapse under prompt Type 1", "collapse_figures:figure_12"),
+    "ushape": Recipe("a planted fact at every depth", "ushape:ushape"),
+    "window": Recipe("sliding-window attention", "window:window"),
+    "remedies": Recipe("remedies, before and after", "remedies:remedies"),
+}
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A figure that was made: its chart and its files by ending."""
+
+    name: str
+    chart: Chart
+    files: dict[str, Path]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{self.name}: {verdict}" for verdict in self.chart.verdicts)
+
+
+def chosen_figures(names: Sequence[str | int]) -> tuple[str, ...]:
+    """The figures asked for, once each, in the paper's order; "all" is every one."""
+    wanted = {str(name) for name in names}
+    unknown = sorted(wanted - {*FIGURES, "all"})
+    if unknown or not wanted:
+        raise InputError(f"figure {' '.join(unknown) or '(none)'} came; expected any of {', '.join(FIGURES)}, or all")
+    return tuple(name for name in FIGURES if name in wanted or "all" in wanted)
+
+
+def reproduce(
+    names: Sequence[str | int] | str | int,
+    model: Any = None,
+    out: Any = "figures",
+    *,
+    done: Callable[[Reproduced], None] | None = None,
+    **options: Any,
+) -> tuple[Reproduced, ...]:
+    """Make figures of the paper on `model`, write each as PDF, SVG, PNG, JSON and CSV, and an index page, into `out`.
+
+    `names`: 5, "ushape", ["8", "9"], "all". `model`: a name or path as for `load_model` (None: the embedded default),
+    or a hooked model; what can be known to be wrong is said before it is loaded. Answers of the tasks are kept in `out`
+    as they come, so that a run that was broken off goes on where it stopped. `done` is called after each figure. Other
+    options are the fields of `paper.setting.Options`: quick, longest, samples, dtypes, probes, seed, device, dtype, ….
+    """
+    known = {field.name for field in fields(Options)}
+    if not set(options) <= known:
+        raise InputError(f"options {sorted(set(options) - known)} came; expected some of {', '.join(sorted(known))}")
+    chosen = chosen_figures([names] if isinstance(names, str | int) else names)
+    folder = check_place(out, "index.html").parent
+    setting = Setting(Options(model=model, **options), folder)
+    for name in LENGTHS.keys() & chosen:
+        setting.lengths(name)
+    made = []
+    for name in chosen:
+        chart = FIGURES[name].chart(setting)
+        made.append(Reproduced(name, chart, write_chart(chart, folder)))
+        write_index(folder)
+        if done is not None:
+            done(made[-1])
+    return tuple(made)

@@ -1,0 +1,285 @@
+"""Figures 2, 3, 4, 6, 7 and 11: copying and counting, answered freely and scored by likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from oversquash_lens.paper.judging import grows
+from oversquash_lens.paper.prompts import COTS, OURS
+from oversquash_lens.paper.setting import Setting
+from oversquash_lens.paper.speakers import Sampling
+from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
+from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
+
+QUICK_TOKENS = 128  # of one answer at most, in a quick run
+BIN = 5  # numbers drawn as one bar; the data keeps each
+COUNTING = {"sum": "sum", "ones": "count ones", "bernoulli": "count ones, Bernoulli(0.7)", "word": "count a word"}
+REASONING = {"none": "no CoT", "zero_shot": "CoT zero-shot", "few_shot": "CoT few-shot"}
+COPYING = {
+    "copy_first": "first digit of 01…1",
+    "copy_last": "last digit of 1…10",
+    "copy_last_control": "last digit of 1…11 (control)",
+    "copy_last_hint": "last digit, with hint",
+    "interleaved_01": "last digit of 01…010",
+    "interleaved_10": "last digit of 10…100",
+    "type_1": "Type 1, sequence last",
+    "type_2": "Type 2, form first",
+}
+GEMINI = "The paper asked Gemini 1.5; the model under test takes its place."
+
+
+def figure_2(setting: Setting) -> Chart:
+    """Copying: the first digit against the last, a hint, interleaved digits."""
+    groups = {
+        "(a) first against last": ("copy_first", "copy_last", "copy_last_control"),
+        "(b) a hint": ("copy_last", "copy_last_hint"),
+        "(c) interleaved": ("interleaved_01", "interleaved_10"),
+    }
+    results = _copying(setting, "2", [name for group in groups.values() for name in group])
+    first, last, control, hint = (
+        _right(results[name]) for name in ("copy_first", "copy_last", "copy_last_control", "copy_last_hint")
+    )
+    both = [_right(results[name]) for name in groups["(c) interleaved"]]
+    asked = len(results["copy_last"].lengths)
+    verdicts = (
+        Verdict(
+            "the first digit is copied better than the last",
+            f"{first} and {last} right of {asked}; of 1…11, whose answer is not 0, {control}",
+            first > last,
+        ),
+        Verdict("a hint helps", f"{hint} right of {asked} with it, {last} without", hint > last),
+        Verdict("interleaved sequences are copied right", f"{sum(both)} right of {2 * asked}", min(both) > asked / 2),
+    )
+    return _copying_chart(setting, "2", "Figure 2: copying", groups, results, verdicts)
+
+
+def figure_11(setting: Setting) -> Chart:
+    """Copying the last digit under prompt Types 1 and 2."""
+    groups = {"prompt Types 1 and 2": ("type_1", "type_2")}
+    results = _copying(setting, "11", groups["prompt Types 1 and 2"])
+    right = {name: _right(result) for name, result in results.items()}
+    asked = len(results["type_1"].lengths)
+    verdict = Verdict(
+        "long sequences are copied wrong under both types",
+        ", ".join(f"{COPYING[name]}: {count} right of {asked}" for name, count in right.items()),
+        max(right.values()) < asked,
+    )
+    return _copying_chart(setting, "11", "Figure 11: prompt Types 1 and 2", groups, results, (verdict,))
+
+
+def figure_3(setting: Setting) -> Chart:
+    """Counting: absolute error against length, three ways to reason."""
+    return _counting_chart(setting, "3", "Figure 3: counting", (GEMINI,))
+
+
+def figure_6(setting: Setting) -> Chart:
+    """The same on an open model, as the paper does with Gemma 7B; here the same run as figure 3."""
+    return _counting_chart(setting, "6", "Figure 6: counting, an open model", ("The same answers as figure 3.",))
+
+
+def figure_4(setting: Setting) -> Chart:
+    """Which numbers are answered: is there a spike at 100?"""
+    return _histogram_chart(setting, "4", "Figure 4: the numbers answered", (GEMINI,))
+
+
+def figure_7(setting: Setting) -> Chart:
+    """The same on an open model, from the same answers as figure 4."""
+    notes = ("The same answers as figure 4; in the paper's print the two pictures are identical.",)
+    return _histogram_chart(setting, "7", "Figure 7: the numbers answered, an open model", notes)
+
+
+def _ask(setting: Setting, task: str, lengths: Sequence[int], cot: str = "none") -> TaskResult:
+    """Answers of one task, kept in the folder as they come; the next figure that asks the same finds them there."""
+    options = setting.options
+    limit = min(NEW_TOKENS[cot], QUICK_TOKENS) if options.quick else NEW_TOKENS[cot]
+    sampling = Sampling(options.temperature, options.seed, limit)
+    return run_task(
+        setting.speaker,
+        task,
+        lengths,
+        cot=cot,
+        samples=options.samples,
+        sampling=sampling,
+        score=cot == "none",
+        out=setting.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.jsonl",
+        progress=options.progress,
+    )
+
+
+def _copying(setting: Setting, figure: str, names: Sequence[str]) -> dict[str, TaskResult]:
+    lengths = setting.lengths(figure)
+    return {name: _ask(setting, name, lengths) for name in dict.fromkeys(names)}
+
+
+def _right(result: TaskResult) -> int:
+    """Lengths at which at least half of the answers, leniently read, are right."""
+    return sum(share >= 0.5 for share in result.accuracy("lenient"))
+
+
+def _copying_chart(
+    setting: Setting,
+    name: str,
+    title: str,
+    groups: dict[str, Sequence[str]],
+    results: dict[str, TaskResult],
+    verdicts: tuple[Verdict, ...],
+) -> Chart:
+    marks = [_marks_panel(label, [results[task] for task in tasks]) for label, tasks in groups.items()]
+    margins = [_margin_panel(label, [results[task] for task in tasks]) for label, tasks in groups.items()]
+    return Chart(
+        name,
+        title,
+        (*marks, *margins),
+        verdicts,
+        setting.speaker.label,
+        setup=(
+            "Above: free answers, leniently read (the strict reading wants the asked line to the letter). Below: "
+            "log-probability of the right digit less that of the likeliest wrong one, after the line asked for.",
+            _speaking(setting),
+        ),
+        notes=(*_counts(results.values()), GEMINI),
+        columns=len(groups),
+        data={task: result.to_dict() for task, result in results.items()},
+    )
+
+
+def _marks_panel(title: str, results: Sequence[TaskResult]) -> Panel:
+    series = []
+    for one in results:
+        right = tuple(float(share >= 0.5) for share in one.accuracy())
+        series.append(Series(COPYING[one.task], _floats(one.lengths), right, kind="marks"))
+    return Panel(title, "length", "", tuple(series))
+
+
+def _margin_panel(title: str, results: Sequence[TaskResult]) -> Panel:
+    series = [Series(COPYING[one.task], _floats(one.lengths), one.scores.mean("margin")) for one in results]
+    y_label = "margin of the right digit, nats"
+    return Panel(f"{title}, likelihood", "length", y_label, tuple(series), reference=(0.0, "even"))
+
+
+def _counting(setting: Setting, figure: str) -> dict[tuple[str, str], TaskResult]:
+    lengths = setting.lengths(figure)
+    return {(cot, task): _ask(setting, task, lengths, cot) for cot in COTS for task in COUNTING}
+
+
+def _counting_chart(setting: Setting, name: str, title: str, notes: tuple[str, ...]) -> Chart:
+    results = _counting(setting, name)
+    panels = [_error_panel(cot, result) for (cot, _), result in results.items()]
+    return Chart(
+        name,
+        title,
+        tuple(panels),
+        tuple(_error_verdict(cot, [results[cot, task] for task in COUNTING]) for cot in COTS),
+        setting.speaker.label,
+        setup=(
+            "Absolute error of the answers that can be read, mean and min–max over samples. Likelihood: expected error "
+            "when the numbers after the line asked for are weighed by their probability.",
+            _speaking(setting),
+        ),
+        notes=(*notes, *_counts(results.values()), *_examples(results.values())),
+        columns=len(COUNTING),
+        data={f"{task}, {cot}": result.to_dict() for (cot, task), result in results.items()},
+    )
+
+
+def _error_panel(cot: str, result: TaskResult) -> Panel:
+    x = _floats(result.lengths)
+    series = [
+        Series("read leniently", x, result.error(), result.error_low(), result.error_high()),
+        Series("read strictly", x, result.error("strict")),
+    ]
+    if result.scores is not None:
+        series.append(Series("likelihood", x, result.scores.mean("expected_error")))
+    return Panel(f"{COUNTING[result.task]}, {REASONING[cot]}", "length", "absolute error", tuple(series))
+
+
+def _error_verdict(cot: str, results: Sequence[TaskResult]) -> Verdict:
+    rises = [grows(one.lengths, one.error()) for one in results]
+    ends = ", ".join(f"{COUNTING[one.task]} {_size(one.error()[0])} to {_size(one.error()[-1])}" for one in results)
+    held = False if False in rises else None if None in rises else True
+    return Verdict(f"the error grows with the length, {REASONING[cot]}", ends, held)
+
+
+def _size(error: float) -> str:
+    return "unread" if math.isnan(error) else f"{error:.3g}"
+
+
+def _histogram_chart(setting: Setting, name: str, title: str, notes: tuple[str, ...]) -> Chart:
+    results = _counting(setting, name)
+    panels, verdicts = [], []
+    for task, label in COUNTING.items():
+        plain, thought = results["none", task], [results[cot, task] for cot in COTS[1:]]
+        given = {
+            "true answer": [int(answer.truth) for row in plain.answers for answer in row],
+            "without CoT": list(plain.given()),
+            "with CoT": [answer for one in thought for answer in one.given()],
+        }
+        panels.append(_bars_panel(label, given))
+        verdicts.append(_spike_verdict(label, given["without CoT"]))
+    return Chart(
+        name,
+        title,
+        tuple(panels),
+        tuple(verdicts),
+        setting.speaker.label,
+        setup=(
+            f"How often the numbers 0–200 were answered, {BIN} of them to a bar, leniently read.",
+            _speaking(setting),
+        ),
+        notes=(*notes, *_counts(results.values()), *_above(results.values())),
+        columns=2,
+        data={f"{task}, {cot}": histogram(result.given()).to_dict() for (cot, task), result in results.items()},
+    )
+
+
+def _bars_panel(title: str, given: dict[str, list[int | None]]) -> Panel:
+    series = []
+    for label, numbers in given.items():
+        counts = histogram(numbers).counts
+        bins = range(0, len(counts), BIN)
+        series.append(Series(label, tuple(bins), tuple(sum(counts[i : i + BIN]) for i in bins), kind="bars"))
+    return Panel(title, "number answered", "how often", tuple(series))
+
+
+def _spike_verdict(label: str, given: Sequence[int | None]) -> Verdict:
+    claim = f"{label}: {SPIKE} is the most frequent answer"
+    read = Counter(number for number in given if number is not None)
+    if not read:
+        return Verdict(claim, "no answer could be read", None)
+    total, top = read.total(), max(sorted(read), key=read.__getitem__)
+    shares = f"{read[SPIKE] / total:.0%} of {total} answers are {SPIKE}; most frequent: {top} ({read[top] / total:.0%})"
+    return Verdict(claim, shares, top == SPIKE)
+
+
+def _speaking(setting: Setting) -> str:
+    speaker, options = setting.speaker, setting.options
+    how = "greedy" if options.temperature == 0 else f"sampled at temperature {options.temperature}"
+    return (
+        f"{how}, {'chat template' if speaker.chat else 'plain text, no chat template'}, {options.samples} per length."
+    )
+
+
+def _counts(results: Iterable[TaskResult]) -> tuple[str, ...]:
+    """How many answers could not be read, and how many were cut off: shown, never dropped in silence."""
+    results = list(results)
+    total = sum(len(row) for one in results for row in one.answers)
+    strict, lenient = (sum(sum(one.unparsable(how)) for one in results) for how in ("strict", "lenient"))
+    cut = sum(sum(one.cut_off) for one in results)
+    return (f"Of {total} answers {strict} cannot be read strictly, {lenient} not even leniently; {cut} were cut off.",)
+
+
+def _above(results: Iterable[TaskResult]) -> tuple[str, ...]:
+    """How many answers lie beyond the axis."""
+    above = sum(histogram(one.given()).above for one in results)
+    return (f"{above} answers are above 200 and not drawn.",) if above else ()
+
+
+def _examples(results: Iterable[TaskResult]) -> tuple[str, ...]:
+    ours = sorted({COUNTING[one.task] for one in results if one.examples == OURS})
+    return (f"Few-shot examples of our own, as the paper prints none: {', '.join(ours)}.",) if ours else ()
+
+
+def _floats(values: Sequence[int]) -> tuple[float, ...]:
+    return tuple(map(float, values))
