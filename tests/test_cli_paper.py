@@ -356,7 +356,7 @@ def test_bad_input_is_one_line_and_no_model(name: str, cli: Callable) -> None:
 WITH_A_MODEL: dict[str, tuple[list[str], str]] = {
     "groups of none": (["collapse", "--family", "separated", "--every", "0"], "every=0, step=1 came"),
     "a side": (["collapse", "--family", "separated", "--counted-from", "above"], "counted_from='above' came"),
-    "no words": (["collapse", "--family", "words"], "an empty word list came"),
+    "no words": (["collapse", "--family", "words"], "came as the words"),
     "two equal prompts": (["collapse", "--prompts", "the same", "the same"], "are equal"),
     "a short prompt": (["collapse", "--prompts", "a", "b"], "1 token"),
     "beyond n_ctx": (["collapse", "--lengths", "1,2000"], "at most n_ctx = 1024: 1 is the longest that fits"),

@@ -1,4 +1,4 @@
-"""Two prompts after another through one model in one number format, and how far apart each pair ends."""
+"""Many pairs of prompts through one model in one number format, and how far apart each pair ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Again = dict[int, tuple[Tensor, Tensor]]  # pair -> its first prompt's y and hea
 
 
 class PairRun:
-    """One pass over all pairs in one compute format, and what is read from it."""
+    """What one model in one compute format makes of all pairs, in as few passes as they allow."""
 
     def __init__(self, model: HookedModel, layout: Layout, pairs: Sequence[tuple[Ids, Ids]], share: bool) -> None:
         self.model, self.layout = model, layout
@@ -38,9 +38,11 @@ class PairRun:
         self.covered = torch.tensor([repeats_last(*pair) for pair in pairs])
 
     def _passing(self) -> AbstractContextManager[Any]:
+        """Around every pass: a format that computes in float64 does so all through."""
         return InDouble() if self.layout.dtype == torch.float64 else nullcontext()
 
     def distances(self, fmt: NumberFormat) -> dict[str, Tensor]:
+        """The fields of a CollapseCurve, by name, of what was computed rounded to this format's storage."""
         readings, first, second = self.readings, self.first, self.second
         y = stored(readings.prediction_input, fmt).cpu()
         heads = stored(readings.heads, fmt).cpu()
@@ -98,12 +100,12 @@ class PairRun:
                 for at in some.tolist()
             }
 
-    def floors(self, fmt: NumberFormat, again: Again) -> Curves:
+    def floors(self, fmt: NumberFormat, again: Again) -> dict[str, Float[Tensor, " length"]]:
         """What rounding alone makes of the distances: nan where a prompt was not read again."""
-        floors = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64)
+        y_floor, head_floor = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64)
         for at, (y, heads) in again.items():
             one = int(self.first[at])
-            moved = stored(heads, fmt) - stored(self.readings.heads[one], fmt)
-            floors[0, at] = (stored(y, fmt) - stored(self.readings.prediction_input[one], fmt)).abs().sum()
-            floors[1, at] = moved.abs().amax(1).mean()
-        return {"noise_floor": floors[0], "head_floor": floors[1]}
+            y_before, heads_before = self.readings.prediction_input[one], self.readings.heads[one]
+            y_floor[at] = (stored(y, fmt) - stored(y_before.to(y), fmt)).abs().sum()
+            head_floor[at] = (stored(heads, fmt) - stored(heads_before.to(heads), fmt)).abs().amax(1).mean()
+        return {"noise_floor": y_floor, "head_floor": head_floor}

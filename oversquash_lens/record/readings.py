@@ -116,7 +116,8 @@ def _as_alone(model: HookedModel, layout: Layout, sequences: Sequence[Ids], way:
         return len(trunk.ids) - trunk.branches[places[i].branch].fork
 
     for i in {max(places, key=lambda i: len(sequences[i])), max(places, key=hidden)}:
-        own, cached = read_alone(model, layout, sequences[i])[0].double(), found.prediction_input[i].double()
+        own = read_alone(model, layout, sequences[i])[0].double()
+        cached = found.prediction_input[i].to(own)
         epsilon = max(torch.finfo(layout.dtype).eps, torch.finfo(torch.float32).eps)
         if not bool((cached - own).norm() <= min(MISMATCH * epsilon, WORST) * own.norm()):
             return False

@@ -8,7 +8,7 @@ from oversquash_lens.measure.collapse import CollapseCurve
 from oversquash_lens.measure.precision import number_format
 from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
 
-LAYERS = 8  # lengths whose way through the layers is drawn
+LAYERS = 6  # lengths whose way through the layers is drawn
 
 
 def collapse_chart(curve: CollapseCurve) -> Chart:
@@ -85,14 +85,12 @@ def _floor(curve: CollapseCurve, name: str, values: list[float]) -> list[Series]
 
 
 def _layers_panel(curve: CollapseCurve, name: str) -> Panel:
-    """At which layer they merge: a few lengths' way through the layers."""
-    step = max(1, len(curve.lengths) // LAYERS)
+    """At which layer they merge: a few lengths' way through the layers, from the shortest to the longest."""
+    count = len(curve.lengths)
+    some = sorted({round(count ** (i / (LAYERS - 1))) - 1 for i in range(LAYERS)})
     rows = curve.by_layer[name].T.tolist()
-    layers = tuple(map(float, range(len(curve.by_layer[name]))))
-    series = [
-        Series(f"{curve.unit}: {k}", layers, tuple(row))
-        for k, row in list(zip(curve.lengths, rows, strict=True))[::step]
-    ]
+    layers = tuple(range(len(curve.by_layer[name])))
+    series = [Series(f"{curve.unit}: {curve.lengths[i]}", layers, tuple(rows[i])) for i in some]
     title = f"layer by layer, {number_format(name).label}"
     return Panel(title, "layer", "relative L2 of the residual", tuple(series), y_axis="log")
 
