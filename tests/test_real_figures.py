@@ -23,7 +23,9 @@ LONGEST = 11
 def made(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reproduced]:
     folder = tmp_path_factory.mktemp("figures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("oversquash_lens.paper.ushape.QUICK_FILLED", 4)
+        patch.setattr("oversquash_lens.paper.remedies.PROMPT_REMEDIES", PROMPT_REMEDIES[:2])
+        patch.setattr("oversquash_lens.paper.remedies.MODEL_REMEDIES", MODEL_REMEDIES[:4])
+        patch.setattr("oversquash_lens.paper.ushape.QUICK_FILLED", 2)
         patch.setattr("oversquash_lens.paper.ushape.QUICK_PLACES", 3)
         patch.setattr("oversquash_lens.paper.window.QUICK_WIDTHS", (4, None))
         found = osl.reproduce(
@@ -76,7 +78,7 @@ def test_a_window_of_four_collapses_sooner(made: dict[str, Reproduced]) -> None:
 def test_the_remedies_table(made: dict[str, Reproduced]) -> None:
     (table,) = made["remedies"].chart.tables
     at_11 = {row[0]: float(row[1]) for row in table.rows}
-    assert set(at_11) == {remedy.name for remedy in (*PROMPT_REMEDIES, *MODEL_REMEDIES)}
+    assert set(at_11) == {remedy.name for remedy in (*PROMPT_REMEDIES[:2], *MODEL_REMEDIES[:4])}
     assert at_11["as it is"] == pytest.approx(98, rel=0.01)
     assert at_11["float64 (higher precision)"] == pytest.approx(at_11["as it is"], rel=0.01)
     assert at_11["commas every third"] > 2 * at_11["as it is"]
@@ -99,8 +101,9 @@ def test_the_planted_fact_on_a_real_tokenizer(before: int, smollm2: Any) -> None
     assert smollm2.tokenizer.decode(prompt.answer) == ANSWER
 
 
-@pytest.mark.parametrize("remedy", PROMPT_REMEDIES, ids=lambda remedy: remedy.name)
-def test_inner_digits_on_a_real_tokenizer(remedy: Any, smollm2: Any) -> None:
+@pytest.mark.parametrize("name", ["commas every third", "hint"])
+def test_inner_digits_on_a_real_tokenizer(name: str, smollm2: Any) -> None:
+    (remedy,) = (remedy for remedy in PROMPT_REMEDIES if remedy.name == name)
     family = remedy.family(smollm2, None)
     said = smollm2.tokenizer.decode(family.pair(9)[0][inner_digits(family, 9)])
     assert len([digit for digit in said if digit in "01"]) == 7

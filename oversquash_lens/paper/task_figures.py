@@ -171,7 +171,10 @@ def _counting_chart(setting: Setting, name: str, title: str, notes: tuple[str, .
         name,
         title,
         tuple(panels),
-        tuple(_error_verdict(cot, [results[cot, task] for task in COUNTING]) for cot in COTS),
+        (
+            *(_error_verdict(cot, [results[cot, task] for task in COUNTING]) for cot in COTS),
+            _likelihood_verdict([results["none", task] for task in COUNTING]),
+        ),
         setting.speaker.label,
         setup=(
             "Absolute error of the answers that can be read, mean and min–max over samples. Likelihood: expected error "
@@ -196,10 +199,20 @@ def _error_panel(cot: str, result: TaskResult) -> Panel:
 
 
 def _error_verdict(cot: str, results: Sequence[TaskResult]) -> Verdict:
-    rises = [grows(one.lengths, one.error()) for one in results]
-    ends = ", ".join(f"{COUNTING[one.task]} {_size(one.error()[0])} to {_size(one.error()[-1])}" for one in results)
-    held = False if False in rises else None if None in rises else True
-    return Verdict(f"the error grows with the length, {REASONING[cot]}", ends, held)
+    errors = {COUNTING[one.task]: one.error() for one in results}
+    return _growth(f"the error grows with the length, {REASONING[cot]}", results[0].lengths, errors)
+
+
+def _likelihood_verdict(results: Sequence[TaskResult]) -> Verdict:
+    errors = {COUNTING[one.task]: one.scores.mean("expected_error") for one in results}
+    return _growth("the expected error under the likelihoods grows with the length", results[0].lengths, errors)
+
+
+def _growth(claim: str, lengths: Sequence[int], errors: dict[str, tuple[float, ...]]) -> Verdict:
+    """In every task: one that does not grow refutes it, one that cannot be told leaves it undecided."""
+    rises = [grows(lengths, error) for error in errors.values()]
+    ends = ", ".join(f"{task} {_size(error[0])} to {_size(error[-1])}" for task, error in errors.items())
+    return Verdict(claim, ends, False if False in rises else None if None in rises else True)
 
 
 def _size(error: float) -> str:
