@@ -189,10 +189,11 @@ def test_a_remedy_acts_inside_and_leaves_nothing(
 ) -> None:
     model = loaded(kind)
     setting = Setting(Options(model, probes=2), tmp_path)
-    plain = try_remedy(setting, BY_NAME[NOTHING], range(1, 5), (3,))
+    family = BY_NAME[name].family(model, None)
+    plain = try_remedy(setting, BY_NAME[NOTHING], family, range(1, 5), (3,))
     hooks, weights = count_hooks(model), {key: value.clone() for key, value in model.state_dict().items()}
-    tried = try_remedy(setting, BY_NAME[name], range(1, 5), (3,))
-    again = try_remedy(setting, BY_NAME[NOTHING], range(1, 5), (3,))
+    tried = try_remedy(setting, BY_NAME[name], family, range(1, 5), (3,))
+    again = try_remedy(setting, BY_NAME[NOTHING], family, range(1, 5), (3,))
     assert count_hooks(model) == hooks
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in weights.items())

@@ -104,8 +104,8 @@ def remedies(setting: Setting) -> Chart:
     lengths, left_out = setting.readable(wanted, *made)
     tasks = tuple(k for k in (QUICK_TASKS if setting.options.quick else TASK_LENGTHS) if k <= lengths[-1])
     done: dict[str, Outcome] = {}
-    for remedy in everything:
-        done[remedy.name] = try_remedy(setting, remedy, range(1, lengths[-1] + 1), tasks)
+    for remedy, family in zip(everything, made, strict=True):
+        done[remedy.name] = try_remedy(setting, remedy, family, range(1, lengths[-1] + 1), tasks)
     panels = []
     for title, group in (("the prompt", PROMPT_REMEDIES), ("the model", MODEL_REMEDIES)):
         outcomes = [done[remedy.name] for remedy in group]
@@ -124,9 +124,9 @@ def remedies(setting: Setting) -> Chart:
     )
 
 
-def try_remedy(setting: Setting, remedy: Remedy, lengths: range, tasks: tuple[int, ...]) -> Outcome:
+def try_remedy(setting: Setting, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]) -> Outcome:
+    """What a remedy makes of its family's curve, of the sensitivity to the digits, and of the copying task."""
     model, options = setting.model, setting.options
-    family = remedy.family(model, options.bos)
     heard_at = min(HEARD_AT, lengths[-1])
     with edited_attention(model, remedy.edit):
         curve = collapse_curve(model, family, lengths, (remedy.dtype,), progress=options.progress)
