@@ -17,14 +17,15 @@ from oversquash_lens.render.chart import Panel, Series
 
 NAME = "SmolLM2-135M-Instruct (Q4_1)"
 LONGEST = 11
+OF_PROMPTS, OF_MODELS = PROMPT_REMEDIES[:2], (MODEL_REMEDIES[0], *MODEL_REMEDIES[2:4])  # commas; float64, a window
 
 
 @pytest.fixture(scope="module")
 def made(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reproduced]:
     folder = tmp_path_factory.mktemp("figures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("oversquash_lens.paper.remedies.PROMPT_REMEDIES", PROMPT_REMEDIES[:2])
-        patch.setattr("oversquash_lens.paper.remedies.MODEL_REMEDIES", MODEL_REMEDIES[:4])
+        patch.setattr("oversquash_lens.paper.remedies.PROMPT_REMEDIES", OF_PROMPTS)
+        patch.setattr("oversquash_lens.paper.remedies.MODEL_REMEDIES", OF_MODELS)
         patch.setattr("oversquash_lens.paper.ushape.QUICK_FILLED", 2)
         patch.setattr("oversquash_lens.paper.ushape.QUICK_PLACES", 3)
         patch.setattr("oversquash_lens.paper.window.QUICK_WIDTHS", (4, None))
@@ -78,7 +79,7 @@ def test_a_window_of_four_collapses_sooner(made: dict[str, Reproduced]) -> None:
 def test_the_remedies_table(made: dict[str, Reproduced]) -> None:
     (table,) = made["remedies"].chart.tables
     at_11 = {row[0]: float(row[1]) for row in table.rows}
-    assert set(at_11) == {remedy.name for remedy in (*PROMPT_REMEDIES[:2], *MODEL_REMEDIES[:4])}
+    assert set(at_11) == {remedy.name for remedy in (*OF_PROMPTS, *OF_MODELS)}
     assert at_11["as it is"] == pytest.approx(98, rel=0.01)
     assert at_11["float64 (higher precision)"] == pytest.approx(at_11["as it is"], rel=0.01)
     assert at_11["commas every third"] > 2 * at_11["as it is"]
