@@ -66,12 +66,12 @@ def token_strings(model: HookedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ..
     return tuple(name if "\ufffd" in text and name else text for text, name in zip(texts, names, strict=True))
 
 
-def text_ids(model: HookedModel, text: str, *, bos: bool | None = None) -> tuple[int, ...]:
+def text_ids(model: Any, text: str, *, bos: bool | None = None) -> tuple[int, ...]:
     """The ids of a piece of text, one token or many, to build prompts from."""
     return tuple(_encode(model, text, chat=False, bos=bos).tolist())
 
 
-def _encode(model: HookedModel, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
+def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError("a text prompt came for a model without tokenizer; expected token ids of shape [pos]")
