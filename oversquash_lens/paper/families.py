@@ -6,12 +6,13 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product, takewhile
+from itertools import product
 from typing import Any
 
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.measure.family import Family, Ids
 from oversquash_lens.paper.prompts import COPY_NUMBER, HOW_MANY_ONES
+from oversquash_lens.record.prefixes import common
 from oversquash_lens.record.prompt import text_ids, tokenize
 
 PROBE = 24  # digits on which a tokenizer is tried: it merges these if it merges any
@@ -178,5 +179,4 @@ class _Spelling:
 def _continuation(model: Any, before: str, text: str, bos: bool | None) -> Ids:
     """The tokens that `text` adds behind `before`; all that differs where the two merge."""
     start, whole = text_ids(model, before, bos=bos), text_ids(model, before + text, bos=bos)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False)))
-    return whole[same:]
+    return whole[common(start, whole) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,16 @@ def collapses(x: Sequence[Number], y: Sequence[Number], beyond: Number = 10) -> 
     if math.isnan(slope) or STAYS > slope > COLLAPSES:
         return None
     return slope <= COLLAPSES
+
+
+def all_of(answers: Iterable[bool | None]) -> bool | None:
+    """False if one is False, else None if one is None, else True.
+
+    >>> all_of([True, None]), all_of([None, False]), all_of([True])
+    (None, False, True)
+    """
+    answers = tuple(answers)
+    return False if False in answers else None if None in answers else True
 
 
 def grows(x: Sequence[Number], y: Sequence[Number]) -> bool | None:

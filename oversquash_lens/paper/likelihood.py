@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oversquash_lens.errors import ModelError
 from oversquash_lens.paper.engines import Hooked, Plain, numbers
+from oversquash_lens.record.prefixes import common
 
 TRIAL = 3  # continuations that are checked against passes of their own before a tree mask is trusted
 AGREEMENT = {torch.float64: 1e-3, torch.float32: 1e-2}  # in nats, by what the model computes in
@@ -94,8 +95,7 @@ class Trunk:
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many tokens at its beginning `ids` has in common with the trunk, its last one never counted."""
-        pairs = enumerate(zip(self.ids, ids[:-1], strict=False))
-        return next((place for place, (mine, theirs) in pairs if mine != theirs), min(len(self.ids), len(ids) - 1))
+        return common(self.ids, tuple(ids[:-1]))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from oversquash_lens.measure.precision import computing_in, number_format
 from oversquash_lens.paper import families, prompts
 from oversquash_lens.paper.setting import Setting
 from oversquash_lens.record.edits import Edit, adaptive_temperature, edited_attention, sliding_window, without_first
+from oversquash_lens.record.prefixes import common
 from oversquash_lens.record.prompt import text_ids, tokenize
 from oversquash_lens.render.chart import Chart, Panel, Series, Table, Verdict
 from oversquash_lens.render.collapse_chart import curve_numbers
@@ -143,7 +144,7 @@ def inner_digits(family: Family, k: int) -> slice:
     They stand between what it shares with the shortest prompt, question and first digit, and the text behind.
     """
     shortest, prompt = family.pair(1)[0], family.pair(k)[0]
-    begin = next((i for i, (a, b) in enumerate(zip(shortest, prompt, strict=False)) if a != b), len(shortest))
+    begin = common(shortest, prompt)
     behind = len(shortest) - begin
     return slice(begin, len(prompt) - behind - 1)
 
@@ -162,8 +163,8 @@ def _certainty(model: Any, digits: str, last: str, hint: bool) -> float:
     question = prompts.copy_prompt(digits, "last", hint)
     ids = tokenize(model, question if chat else f"{question}\n", chat=chat).ids.tolist()
     right, wrong = (text_ids(model, prompts.DIGIT_LINE + digit, bos=False) for digit in (last, _other(last)))
-    same = next((i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b), None)
-    if same is None:
+    same = common(right, wrong)
+    if same == min(len(right), len(wrong)):
         raise InputError(
             f"the tokenizer of {model.cfg.model_name} writes 0 and 1 as the same token; expected one that tells digits "
             "apart"

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from oversquash_lens.paper.judging import grows
+from oversquash_lens.paper.judging import all_of, grows
 from oversquash_lens.paper.prompts import COTS, OURS
 from oversquash_lens.paper.setting import Setting
 from oversquash_lens.paper.speakers import Sampling
@@ -210,9 +210,8 @@ def _likelihood_verdict(results: Sequence[TaskResult]) -> Verdict:
 
 def _growth(claim: str, lengths: Sequence[int], errors: dict[str, tuple[float, ...]]) -> Verdict:
     """In every task: one that does not grow refutes it, one that cannot be told leaves it undecided."""
-    rises = [grows(lengths, error) for error in errors.values()]
     ends = ", ".join(f"{task} {_size(error[0])} to {_size(error[-1])}" for task, error in errors.items())
-    return Verdict(claim, ends, False if False in rises else None if None in rises else True)
+    return Verdict(claim, ends, all_of(grows(lengths, error) for error in errors.values()))
 
 
 def _size(error: float) -> str:

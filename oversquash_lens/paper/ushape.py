@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.measure.jacobian import measured_sensitivity
 from oversquash_lens.measure.mean_field import mean_field_sensitivity
 from oversquash_lens.paper.setting import Setting
+from oversquash_lens.record.prefixes import common
 from oversquash_lens.record.prompt import text_ids
 from oversquash_lens.record.recorder import record
 from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
@@ -57,13 +57,8 @@ def planted(model: Any, sentences: int, before: int, bos: bool | None = None) ->
     head = "".join([OPENING, *fillers[:before]])
     text = "".join([head, FACT, *fillers[before:], QUESTION])
     ids, answered = text_ids(model, text, bos=bos), text_ids(model, text + ANSWER, bos=bos)
-    start, end = (_shared(text_ids(model, part, bos=bos), ids) for part in (head, head + FACT))
-    return Planted(before / sentences, ids, slice(start, end), answered[_shared(ids, answered) :])
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+    start, end = (common(text_ids(model, part, bos=bos), ids) for part in (head, head + FACT))
+    return Planted(before / sentences, ids, slice(start, end), answered[common(ids, answered) :])
 
 
 def ushape(setting: Setting) -> Chart:

@@ -30,7 +30,7 @@ def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int 
     """One pass over a sequence, logits left out as far as possible; its key/value cache if that is wanted."""
     rows = torch.tensor([ids] * batch, device=model.W_E.device)
     if type(model).__name__ == "HookedTransformer":
-        cache = _cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
+        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
         mask = torch.ones_like(rows) if cached else None
         model(rows, return_type=None, past_kv_cache=cache, attention_mask=mask)
         return cache
@@ -102,7 +102,8 @@ def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> 
                 model(ids, return_type=None, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
 
 
-def _cache_class() -> Any:
+def hooked_cache_class() -> Any:
+    """HookedTransformer's key/value cache, under the name that this TransformerLens has for it."""
     import transformer_lens
 
     for name in ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache"):  # 3.x, 2.x

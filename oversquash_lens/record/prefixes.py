@@ -80,7 +80,7 @@ def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids]
         homes[ids] = Home(len(trunks), None, 0, 0)
         branches, others = [], []
         for leaf in waiting:
-            shared = _shared(ids, leaf)
+            shared = common(ids, leaf)
             fork = shared - 1 if leaf[: shared + 1] in together else shared
             if branching and 2 * fork >= len(leaf):
                 homes[leaf] = Home(len(trunks), len(branches), fork, shared)
@@ -104,8 +104,12 @@ def _leaves(sequences: Set[Ids]) -> list[Ids]:
     return [one for one, after in zip(ordered, [*ordered[1:], ()], strict=False) if after[: len(one)] != one]
 
 
-def _shared(a: Ids, b: Ids) -> int:
-    """Length of the common beginning, by halving: slices compare fast, Python loops do not."""
+def common(a: Ids, b: Ids) -> int:
+    """Length of the common beginning, by halving: slices compare fast, Python loops do not.
+
+    >>> common((7, 1, 1), (7, 1, 2))
+    2
+    """
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
