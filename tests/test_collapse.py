@@ -275,6 +275,28 @@ def test_the_floor_is_measured_at_a_few_lengths_of_many() -> None:
     assert measured[-1] == 9
 
 
+def test_some_lengths_of_a_curve_are_that_curve_there() -> None:
+    whole = collapse_curve(made("gpt2"), ones, range(1, 11), ("float64",), noise_floor=(2, 9))
+    few = whole.at((2, 5, 9))
+    assert few.lengths == (2, 5, 9)
+    for key, curve in vars(few).items():
+        if isinstance(curve, dict):
+            (mine,), (all_of_it,) = curve.values(), getattr(whole, key).values()
+            layered = key in ("by_layer", "attention_shift", "self_attention")
+            columns = (all_of_it[:, k - 1] if layered else all_of_it[k - 1] for k in few.lengths)
+            expected = torch.stack(list(columns), dim=1 if layered else 0)
+            assert torch.equal(mine.nan_to_num(-1.0), expected.nan_to_num(-1.0)), key
+    assert few.covered.tolist() == [whole.covered[k - 1] for k in few.lengths]
+    assert (~few.noise_floor["float64"].isnan()).tolist() == [True, False, True]
+
+
+def test_lengths_that_a_curve_has_not_are_refused() -> None:
+    with pytest.raises(InputError, match=r"lengths \[11\] came"):
+        collapse_curve(made("gpt2"), ones, range(1, 11), ("float64",), noise_floor=(11, 2))
+    with pytest.raises(InputError, match=r"lengths \[3\] came"):
+        collapse_curve(made("gpt2"), ones, (1, 2), ("float64",)).at((1, 3))
+
+
 def test_folded_weights_give_the_same_distances() -> None:
     """Folding moves the final gain into the unembedding; where the embedding is tied it is known, and y has it back."""
     if not has_hooked():

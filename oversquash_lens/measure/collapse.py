@@ -26,6 +26,9 @@ from oversquash_lens.record.layout import HookedModel, Layout, describe, model_l
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")
 
+LAYERED = ("by_layer", "attention_shift", "self_attention")  # [layer, length], the others begin with the length
+FLOOR_POINTS = 9  # lengths at which the noise floor is measured where none are named, spread over all
+
 Curves = dict[str, Float[Tensor, " length"]]
 
 
@@ -94,6 +97,16 @@ class CollapseCurve:
         layers = len(same)
         return tuple(layers - int(count) if count else None for count in stays)
 
+    def at(self, lengths: Sequence[int]) -> CollapseCurve:
+        """The same curve at some of its lengths."""
+        at = [self.lengths.index(k) for k in _among(self.lengths, lengths)]
+        fields = {
+            key: {name: values[:, at] if key in LAYERED else values[at] for name, values in curve.items()}
+            for key, curve in vars(self).items()
+            if isinstance(curve, dict)
+        }
+        return replace(self, lengths=tuple(lengths), covered=self.covered[at], **fields)
+
     def _held(self, dtype: Any) -> NumberFormat:
         fmt = number_format(dtype)
         if fmt not in self.formats:
@@ -121,7 +134,7 @@ def collapse_curve(
     lengths: Sequence[Any] = (1, 11, 101),
     dtypes: Sequence[Any] = FORMATS,
     *,
-    noise_floor: bool = False,
+    noise_floor: bool | Sequence[int] = False,
     share: bool = True,
     progress: bool = False,
 ) -> CollapseCurve:
@@ -132,6 +145,7 @@ def collapse_curve(
     quantised: "float32", "bfloat16", "float32:store=float8_e4m3", "float32:weights=int4"; "float64" is float64 all
     through, where a model class asks for float32 too. Prompts that begin one another are read off one forward pass,
     endings that differ run against its key/value cache; `share=False` runs each prompt by itself.
+    `noise_floor` measures what rounding alone makes, at a few lengths or at those named; each costs a pass.
     """
     layout = model_layout(model)
     formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
@@ -141,6 +155,7 @@ def collapse_curve(
     lengths = _check_lengths(lengths)
     pairs = chosen.pairs(lengths)
     _check_reach(model, layout, chosen.name, lengths, pairs)
+    floor_at = _floor_lengths(noise_floor, lengths)
     runs: dict[NumberFormat, list[NumberFormat]] = {}
     for one in formats:
         runs.setdefault(replace(one, storage=None), []).append(one)
@@ -149,7 +164,7 @@ def collapse_curve(
     for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
         with computing_in(model, computing):
             run = PairRun(model, replace(layout, dtype=computing.dtype), pairs, share)
-            again = run.again() if noise_floor else {}
+            again = run.again([lengths.index(k) for k in floor_at])
             for one in stores:
                 found[one.name] = {**run.distances(one), **run.floors(one, again)}
             shared &= run.readings.shared or not share
@@ -176,6 +191,20 @@ def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:
             f"lengths {one_line(list(lengths), 60)} came; expected increasing whole numbers from 1 on, at least one"
         )
     return found
+
+
+def _floor_lengths(noise_floor: bool | Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
+    if not isinstance(noise_floor, bool):
+        return _among(lengths, noise_floor)
+    last = len(lengths) - 1
+    some = min(FLOOR_POINTS, len(lengths)) if noise_floor else 0
+    return [lengths[i] for i in sorted({round(step * last / max(some - 1, 1)) for step in range(some)})]
+
+
+def _among(lengths: Sequence[int], asked: Sequence[int]) -> Sequence[int]:
+    if missing := sorted(set(asked) - set(lengths)):
+        raise InputError(f"lengths {one_line(missing, 60)} came; expected some of the curve's own")
+    return asked
 
 
 def _check_reach(

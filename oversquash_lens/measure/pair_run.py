@@ -16,7 +16,6 @@ from oversquash_lens.measure.precision import NumberFormat, stored
 from oversquash_lens.record.layout import HookedModel, Layout
 from oversquash_lens.record.readings import read, read_alone, unembedded
 
-FLOOR_POINTS = 9  # pairs at which the noise floor is measured, spread over all
 LOGITS = 64  # pairs whose logits are held at a time
 
 Again = dict[int, tuple[Tensor, Tensor]]  # pair -> its first prompt's y and heads
@@ -92,13 +91,11 @@ class PairRun:
             "margin_shift": torch.cat(shift).cpu().masked_fill(same, 0),
         }
 
-    def again(self) -> Again:
-        """The first prompts of a few pairs once more, from a batch of two."""
-        some = torch.linspace(0, len(self.first) - 1, min(FLOOR_POINTS, len(self.first))).round().long().unique()
+    def again(self, some: Sequence[int]) -> Again:
+        """The first prompts of these pairs once more, from a batch of two."""
         with self._passing():
             return {
-                at: read_alone(self.model, self.layout, self.sequences[int(self.first[at])], batch=2)
-                for at in some.tolist()
+                at: read_alone(self.model, self.layout, self.sequences[int(self.first[at])], batch=2) for at in some
             }
 
     def floors(self, fmt: NumberFormat, again: Again) -> dict[str, Float[Tensor, " length"]]:

@@ -77,8 +77,8 @@ def figure_5(setting: Setting) -> Chart:
         Case("(d) copy, a comma every third", families.separated(model, bos=bos), published.FIGURE_5["d"], apart=True),
     ]
     marks, left_out = setting.readable(wanted, *(case.family for case in cases))
-    printed = [_curve(setting, case.family, marks, floor=True) for case in cases]
-    dense = [_curve(setting, case.family, range(1, marks[-1] + 1)) for case in cases]
+    dense = [_curve(setting, case.family, range(1, marks[-1] + 1), floor=marks) for case in cases]
+    printed = [curve.at(marks) for curve in dense]
     others = {
         "the same place, k against k+3": families.separated(model, step=3, bos=bos),
         "commas from the right": families.separated(model, counted_from="right", bos=bos),
@@ -88,7 +88,7 @@ def figure_5(setting: Setting) -> Chart:
         for name, family in others.items()
     }
     top = list(map(_printed_panel, cases, printed))
-    bottom = list(map(_dense_panel, cases, dense, printed))
+    bottom = list(map(_dense_panel, cases, dense))
     beside = tuple(collapse_series(curve, "float32", name) for name, curve in commas.items())
     bottom[3] = replace(bottom[3], series=(*bottom[3].series, *beside))
     return Chart(
@@ -115,12 +115,12 @@ def figure_12(setting: Setting) -> Chart:
     family = families.counting(setting.model, question=question, bos=setting.options.bos)
     case = Case("prompt Type 1", family, published.FIGURE_12)
     marks, left_out = setting.readable(wanted, family)
-    printed = _curve(setting, family, marks, floor=True)
-    dense = _curve(setting, family, range(1, marks[-1] + 1))
+    dense = _curve(setting, family, range(1, marks[-1] + 1), floor=marks)
+    printed = dense.at(marks)
     return Chart(
         "12",
         "Figure 12: representational collapse, prompt Type 1",
-        (_printed_panel(case, printed), _dense_panel(case, dense, printed)),
+        (_printed_panel(case, printed), _dense_panel(case, dense)),
         (_verdict(case, dense),),
         setting.label,
         setup=_setup([dense]),
@@ -136,7 +136,7 @@ def _curve(
     lengths: Sequence[int],
     *,
     dtypes: Sequence[str] | None = None,
-    floor: bool = False,
+    floor: Sequence[int] = (),
 ) -> CollapseCurve:
     options = setting.options
     formats = dtypes or options.dtypes
@@ -150,9 +150,9 @@ def _printed_panel(case: Case, curve: CollapseCurve) -> Panel:
     return Panel(case.title, curve.unit, HEADS, tuple(series), x_axis="category", reference=published.PRECISION)
 
 
-def _dense_panel(case: Case, curve: CollapseCurve, printed: CollapseCurve) -> Panel:
+def _dense_panel(case: Case, curve: CollapseCurve) -> Panel:
     """y at every length; what rounding alone makes of it, at the printed ones."""
-    series = [series for name in curve.l1 for series in (collapse_series(curve, name), *marks_of(printed, name))]
+    series = [series for name in curve.l1 for series in (collapse_series(curve, name), *marks_of(curve, name))]
     title = f"{case.title}, every length"
     return Panel(title, curve.unit, CHANGE, tuple(series), x_axis="log", y_axis="log")
 
