@@ -62,7 +62,8 @@ def test_a_last_token_lies_in_one_pass_with_the_one_before_it_where_asked(sequen
     together = {ids for ids in sequences if random.random() < 0.5}
     whole = plan(sequences, together=together)
     assert [read_off(whole, place) for place in whole.places] == sequences
-    assert plan(sequences).tokens <= whole.tokens == counted(whole) <= sum(map(len, set(sequences)))
+    # The plan is greedy: now and then it is a token shorter with this demand than without.
+    assert whole.tokens == counted(whole) <= sum(map(len, set(sequences)))
     for place, ids in zip(whole.places, sequences, strict=True):
         assert place.position >= 1 or len(ids) == 1 or ids not in together
 
