@@ -55,17 +55,17 @@ def one_prompt(model: object, prompt: str, position: int, probes: int, n_random:
         "word": trace.tokens[position],
         "position": position,
         "sensitivity": base,
-        "top_heads": [{"layer": l, "head": h, "moves": moved[l, h].item()} for l, h in order[:8]],
+        "top_heads": [{"layer": layer, "head": head, "moves": moved[layer, head].item()} for layer, head in order[:8]],
         "paths": [path.to_dict() for path in osl.heaviest_paths(flow, 5)],
         "ablated": [
             {
-                "layer": l,
-                "head": h,
-                "moves": moved[l, h].item(),
-                "predicted": (1 - carried[l, h].item()) ** 0.5,
+                "layer": layer,
+                "head": head,
+                "moves": moved[layer, head].item(),
+                "predicted": (1 - carried[layer, head].item()) ** 0.5,
                 "measured": ratio,
             }
-            for (l, h), ratio in zip(heads, ratios, strict=True)
+            for (layer, head), ratio in zip(heads, ratios, strict=True)
         ],
     }
 

@@ -20,8 +20,9 @@ The calibrated variants carry the MLP as a node factor 1 + lip at each position 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,16 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.edges import (
+    AttentionBlocks,
+    MixedEdges,
+    Parts,
+    SplitEdges,
     attention_rows,
-    diagonal_of,
-    head_mean,
     per_head,
     squared_output_distance,
 )
-from oversquash_lens.measure.paths import EdgeRows, PathProfile, log_path_products
+from oversquash_lens.measure.paths import PathProfile, log_path_products
+from oversquash_lens.measure.weighing import Weighing
 from oversquash_lens.record.trace import Trace
 
 PRINTED = ("proof", "theorem_5_1", "theorem_b5", "multi_head")
@@ -63,24 +67,22 @@ def path_bound(trace: Trace, variant: str = "proof", beta: float | str = "measur
     norm's divisor; β₃ at the last token, over max|γ₃|) or one number for all norms. The calibrated variants use
     each position's own divisor and rollout none: giving them a number raises InputError.
     """
+    return bound_weighing(trace, variant, beta).profile(trace)
+
+
+def bound_weighing(trace: Trace, variant: str, beta: float | str = "measured") -> Weighing:
+    """What the variant's edges, nodes and constant are on this trace."""
     if variant not in VARIANTS:
         raise InputError(f"variant {variant!r} came; expected one of {', '.join(VARIANTS)}")
     _check_beta(beta, variant)
     if variant in CALIBRATED:
-        edges: EdgeRows = _calibrated_edges(trace, softmax=variant == "calibrated_full")
-        log_nodes = torch.log1p(trace.gains.mlp_lipschitz)
-        log_constant = math.log(trace.gains.final_gain_max / trace.gains.final_scale)
-    else:
-        norms = _norms(trace, beta)
-        edge = _printed_edge(variant, norms)
-
-        def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-            rows = attention_rows(trace, layer, start, stop)
-            return edge(rows, diagonal_of(start, stop, rows), layer)
-
-        log_nodes, log_constant = None, _log_constant(variant, norms, trace.gains.mlp_sigma)
-    log_by_layer = log_path_products(edges, trace.n_positions, trace.n_layers, log_nodes)
-    return PathProfile(variant, trace.tokens, log_by_layer, log_constant, trace.about, _notes(trace, variant))
+        gains = trace.gains
+        edges = FullEdges(trace) if variant == "calibrated_full" else _frozen_edges(trace)
+        log_constant = math.log(gains.final_gain_max / gains.final_scale)
+        return Weighing(variant, edges, torch.log1p(gains.mlp_lipschitz), log_constant, _notes(trace, variant))
+    norms = _norms(trace, beta)
+    edges = _printed_edges(variant, norms, partial(attention_rows, trace), trace.about.n_heads)
+    return Weighing(variant, edges, None, _log_constant(variant, norms, trace.gains.mlp_sigma), _notes(trace, variant))
 
 
 def path_products(
@@ -114,14 +116,13 @@ def path_products(
     if variant == "rollout":
         beta = 1.0  # it divides by no norm
     norms = Norms(*(_stored_norm(store, key, which, beta) for key in ("attention_scale", "mlp_scale")), 1.0)
-    edge = _printed_edge(variant, norms)
 
-    def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+    def attention(layer: int, start: int, stop: int) -> Block:
         rows = patterns[layer][which, :, start:stop, :stop].detach()
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        return edge(rows, diagonal_of(start, stop, rows), layer)
+        return rows if rows.dtype == torch.float64 else rows.float()
 
-    return log_path_products(edges, patterns[0].shape[-1], len(patterns)).exp()
+    edges = _printed_edges(variant, norms, attention, patterns[0].shape[1])
+    return log_path_products(edges.rows, patterns[0].shape[-1], len(patterns)).exp()
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,18 @@ def _check_beta(beta: float | str, variant: str) -> None:
         raise InputError(f"beta={beta!r} came with variant {variant!r}; expected no beta: it uses none")
 
 
-def _printed_edge(
-    variant: str, norms: Norms
-) -> Callable[[Block, Float[Tensor, "dest src"], int], Float[Tensor, "dest src"]]:
-    """α^h of one block and δ -> the paper's Ā. The sum over heads over H is their mean."""
-
-    def edge(rows: Block, own: Float[Tensor, "dest src"], layer: int) -> Float[Tensor, "dest src"]:
-        mean, beta_1, beta_2 = head_mean(rows), norms.attention[layer].item(), norms.mlp[layer].item()
-        forms = {
-            "proof": lambda: mean / beta_1 + own,
-            "theorem_5_1": lambda: mean / beta_2 + own,
-            "theorem_b5": lambda: (mean + own) / beta_1,
-            "multi_head": lambda: mean * len(rows) + own / len(rows),
-            "rollout": lambda: (mean + own) / 2,
-        }
-        return forms[variant]()
-
-    return edge
+def _printed_edges(variant: str, norms: Norms, attention: AttentionBlocks, n_heads: int) -> MixedEdges:
+    """The paper's Ā as factors of α^h and of δ; the sum over heads over H is their mean."""
+    beta_1, beta_2 = norms.attention, norms.mlp
+    one = torch.ones_like(beta_1)
+    of_mean, own = {
+        "proof": (1 / beta_1, one),
+        "theorem_5_1": (1 / beta_2, one),
+        "theorem_b5": (1 / beta_1, 1 / beta_1),
+        "multi_head": (n_heads * one, one / n_heads),
+        "rollout": (one / 2, one / 2),
+    }[variant]
+    return MixedEdges(attention, (of_mean / n_heads)[:, None].expand(-1, n_heads), None, own)
 
 
 def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) -> float:
@@ -198,28 +194,36 @@ def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) ->
     return math.nan
 
 
-def _calibrated_edges(trace: Trace, *, softmax: bool) -> EdgeRows:
-    """Operator-norm edges; with `softmax`, the derivative of the attention weights too (docs/theory.md, section 3)."""
-    gains, weights = trace.gains, trace.gains.weights
+def _frozen_edges(trace: Trace) -> MixedEdges:
+    """Operator norms: δ + Σ_h α^h ‖OV_h‖₂/r (docs/theory.md, section 3)."""
+    gains = trace.gains
+    own = torch.ones(trace.n_layers, dtype=torch.float64)
+    return MixedEdges(partial(attention_rows, trace), gains.weights.ov_norm, 1 / gains.attention_scale, own)
 
-    def edges(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        rows = attention_rows(trace, layer, start, stop)
+
+@dataclass(frozen=True)
+class FullEdges(SplitEdges):
+    """The same with the derivative of the attention weights (docs/theory.md, section 3)."""
+
+    trace: Trace
+
+    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        return self.parts(layer, start, stop).together(start)
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts:
+        gains, weights = self.trace.gains, self.trace.gains.weights
+        rows = attention_rows(self.trace, layer, start, stop)
         scale = gains.attention_scale[layer].to(rows)
-        edge = einsum(rows, weights.ov_norm[layer].to(rows), "head dest src, head -> dest src")
-        own = diagonal_of(start, stop, rows)
-        if softmax:
-            moved = squared_output_distance(trace, layer, start, rows).sqrt_().mul_(rows)
-            moved *= weights.score_scale[layer].to(rows).abs()
-            query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
-            key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
-            key = key * weights.query_norm[layer, :, None].to(rows)
-            query_side = einsum(moved, key, "head dest src, head src -> head dest").sum(0)
-            edge = edge + moved.mul_(query[:, :, None]).sum(0)
-            own_rest = 1 + query_side / scale[start:stop]
-            return edge / scale[:stop] + own * own_rest[:, None]
-        return edge / scale[:stop] + own
-
-    return edges
+        moved = squared_output_distance(self.trace, layer, start, rows).sqrt_().mul_(rows)
+        moved *= weights.score_scale[layer].to(rows).abs()
+        query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
+        key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
+        key = key * weights.query_norm[layer, :, None].to(rows)
+        query_side = einsum(moved, key, "head dest src, head src -> head dest") / scale[start:stop]
+        heads = torch.addcmul(moved.mul_(query[:, :, None]), rows, weights.ov_norm[layer, :, None, None].to(rows))
+        heads /= scale[:stop]
+        heads.diagonal(offset=start, dim1=1, dim2=2).add_(query_side)
+        return Parts(heads, torch.ones_like(scale[start:stop]))
 
 
 def _notes(trace: Trace, variant: str) -> tuple[str, ...]:

@@ -1,9 +1,17 @@
-"""What more than one measure takes from a trace: blocks of attention rows and distances between outputs."""
+"""The edges of causal paths, a block of rows at a time: as a whole, and split by head and residual stream.
+
+Every kind of path (a bound's variant, the mean-field estimate) says through an `Edges` what one layer passes from
+position `src` to position `dest`; what more than one kind takes from a trace stands here, too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
 import torch
-from einops import einsum, reduce
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,15 +21,92 @@ from oversquash_lens.record.trace import Trace
 CANCELLED = 1e-3
 
 
+# (layer, start, stop) -> attention of every head from positions start … stop-1 to positions 0 … stop-1
+AttentionBlocks = Callable[[int, int, int], Float[Tensor, "head dest src"]]
+
+
+class Parts(NamedTuple):
+    """One layer's edges split up, none negative: edge(j, k) = Σ_h heads[h, j, k] + δ_jk own[j]."""
+
+    heads: Float[Tensor, "head dest src"]
+    own: Float[Tensor, " dest"]
+
+    def together(self, start: int) -> Float[Tensor, "dest src"]:
+        edges = self.heads.sum(0)
+        edges.diagonal(offset=start).add_(self.own)
+        return edges
+
+
+@runtime_checkable
+class Edges(Protocol):
+    """One kind of path's edges into positions start … stop-1 from positions 0 … stop-1."""
+
+    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        """The whole edge, all heads and the residual stream together."""
+        ...
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts:
+        """The same, split by head and residual stream."""
+        ...
+
+    def received(
+        self, layer: int, start: int, stop: int, column: Float[Tensor, "src source"]
+    ) -> tuple[Float[Tensor, "dest src"], Float[Tensor, "head dest source"]]:
+        """The whole edges, and what each head makes of `column`: heads · column."""
+        ...
+
+
+@dataclass(frozen=True)
+class MixedEdges:
+    """Edges that are attention weights times a factor of head and source: all printed variants, and `calibrated`."""
+
+    attention: AttentionBlocks
+    head_factor: Float[Tensor, "layer head"]
+    src_factor: Float[Tensor, "layer pos"] | None
+    own: Float[Tensor, " layer"]
+
+    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        return self._mixed(self.attention(layer, start, stop), layer, start)
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts:
+        rows = self.attention(layer, start, stop)
+        heads = rows * self.head_factor[layer].to(rows)[:, None, None]
+        if self.src_factor is not None:
+            heads *= self.src_factor[layer, :stop].to(rows)
+        return Parts(heads, self.own[layer].to(rows).expand(stop - start))
+
+    def received(
+        self, layer: int, start: int, stop: int, column: Float[Tensor, "src source"]
+    ) -> tuple[Float[Tensor, "dest src"], Float[Tensor, "head dest source"]]:
+        rows = self.attention(layer, start, stop)
+        column = column.to(rows)
+        if self.src_factor is not None:
+            column = column * self.src_factor[layer, :stop, None].to(rows)
+        times = (rows.flatten(0, 1) @ column).view(*rows.shape[:2], -1)
+        return self._mixed(rows, layer, start), times * self.head_factor[layer].to(rows)[:, None, None]
+
+    def _mixed(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "dest src"]:
+        edges = einsum(rows, self.head_factor[layer].to(rows), "head dest src, head -> dest src")
+        if self.src_factor is not None:
+            edges *= self.src_factor[layer, : edges.shape[1]].to(rows)
+        edges.diagonal(offset=start).add_(self.own[layer].to(rows))
+        return edges
+
+
+class SplitEdges:
+    """Edges whose parts are not cheaper than the whole: a subclass gives `parts`."""
+
+    def received(
+        self, layer: int, start: int, stop: int, column: Float[Tensor, "src source"]
+    ) -> tuple[Float[Tensor, "dest src"], Float[Tensor, "head dest source"]]:
+        parts = self.parts(layer, start, stop)
+        return parts.together(start), parts.heads @ column.to(parts.heads)
+
+
 def attention_rows(trace: Trace, layer: int, start: int, stop: int) -> Float[Tensor, "head dest src"]:
     """Rows start … stop-1, cut to the positions that they can see, upcast to at least float32."""
     rows = trace.attention[layer].rows(start, stop)[:, :, :stop]
     return rows.double() if trace.gains.value.dtype == torch.float64 else rows.float()
-
-
-def diagonal_of(start: int, stop: int, like: Tensor) -> Float[Tensor, "dest src"]:
-    """δ_jk for rows start … stop-1 and columns 0 … stop-1."""
-    return torch.eye(stop, dtype=like.dtype, device=like.device)[start:stop]
 
 
 def per_head(grouped: Float[Tensor, "kv_head ..."], n_heads: int) -> Float[Tensor, "head ..."]:
@@ -56,7 +141,3 @@ def squared_output_distance(
             d = difference[mine]
             squared[each, dest[mine], src[mine]] = einsum(d @ gram[each], d, "entry i, entry i -> entry")
     return squared.clamp(min=0)
-
-
-def head_mean(attention: Float[Tensor, "head dest src"]) -> Float[Tensor, "dest src"]:
-    return reduce(attention, "head dest src -> dest src", "mean")

@@ -117,6 +117,15 @@ def json_numbers(value: Tensor | list | float) -> list | float | None:
     return value if math.isfinite(value) else None
 
 
+def effective_number(share: Float[Tensor, "*rows pos"]) -> Float[Tensor, "*rows"]:
+    """How many positions a share is spread over: exp of its entropy, from 1 (all on one) to n (even).
+
+    >>> effective_number(torch.tensor([0.25, 0.25, 0.25, 0.25])).item()
+    4.0
+    """
+    return torch.special.entr(share).sum(-1).exp()
+
+
 def log_path_products(
     edge_rows: EdgeRows,
     n: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,8 +35,25 @@ class KeptAttention:
         return self.pattern.shape[-1]
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "head dest src"]:
-        if not 0 <= start < stop <= self.n_positions:
-            raise InputError(
-                f"rows {start}:{stop} came; expected 0 ≤ start < stop ≤ {self.n_positions}, the number of positions"
-            )
+        _check(start, stop, self.n_positions)
         return self.pattern[:, start:stop]
+
+
+@dataclass(frozen=True)
+class UniformAttention:
+    """Every head looks evenly at its own position and all earlier ones: what the causal mask alone would do."""
+
+    n_positions: int
+    n_heads: int
+    dtype: torch.dtype = torch.float32
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "head dest src"]:
+        _check(start, stop, self.n_positions)
+        dest = torch.arange(start, stop, dtype=self.dtype)[:, None]
+        seen = torch.arange(self.n_positions, dtype=self.dtype) <= dest
+        return (seen / (dest + 1)).expand(self.n_heads, -1, -1)
+
+
+def _check(start: int, stop: int, n: int) -> None:
+    if not 0 <= start < stop <= n:
+        raise InputError(f"rows {start}:{stop} came; expected 0 ≤ start < stop ≤ {n}, the number of positions")

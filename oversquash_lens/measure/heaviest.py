@@ -1,0 +1,159 @@
+"""The edges and the whole paths of a flow that carry most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oversquash_lens.errors import InputError
+from oversquash_lens.measure.flow import Flow
+from oversquash_lens.measure.paths import ROWS
+
+
+@dataclass(frozen=True)
+class HeavyEdge:
+    """One edge of one layer: `head` moves `share` of the flow from position `src` to `dest`; None: it stays."""
+
+    layer: int
+    head: int | None
+    dest: int
+    src: int
+    share: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeavyPath:
+    """One causal path and its share of the flow.
+
+    `positions[l]` is where it enters layer l (the last one: where it leaves the last layer). `heads[l]` is the head
+    that brings most of that step where it goes to another position, None where the path stays.
+    """
+
+    positions: tuple[int, ...]
+    heads: tuple[int | None, ...]
+    share: float
+
+    @property
+    def moves(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(layer, head, src, dest) of each step to another position."""
+        steps = zip(self.heads, self.positions, self.positions[1:], strict=False)
+        return tuple((layer, head, src, dest) for layer, (head, src, dest) in enumerate(steps) if head is not None)
+
+    def to_dict(self) -> dict:
+        return {"positions": list(self.positions), "heads": list(self.heads), "share": self.share}
+
+
+def heaviest_edges(flow: Flow, k: int = 20, *, moving: bool = True) -> tuple[HeavyEdge, ...]:
+    """The k edges that carry the largest shares of the flow, the largest first; fewer where fewer carry any.
+
+    `moving` leaves out all that stays at its position: the residual stream, and heads that look at themselves.
+    """
+    _check_k(k)
+    n, n_heads = len(flow.tokens), flow.head_at.shape[1]
+    shares, places = torch.empty(0, dtype=torch.float64), torch.empty(0, 4, dtype=torch.long)
+    for layer in range(flow.n_layers):
+        for start in range(0, n, ROWS):
+            stop = min(start + ROWS, n)
+            block = flow.edge_rows(layer, start, stop)
+            own = flow.residual_at[layer, start:stop]
+            if moving:
+                block.diagonal(offset=start, dim1=1, dim2=2).zero_()
+                own = torch.zeros_like(own)
+            best = torch.cat([block.flatten(), own]).topk(min(k, block.numel() + len(own)))
+            head, dest, src = _unravelled(best.indices, n_heads, stop - start, stop)
+            src = torch.where(head == n_heads, dest + start, src)
+            found = torch.stack([torch.full_like(head, layer), head, dest + start, src], dim=1)
+            shares, places = torch.cat([shares, best.values]), torch.cat([places, found])
+            keep = shares.sort(descending=True, stable=True).indices[:k]
+            shares, places = shares[keep], places[keep]
+    return tuple(
+        HeavyEdge(layer, None if head == n_heads else head, dest, src, share)
+        for (layer, head, dest, src), share in zip(places.tolist(), shares.tolist(), strict=True)
+        if share > 0
+    )
+
+
+def _unravelled(
+    index: Int[Tensor, " k"], n_heads: int, dests: int, srcs: int
+) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
+    """Head, dest and src of places in [head, dest, src] followed by the residual's [dest], counted as one head more."""
+    own = index - n_heads * dests * srcs
+    inside = own < 0
+    head = torch.where(inside, index // (dests * srcs), n_heads)
+    dest = torch.where(inside, index // srcs % dests, own)
+    return head, dest, index % srcs
+
+
+def heaviest_paths(flow: Flow, k: int = 10) -> tuple[HeavyPath, ...]:
+    """The k causal paths with the largest shares of the flow, exactly, the largest first; fewer where fewer exist.
+
+    A path is a position per layer; heads and residual stream between the same two positions count as one step.
+    Dynamic programming from the last token down: a share is a product over layers of the part of what reaches
+    `dest` that comes from `src`. O(layer·pos²·k).
+    """
+    _check_k(k)
+    n = len(flow.tokens)
+    best = torch.full((n, k), -math.inf, dtype=torch.float64)  # log share of the k best from here to the last token
+    best[-1, 0] = 0.0
+    choices: list[tuple[Tensor, Tensor]] = []
+    for layer in reversed(range(flow.n_layers)):
+        best, choice = _one_layer_down(flow, layer, best)
+        choices.append(choice)
+    choices.reverse()
+    logs, index = best.flatten().topk(min(k, best.numel()))
+    found = []
+    for log_share, place in zip(logs.tolist(), index.tolist(), strict=True):
+        if math.isinf(log_share):
+            break
+        position, rank = divmod(place, k)
+        positions = [position]
+        for dests, ranks in choices:
+            position, rank = dests[position, rank].item(), ranks[position, rank].item()
+            positions.append(position)
+        found.append(HeavyPath(tuple(positions), _leading_heads(flow, positions), math.exp(log_share)))
+    return tuple(found)
+
+
+def _one_layer_down(
+    flow: Flow, layer: int, best: Float[Tensor, "pos k"]
+) -> tuple[Float[Tensor, "pos k"], tuple[Int[Tensor, "pos k"], Int[Tensor, "pos k"]]]:
+    """The k best continuations of each position one layer below, and which (dest, rank) above each goes on with."""
+    n, k = best.shape
+    found = torch.full((n, k), -math.inf, dtype=torch.float64)
+    dests, ranks = torch.zeros(n, k, dtype=torch.long), torch.zeros(n, k, dtype=torch.long)
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        log_part = (
+            flow.edges.rows(layer, start, stop).double().cpu().log() + flow.log_below[layer, :stop]
+        ).log_softmax(-1)
+        log_part = log_part.masked_fill(log_part.isnan(), -math.inf)  # rows that nothing reaches
+        candidates = (log_part[:, :, None] + best[start:stop, None, :]).transpose(0, 1).flatten(1)
+        values = torch.cat([found[:stop], candidates], dim=1)
+        found[:stop], index = values.topk(k)
+        index -= k  # negative: one of those found before
+        earlier = index < 0
+        kept = (index + k).clamp(max=k - 1)
+        dests[:stop] = torch.where(earlier, dests[:stop].gather(1, kept), index // k + start)
+        ranks[:stop] = torch.where(earlier, ranks[:stop].gather(1, kept), index % k)
+    return found, (dests, ranks)
+
+
+def _leading_heads(flow: Flow, positions: list[int]) -> tuple[int | None, ...]:
+    steps = enumerate(pairwise(positions))
+    return tuple(
+        None if src == dest else int(flow.edges.parts(layer, dest, dest + 1).heads[:, 0, src].argmax())
+        for layer, (src, dest) in steps
+    )
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise InputError(f"k={k} came; expected at least 1")
