@@ -1,4 +1,4 @@
-"""The command line: `oversquash-lens report | bound | audit | collapse | tasks | reproduce | models`.
+"""The command line: `oversquash-lens report | bound | audit | models | flow | what-if | collapse | tasks | reproduce`.
 
 Nothing heavy is imported before a command runs, so `--help` answers at once. Results go to standard output,
 progress to standard error; bad input is one line and exit code 2.
@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from oversquash_lens.cli import lens, paper
+from oversquash_lens.cli import lens, paper, where
 from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import OversquashError, one_line
@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     lens.add_commands(commands)
+    where.add_commands(commands)
     paper.add_commands(commands)
     return parser
 
