@@ -10,7 +10,9 @@ _HOME = {
     "About": "record.about",
     "Audit": "measure.audit",
     "CollapseCurve": "measure.collapse",
+    "Edit": "record.edits",
     "Family": "measure.family",
+    "Findings": "measure.findings",
     "Flow": "measure.flow",
     "GateError": "errors",
     "InputError": "errors",
@@ -23,6 +25,7 @@ _HOME = {
     "Squashing": "measure.squashing",
     "Trace": "record.trace",
     "TraceFileError": "errors",
+    "WhatIf": "measure.what_if",
     "attention_path_hooks": "record.hooks",
     "audit": "measure.audit",
     "cached_models": "models",
@@ -30,8 +33,10 @@ _HOME = {
     "compare": "measure.compare",
     "computing_in": "measure.precision",
     "count_paths": "measure.paths",
+    "edits": "record.edits",
     "edited_attention": "record.edits",
     "families": "paper.families",
+    "findings": "measure.findings",
     "figures": "render.figures",
     "flow": "measure.flow",
     "flows": "measure.flow",
@@ -48,13 +53,15 @@ _HOME = {
     "record": "record",
     "recording": "record.recorder",
     "report": "render.page",
+    "reports": "render.reports",
     "reproduce": "paper.experiments",
     "run_task": "paper.tasks",
     "squashing": "measure.squashing",
     "uniform_causal": "measure.paths",
     "views": "render.views",
+    "what_if": "measure.what_if",
 }
-_MODULES = {"families", "figures", "lemmas", "record", "views"}  # the package `record` is callable: see there
+_MODULES = {"edits", "families", "figures", "lemmas", "record", "views"}  # the package `record` is callable: see there
 
 __all__ = sorted(_HOME)
 

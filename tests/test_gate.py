@@ -271,6 +271,52 @@ def test_one_wrong_row_is_enough() -> None:
         gate.check_pattern("here", pattern)
 
 
+def test_a_head_that_is_off_passes_and_a_half_of_one_does_not() -> None:
+    pattern = causal(4, 3)
+    pattern[1] = 0
+    gate.check_pattern("here", pattern)
+    gate.check_pattern("here", torch.zeros_like(pattern))
+    for rest in ((1, 2, 0), (1, 3, 3)):
+        spoiled = pattern.clone()
+        spoiled[rest] = 1e-9
+        with pytest.raises(GateError, match="sum to 1 ± 1;"):
+            gate.check_pattern("here", spoiled)
+    spoiled = causal(4, 3)
+    spoiled[1, :3] = 0
+    with pytest.raises(GateError, match="sum to 1 ± 1;"):
+        gate.check_pattern("here", spoiled)
+
+
+def test_a_head_that_is_only_said_to_be_off() -> None:
+    """The hook shows zeros, the model goes on reading: pattern · v is not z."""
+    generator = torch.Generator().manual_seed(1)
+    pattern, value = causal(4, 2), torch.randn(4, 2, 3, generator=generator)
+    z = torch.stack([pattern[h] @ value[:, h] for h in range(2)], 1)
+    pattern[1] = 0
+    gate.check_pattern("here", pattern)
+    with pytest.raises(GateError, match="hook_z"):
+        gate.check_output("here", pattern, value, z)
+
+
+def test_on_a_model_a_head_that_is_only_said_to_be_off(fresh: tuple[Model, Tokens]) -> None:
+    """Its pattern is set to 0 and its output back to what it was."""
+    model, tokens = fresh
+    was: dict[str, torch.Tensor] = {}
+    name = "blocks.1.attn.hook_{}".format
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[(name("z"), lambda z, hook: was.update(z=z.clone()))])
+
+    def off(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+        return pattern * torch.tensor([1, 0, 1, 1], dtype=pattern.dtype)[:, None, None]
+
+    with osl.recording(model) as recorder:
+        model.run_with_hooks(tokens, fwd_hooks=[(name("pattern"), off)])
+    assert not recorder.trace().attention[1].rows(0, 6)[1].any()
+    hooks = [(name("pattern"), off), (name("z"), lambda z, hook: was["z"])]
+    with pytest.raises(GateError, match=r"layer 1.*hook_z"), osl.recording(model):
+        model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+
 def test_a_tiny_look_ahead_is_enough() -> None:
     pattern = causal()
     pattern[0, 0, 3] = 1e-9

@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from oversquash_lens.cli import lens, paper, where
+from oversquash_lens.cli import lens, paper, what_if, where
 from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import OversquashError, one_line
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     lens.add_commands(commands)
     where.add_commands(commands)
+    what_if.add_commands(commands)
     paper.add_commands(commands)
     return parser
 

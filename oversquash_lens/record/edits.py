@@ -1,14 +1,18 @@
-"""Changes of a model's attention while it runs: what the remedies of the paper and its successors do to the pattern.
+"""Changes to a prompt's tokens or to a model's attention while it runs: what remedies do, and what one tries out.
 
-Each edit takes a pattern [batch, head, dest, src] of non-negative rows and gives one whose rows sum to 1 again.
-Masking scores before the softmax and dividing the surviving weights by their sum are the same thing.
+An attention edit takes a pattern [batch, head, dest, src] of non-negative rows and gives one whose rows sum to 1
+again (a head that is switched off: to 0). Masking scores before the softmax and dividing the surviving weights by
+their sum are the same thing, and so are scaling the scores and raising the weights to a power.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,9 +20,13 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.record.hooks import attached
-from oversquash_lens.record.layout import LAYER_HOOKS, model_layout
+from oversquash_lens.record.layout import LAYER_HOOKS, Layout, model_layout
+from oversquash_lens.record.prompt import TokenizedPrompt, text_ids, tokenize
+from oversquash_lens.record.trace import Trace
 
-Edit = Callable[[Tensor], Tensor]
+PatternEdit = Callable[[Tensor], Tensor]
+Spelling = list[tuple[int, int | None]]  # each token's id, and the place it had before; None: it had none
+Speller = Callable[[Any, TokenizedPrompt], Spelling]
 
 # Polynomial of the entropy that gives the inverse temperature, highest power first: Veličković et al. 2024,
 # "Softmax is not enough (for sharp size generalisation)", section 5, as we recall it; its text was not at hand.
@@ -26,60 +34,239 @@ ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
 ADAPTIVE_FROM = 0.5  # nats of entropy below which a row stays as it is
 
 
-def sliding_window(width: int, *, keep_first: bool = False) -> Edit:
+@dataclass(frozen=True)
+class Edit:
+    """One change, `label` its one line; the functions of this module make them.
+
+    `spell` gives a prompt's new tokens, `attend` the new pattern, in every layer or in `layer` alone; calling the
+    edit on a pattern is calling `attend`. `layer`, `head` and `position` are what a model and a prompt must have.
+    `power` is what the scores are multiplied by, 1 for edits that only cut weights away: the softmax's derivative
+    grows with it. None: no one number, so no measure of a trace can know that derivative.
+    """
+
+    label: str
+    spell: Speller | None = None
+    attend: PatternEdit | None = None
+    layer: int | None = None
+    head: int | None = None
+    position: int | None = None
+    power: float | None = 1.0
+
+    def __call__(self, pattern: Tensor) -> Tensor:
+        return _attending(self)(pattern)
+
+
+class EditedPrompt(NamedTuple):
+    """What the model reads under an edit, and for each token the place that it had before (None: it had none)."""
+
+    prompt: TokenizedPrompt
+    places: tuple[int | None, ...]
+
+
+# ---------------------------------------------------------------- edits of the tokens
+
+
+def separators(every: int = 3, text: str = ",", from_right: bool = False) -> Edit:
+    """`text` between the prompt's tokens, behind every third one; a BOS in front is not counted.
+
+    Counted from the left, or with `from_right` from the end, as commas in long numbers are. None is put behind the
+    last token, so that the same token is last before and after.
+    """
+    every = _whole(every, 1, "separators behind every {} tokens came; expected at least 1")
+    if not text:
+        raise InputError("an empty separator came; expected a text such as ','")
+
+    def spell(model: Any, prompt: TokenizedPrompt) -> Spelling:
+        if getattr(model, "tokenizer", None) is None:
+            raise InputError("a separator came for a model without tokenizer; expected one that can spell it")
+        separator = [(token, None) for token in text_ids(model, text, bos=False)]
+        start, n = int(prompt.bos), len(prompt.ids)
+        spelled: Spelling = []
+        for place, token in enumerate(prompt.ids.tolist()):
+            spelled.append((token, place))
+            count = n - 1 - place if from_right else place + 1 - start
+            if start <= place < n - 1 and count % every == 0:
+                spelled += separator
+        if len(spelled) == n:
+            raise InputError(f"a prompt of {n} tokens came, too short to separate; expected more than {every}")
+        return spelled
+
+    behind = f"every {every} tokens" if every > 1 else "every token"
+    return Edit(f"{text!r} behind {behind}{', counted from the end' if from_right else ''}", spell=spell)
+
+
+def with_bos() -> Edit:
+    """The tokenizer's BOS in front of a prompt that starts without."""
+
+    def spell(model: Any, prompt: TokenizedPrompt) -> Spelling:
+        begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+        if begin is None:
+            raise InputError("a tokenizer without a BOS token came; expected one that has it")
+        if prompt.bos:
+            raise InputError("a prompt that starts with BOS came; expected one without: ask for it with bos=False")
+        return [(begin, None), *((token, place) for place, token in enumerate(prompt.ids.tolist()))]
+
+    return Edit("with BOS", spell=spell)
+
+
+def without_bos() -> Edit:
+    """The prompt without the BOS that it starts with."""
+
+    def spell(model: Any, prompt: TokenizedPrompt) -> Spelling:
+        if not prompt.bos:
+            raise InputError("a prompt without BOS came; expected one that starts with it: ask for it with bos=True")
+        return [(token, place) for place, token in enumerate(prompt.ids.tolist())][1:]
+
+    return Edit("without BOS", spell=spell)
+
+
+# ---------------------------------------------------------------- edits of the attention
+
+
+def window(width: int, keep_first: bool = False) -> Edit:
     """Each position attends to the `width` last ones, itself included, and with `keep_first` to position 0 as well.
 
-    >>> sliding_window(1)(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]))
+    >>> window(1)(torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]))
     tensor([[[[1., 0.],
               [0., 1.]]]])
     """
-    if width < 1:
-        raise InputError(f"a window of {width} came; expected at least 1 position")
+    width = _whole(width, 1, "a window of {} came; expected at least 1 position")
 
-    def edit(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
+    def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
         dest, src = _positions(pattern)
         near = dest - src < width
         return _renormalised(pattern * (near | (src == 0) if keep_first else near))
 
-    return edit
+    return Edit(f"window of {width}{', position 0 kept' if keep_first else ''}", attend=attend)
+
+
+def sliding_window(width: int, *, keep_first: bool = False) -> Edit:
+    """`window` under the paper's name for it."""
+    return window(width, keep_first)
+
+
+def mask_position(position: int) -> Edit:
+    """Nobody but it itself attends to `position`."""
+    position = _whole(position, 0, "position {} came; expected one from 0 on")
+
+    def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
+        dest, src = _positions(pattern)
+        return _renormalised(pattern * ((src != position) | (dest == position)))
+
+    return Edit(f"position {position} masked", attend=attend, position=position)
 
 
 def without_first() -> Edit:
     """Nobody but position 0 itself attends to position 0: the attention sink is closed."""
+    return mask_position(0)
 
-    def edit(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
-        dest, src = _positions(pattern)
-        return _renormalised(pattern * ((src > 0) | (dest == 0)))
 
-    return edit
+def ablate_head(layer: int, head: int) -> Edit:
+    """One head switched off: its whole pattern is zero, so that it reads nothing and writes nothing."""
+    layer = _whole(layer, 0, "layer {} came; expected one from 0 on")
+    head = _whole(head, 0, "head {} came; expected one from 0 on")
+
+    def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
+        others = torch.arange(pattern.shape[1], device=pattern.device) != head
+        return pattern * others[:, None, None]
+
+    return Edit(f"head {head} of layer {layer} off", attend=attend, layer=layer, head=head)
+
+
+def sharpen(power: float | int) -> Edit:
+    """Every softmax of `power` times its scores: above 1 sharper, below 1 flatter, the same in all layers."""
+    if not (isinstance(power, int | float) and 0 < power < math.inf):
+        raise InputError(f"a power of {power!r} came; expected a positive number, 1 leaves all as it is")
+    power = float(power)
+
+    def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
+        return _to_power(pattern, power)
+
+    return Edit(f"scores times {power:g}", attend=attend, power=power)
 
 
 def adaptive_temperature() -> Edit:
     """Rows of high entropy are sharpened by an inverse temperature that is a polynomial of their entropy."""
 
-    def edit(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
-        log = pattern.double().clamp(min=torch.finfo(pattern.dtype).tiny).log()  # its gradient stays finite at 0
+    def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
+        log = _log(pattern)
         entropy = -(pattern * log).sum(-1, keepdim=True)
         power = sum(factor * entropy**i for i, factor in enumerate(reversed(ADAPTIVE)))
-        power = torch.where(entropy > ADAPTIVE_FROM, power.clamp(min=1.0), 1.0)
-        return _renormalised((power * log).exp() * (pattern > 0)).to(pattern.dtype)
+        return _to_power(pattern, torch.where(entropy > ADAPTIVE_FROM, power.clamp(min=1.0), 1.0))
 
-    return edit
+    return Edit("adaptive temperature", attend=attend, power=None)
+
+
+# ---------------------------------------------------------------- what an edit makes of prompt, model and trace
+
+
+def edited_prompt(model: Any, prompt: TokenizedPrompt, edit: Edit) -> EditedPrompt:
+    """The tokens under an edit, once it is sure that this model and prompt have what the edit speaks of."""
+    _check(edit, model_layout(model), len(prompt.ids))
+    if edit.spell is None:
+        return EditedPrompt(prompt, tuple(range(len(prompt.ids))))
+    try:
+        ids, places = zip(*edit.spell(model, prompt), strict=True)
+        return EditedPrompt(replace(tokenize(model, ids), chat=prompt.chat), places)
+    except InputError as error:
+        raise InputError(f"{edit.label}: {error}") from error
 
 
 @contextmanager
-def edited_attention(model: Any, edit: Edit | None) -> Iterator[None]:
-    """The model attends by the edited pattern in every layer inside the `with`; `None` changes nothing."""
+def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[None]:
+    """The model attends by the edited pattern inside the `with`; `None` changes nothing.
+
+    `edit`: an attention edit of this module, or any function of a pattern, then used in every layer.
+    """
     if edit is None:
         yield
         return
+    layout, layers = model_layout(model), None
+    if isinstance(edit, Edit):
+        _check(edit, layout)
+        layers, edit = edit.layer, _attending(edit)
 
     def change(pattern: Tensor, hook: Any = None) -> Tensor:
         return edit(pattern)
 
-    layers = range(model_layout(model).n_layers)
-    with attached(model, [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", change) for i in layers]):
+    chosen = range(layout.n_layers) if layers is None else (layers,)
+    with attached(model, [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", change) for i in chosen]):
         yield
+
+
+def edited_trace(trace: Trace, edit: Edit) -> Trace:
+    """A trace recorded under an edit, its queries and keys as the edit has them enter the score."""
+    assert edit.power is not None, "asked of edits with one power only"
+    gains = trace.gains
+    norms = {"query_norm": gains.query_norm * edit.power, "key_norm": gains.key_norm * edit.power}
+    return replace(trace, gains=replace(gains, **norms))
+
+
+def _attending(edit: Edit) -> PatternEdit:
+    if edit.attend is None:
+        raise InputError(f"{edit.label} came, which changes tokens; expected an edit of the attention: see what_if")
+    return edit.attend
+
+
+def _check(edit: Edit, layout: Layout, n: int | None = None) -> None:
+    sizes = {"layer": layout.n_layers, "head": layout.n_heads, "position": n}
+    owners = {"layer": "model", "head": "model", "position": "prompt"}
+    for name, size in sizes.items():
+        asked = getattr(edit, name)
+        if asked is not None and size is not None and asked >= size:
+            raise InputError(
+                f"{edit.label}: {name} {asked} came; expected 0 … {size - 1}, the {name}s of this {owners[name]}"
+            )
+
+
+def _whole(number: Any, least: int, refusal: str) -> int:
+    try:
+        found = operator.index(number)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise InputError(refusal.format(number))
+    return found
 
 
 def _positions(pattern: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,3 +281,14 @@ def _renormalised(pattern: Tensor) -> Tensor:
     total = pattern.sum(-1, keepdim=True)
     dest, src = _positions(pattern)
     return torch.where(total > 0, pattern / total.clamp(min=torch.finfo(pattern.dtype).tiny), (dest == src).to(pattern))
+
+
+def _log(pattern: Tensor) -> Tensor:
+    """Its logarithm in float64, whose gradient stays finite at 0."""
+    return pattern.double().clamp(min=torch.finfo(pattern.dtype).tiny).log()
+
+
+def _to_power(pattern: Tensor, power: float | Tensor) -> Tensor:
+    """pattern**power with rows that sum to 1; whatever the power, the largest weight of a row does not underflow."""
+    scores = power * _log(pattern)
+    return _renormalised((scores - scores.detach().amax(-1, keepdim=True)).exp() * (pattern > 0)).to(pattern.dtype)

@@ -24,12 +24,17 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_pattern(name: str, pattern: Float[Tensor, "head dest src"]) -> None:
-    """Rows sum to 1, nothing above the diagonal."""
-    off = (pattern.sum(-1, dtype=torch.float32) - 1).abs().max().item()
-    if not off <= TOLERANCE[pattern.dtype]:  # NaN too
+    """Rows sum to 1, nothing above the diagonal; a head whose whole pattern is 0 is switched off.
+
+    That such a head indeed reads nothing, and is not merely out of this hook's sight, `check_output` finds out.
+    """
+    off = (pattern.sum(-1, dtype=torch.float32) - 1).abs().amax(-1)
+    wrong = ~(off <= TOLERANCE[pattern.dtype])  # NaN too
+    if pattern[wrong].any():
         raise GateError(
-            f"{name}: rows of the attention pattern sum to 1 ± {off:.2g}; expected 1: this hook does not show the "
-            "softmax that the model uses (attention sinks, padding or a delegated attention), or weights hold NaN"
+            f"{name}: rows of the attention pattern sum to 1 ± {off[wrong].max().item():.2g}; expected 1: this hook "
+            "does not show the softmax that the model uses (attention sinks, padding or a delegated attention), or "
+            "weights hold NaN"
         )
     future = pattern.triu(1)
     if future.any():
@@ -124,6 +129,6 @@ def _compare(where: str, computed: Tensor, seen: Tensor, route: str, hook: str, 
     if not off <= TOLERANCE[dtype]:
         raise GateError(
             f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook of yours edits "
-            "the result, which the weights then do not tell (to ablate a head, set its W_O to 0; measured_sensitivity "
-            "allows any edit), or the model computes something else than its hooks show"
+            "the result, which the weights then do not tell (to switch a head off, use edits.ablate_head; "
+            "measured_sensitivity allows any edit), or the model computes something else than its hooks show"
         )
