@@ -71,12 +71,21 @@ def test_heaviest_edges_are_the_heaviest_of_all(kind: str, moving: bool) -> None
         for edge in found:
             assert edge.share == pytest.approx(every[edge.layer, edge.head, edge.dest, edge.src], rel=1e-9)
         assert len({(edge.layer, edge.head, edge.dest, edge.src) for edge in found}) == len(found)
+        if moving:
+            by_layer = heaviest.heaviest_by_layer(flow, k)
+            for layer, edges in enumerate(by_layer):
+                shares = sorted(
+                    (share for place, share in every.items() if place[0] == layer and share > 0), reverse=True
+                )
+                assert [edge.share for edge in edges] == pytest.approx(shares[:k], rel=1e-9)
+                assert {edge.layer for edge in edges} <= {layer}
 
 
 def test_blocks_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = osl.flow(osl.record(hooked(9, n_layers=4), tokens_for(9, 12)))
     edges, paths = osl.heaviest_edges(flow, 30, moving=False), osl.heaviest_paths(flow, 30)
     monkeypatch.setattr(heaviest, "ROWS", 5)
+    monkeypatch.setattr(heaviest, "BLOCK", 2)
     assert [vars(edge) for edge in osl.heaviest_edges(flow, 30, moving=False)] == [
         {**vars(edge), "share": pytest.approx(edge.share, rel=1e-10)} for edge in edges
     ]

@@ -14,6 +14,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.paths import ROWS
 
+BLOCK = 64  # positions whose edges are looked through at a time
+
 
 @dataclass(frozen=True)
 class HeavyEdge:
@@ -57,39 +59,55 @@ def heaviest_edges(flow: Flow, k: int = 20, *, moving: bool = True) -> tuple[Hea
     `moving` leaves out all that stays at its position: the residual stream, and heads that look at themselves.
     """
     _check_k(k)
-    n, n_heads = len(flow.tokens), flow.head_at.shape[1]
-    shares, places = torch.empty(0, dtype=torch.float64), torch.empty(0, 4, dtype=torch.long)
+    found: list[HeavyEdge] = []
     for layer in range(flow.n_layers):
-        for start in range(0, n, ROWS):
-            stop = min(start + ROWS, n)
-            block = flow.edge_rows(layer, start, stop)
-            own = flow.residual_at[layer, start:stop]
-            if moving:
-                block.diagonal(offset=start, dim1=1, dim2=2).zero_()
-                own = torch.zeros_like(own)
-            best = torch.cat([block.flatten(), own]).topk(min(k, block.numel() + len(own)))
-            head, dest, src = _unravelled(best.indices, n_heads, stop - start, stop)
-            src = torch.where(head == n_heads, dest + start, src)
-            found = torch.stack([torch.full_like(head, layer), head, dest + start, src], dim=1)
-            shares, places = torch.cat([shares, best.values]), torch.cat([places, found])
-            keep = shares.sort(descending=True, stable=True).indices[:k]
-            shares, places = shares[keep], places[keep]
-    return tuple(
-        HeavyEdge(layer, None if head == n_heads else head, dest, src, share)
-        for (layer, head, dest, src), share in zip(places.tolist(), shares.tolist(), strict=True)
-        if share > 0
-    )
+        found = _largest(found + _edges_of(flow, layer, k, moving, _least(found, k)), k)
+    return tuple(found)
 
 
-def _unravelled(
-    index: Int[Tensor, " k"], n_heads: int, dests: int, srcs: int
-) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
-    """Head, dest and src of places in [head, dest, src] followed by the residual's [dest], counted as one head more."""
-    own = index - n_heads * dests * srcs
-    inside = own < 0
-    head = torch.where(inside, index // (dests * srcs), n_heads)
-    dest = torch.where(inside, index // srcs % dests, own)
-    return head, dest, index % srcs
+def heaviest_by_layer(flow: Flow, k: int) -> tuple[tuple[HeavyEdge, ...], ...]:
+    """Of each layer the k edges by which heads move most to another position, the largest first."""
+    _check_k(k)
+    return tuple(tuple(_edges_of(flow, layer, k, moving=True, least=0.0)) for layer in range(flow.n_layers))
+
+
+def _edges_of(flow: Flow, layer: int, k: int, moving: bool, least: float) -> list[HeavyEdge]:
+    """The k largest edges of one layer that pass `least`.
+
+    Exact, and quick where few positions receive most: no edge outweighs what its head brings to that position in all,
+    so blocks of positions come in the order of that bound, until no other can hold one of the k heaviest.
+    """
+    n = len(flow.tokens)
+    found = [] if moving else _staying(flow, layer, k)
+    bounds = [flow.head_at[layer, :, start : start + BLOCK].max().item() for start in range(0, n, BLOCK)]
+    for block in sorted(range(len(bounds)), key=lambda block: -bounds[block]):
+        if bounds[block] <= max(least, _least(found, k)):
+            break
+        start = block * BLOCK
+        edges = flow.edge_rows(layer, start, min(start + BLOCK, n))
+        if moving:
+            edges.diagonal(offset=start, dim1=1, dim2=2).zero_()
+        best = edges.flatten().topk(min(k, edges.numel()))
+        for share, place in zip(best.values.tolist(), best.indices, strict=True):
+            head, dest, src = (int(i) for i in torch.unravel_index(place, edges.shape))
+            found.append(HeavyEdge(layer, head, start + dest, src, share))
+        found = _largest(found, k)
+    return found
+
+
+def _staying(flow: Flow, layer: int, k: int) -> list[HeavyEdge]:
+    best = flow.residual_at[layer].topk(min(k, len(flow.tokens)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [HeavyEdge(layer, None, position, position, share) for position, share in pairs if share > 0]
+
+
+def _largest(edges: list[HeavyEdge], k: int) -> list[HeavyEdge]:
+    return sorted((edge for edge in edges if edge.share > 0), key=lambda edge: -edge.share)[:k]
+
+
+def _least(found: list[HeavyEdge], k: int) -> float:
+    """What an edge has to pass to be one of the k largest."""
+    return found[-1].share if len(found) == k else 0.0
 
 
 def heaviest_paths(flow: Flow, k: int = 10) -> tuple[HeavyPath, ...]:
