@@ -6,6 +6,7 @@ import math
 from itertools import pairwise, product
 
 from oversquash_lens.render.chart import Chart, Panel, Paths, Series, Table, Verdict
+from oversquash_lens.render.diagrams import Heat, Route
 
 LENGTHS = (1, 2, 6, 11, 51, 101, 501, 1001, 2001)
 PRECISION = 2.0**-7
@@ -140,4 +141,27 @@ def many_legends() -> Chart:
     return Chart("remedies", "Remedies", panels, ())
 
 
+def heat() -> Chart:
+    """A map of three rows and four columns, one cell of it not known, a number per row beside it."""
+    values = ((0.25, 0.25, 0.25, 0.25), (0.7, 0.001, math.nan, 0.29), (0.0, 0.0, 0.0, 1.0))
+    beside = Series("width", (0, 1, 2), (4.0, 1.9, 1.0))
+    panel = Panel("", "token", "layer", (beside,), heat=Heat(values, 0.025, 1.0, "share"), x_names=tuple("abcd"))
+    return Chart("flow", "Where it runs", (panel,), ())
+
+
+def route() -> Chart:
+    """Two layers, two positions alone and three gathered between them; 0.001 of the upper layer is not drawn."""
+    made = Route(
+        names=("a", "… 3 others, 30% at most", "e"),
+        spans=((0, 1), (1, 4), (4, 5)),
+        node=((1.0, 0.0, 0.0), (0.5, 0.3, 0.2), (0.0, 0.0, 1.0)),
+        stays=((0.5, 0.0, 0.0), (0.0, 0.0, 0.2)),
+        moves=((0, 0, 1, 0.3, "0.1"), (0, 0, 2, 0.2, "0.0+"), (1, 0, 2, 0.5, "1.1"), (1, 1, 2, 0.299, "1.0")),
+        source=0,
+        least=0.005,
+    )
+    return Chart("route", "The route", (Panel("", "token", "layer", route=made),), ())
+
+
+DIAGRAMS = (heat, route)
 ALL = (graph, marks, grid, histogram, collapse, decay, many_legends)

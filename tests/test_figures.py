@@ -306,7 +306,10 @@ def test_a_panel_in_which_nothing_was_measured_says_so() -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_nothing_covers_anything_and_all_is_on_the_sheet(make) -> None:
-    figure = drawn(make())
+    check_sheet(drawn(make()))
+
+
+def check_sheet(figure: Figure) -> None:
     sheet = figure.bbox
     boxes = [axes.get_tightbbox() for axes in figure.axes]  # with labels, title, note and own legend
     boxes += [legend.get_window_extent() for legend in figure.legends]

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.render.diagrams import KINDS, Heat, Number, Paths, Route, read_diagram
 
 SERIES_KINDS = ("line", "published", "floor", "bars", "marks")
 AXES = ("linear", "log", "category")
-Number = float | int
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,8 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Paths:
-    """Causal paths through layers as a drawing: how many run over each edge from `token` to the last one.
-
-    `edges` holds (layer, source position, destination position, number of paths over it); layer 0 is the lowest.
-    """
-
-    tokens: tuple[str, ...]
-    n_layers: int
-    token: int
-    edges: tuple[tuple[int, int, int, Number], ...]
-
-    @property
-    def total(self) -> Number:
-        """Number of paths from `token` to the last one: every path leaves it over one edge of the lowest layer."""
-        return sum(count for layer, source, _, count in self.edges if (layer, source) == (0, self.token))
-
-
-@dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One pair of axes: curves, or a diagram (causal paths, a map, a route).
 
     `reference` is a dashed horizontal line: (value, label). `zero` is what a 0 means, said where a log axis has
     no place for it and draws it at its edge. `x_names` stand in place of the numbers 0 … n-1 on the x axis.
@@ -82,6 +64,8 @@ class Panel:
     y_axis: str = "linear"
     reference: tuple[Number, str] | None = None
     paths: Paths | None = None
+    heat: Heat | None = None
+    route: Route | None = None
     note: str = ""
     zero: str = "bit-equal"
     x_names: tuple[str, ...] = ()
@@ -92,6 +76,12 @@ class Panel:
                 raise InputError(f"axis {axis!r} came; expected one of {', '.join(AXES)}")
         if len({one.kind == "marks" for one in self.series}) > 1:
             raise InputError(f"panel {self.title!r} has marks and numbers on one pair of axes; give each its own panel")
+        if (count := sum(getattr(self, kind) is not None for kind in KINDS)) > 1:
+            raise InputError(f"panel {self.title!r} has {count} diagrams on one pair of axes; give each its own panel")
+
+    @property
+    def diagram(self) -> Paths | Heat | Route | None:
+        return self.paths or self.heat or self.route
 
 
 @dataclass(frozen=True)
@@ -164,7 +154,7 @@ class Chart:
             ) from error
 
     def to_csv(self) -> str:
-        """One line a point: panel, series, kind, x, y, low, high."""
+        """One line a point, edge or cell of a map: panel, series, kind, x, y, low, high."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["panel", "series", "kind", "x", "y", "low", "high"])
@@ -173,19 +163,17 @@ class Chart:
                 empty = ("",) * len(one.x)
                 for row in zip(one.x, one.y, one.low or empty, one.high or empty, strict=True):
                     writer.writerow([panel.title, one.label, one.kind, *row])
-            if panel.paths is not None:
-                for layer, source, destination, count in panel.paths.edges:
-                    writer.writerow([panel.title, f"layer {layer}", "paths", source, destination, count, count])
+            if panel.diagram is not None:
+                writer.writerows([panel.title, *row] for row in panel.diagram.rows())
         return out.getvalue()
 
 
-def _panel(series: list, paths: dict | None, reference: list | None, x_names: list, **rest: Any) -> Panel:
-    if paths is not None:
-        paths = Paths(**paths | {"tokens": tuple(paths["tokens"]), "edges": tuple(map(tuple, paths["edges"]))})
+def _panel(series: list, reference: list | None, x_names: list, **rest: Any) -> Panel:
+    diagrams = {kind: read_diagram(kind, rest.pop(kind)) for kind in KINDS if rest.get(kind) is not None}
     if reference is not None:
         reference = tuple(reference)
     rows = tuple(_series(**one) for one in series)
-    return Panel(series=rows, paths=paths, reference=reference, x_names=tuple(x_names), **rest)
+    return Panel(series=rows, reference=reference, x_names=tuple(x_names), **rest | diagrams)
 
 
 def _series(label: str, kind: str, **numbers: list | None) -> Series:

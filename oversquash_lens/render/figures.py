@@ -19,14 +19,17 @@ import torch
 from oversquash_lens.errors import InputError
 from oversquash_lens.files import check_place, write_atomically
 from oversquash_lens.measure.collapse import CollapseCurve
+from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
+from oversquash_lens.measure.squashing import Squashing
+from oversquash_lens.render.captions import GLOSSES, NAMES
 from oversquash_lens.render.chart import Chart, Panel, Series
 from oversquash_lens.render.collapse_chart import collapse_chart
+from oversquash_lens.render.flow_chart import heads_chart, map_chart, route_chart, squashing_chart, width_chart
 from oversquash_lens.render.html import visible_token
 from oversquash_lens.render.sheet import draw_sheet
 from oversquash_lens.render.style import styled
-from oversquash_lens.render.views import GLOSSES, NAMES
 
 FORMATS = ("pdf", "svg", "png")
 VALUES = {"share": "share in what the last token hears", "log10": "log₁₀ of the sensitivity"}
@@ -87,6 +90,48 @@ def collapse(curve: CollapseCurve | object) -> Any:
     if not isinstance(curve, CollapseCurve):
         raise InputError(f"a {type(curve).__name__} came; expected what collapse_curve returns: call it first")
     return chart(collapse_chart(curve))
+
+
+def flow(flow: Flow | object) -> matplotlib.figure.Figure:
+    """Where the paths run, as a matplotlib Figure: share by layer and position, and the effective width beside it.
+
+    Layer 0 (the embeddings) is at the bottom. The colour is logarithmic as in the views: white at a tenth of an even
+    share or less, darkest at 1.
+    """
+    return chart(map_chart(_checked_flow(flow)))
+
+
+def heads(flow: Flow | object) -> matplotlib.figure.Figure:
+    """Which heads carry a flow, as a matplotlib Figure: share that each moves, and what stays in the residual stream.
+
+    In each layer both together are 1; the colour is white at a tenth of an even share or less.
+    """
+    return chart(heads_chart(_checked_flow(flow)))
+
+
+def width(result: Flow | Squashing | object) -> matplotlib.figure.Figure:
+    """How many positions the paths pass through at each layer, as a matplotlib Figure.
+
+    Of a `Squashing` also the same with even attention: what the causal mask alone would make of it.
+    """
+    if isinstance(result, Squashing):
+        return chart(squashing_chart(result))
+    return chart(width_chart(_checked_flow(result)))
+
+
+def route(flow: Flow | object) -> matplotlib.figure.Figure:
+    """The route of a flow through positions and layers, as a matplotlib Figure: lines as wide as their shares.
+
+    Positions that carry at least 3 % at some layer stand alone (12 of them at most, besides the source and the last
+    token), runs of others are gathered.
+    """
+    return chart(route_chart(_checked_flow(flow)))
+
+
+def _checked_flow(flow: object) -> Flow:
+    if not isinstance(flow, Flow):
+        raise InputError(f"a {type(flow).__name__} came; expected a Flow: call flow(trace) first")
+    return flow
 
 
 def _check_value(value: str) -> None:

@@ -13,6 +13,12 @@ from jaxtyping import Bool, Float
 from oversquash_lens.render.style import SMALL, inches_of, printable
 
 LONGEST_NAME = 16  # characters of a name at an axis
+TURNED: dict[str, Any] = {
+    "rotation": 90,
+    "va": "center",
+    "ha": "right",
+    "rotation_mode": "anchor",
+}  # names below an axis
 MOST_DECADES = 7  # labelled on one log axis
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -22,7 +28,7 @@ class Scale:
     """One axis from `bottom` to `top`. What a number line has no place for stands at its ends.
 
     A 0 on a log axis and -inf stand at the bottom, inf at the top, nan and what is negative on a log axis nowhere.
-    `ticks` are pairs (place, label); empty on a linear axis, where matplotlib finds them.
+    `ticks` are pairs (place, label); empty on a linear axis, where matplotlib finds them (`whole`: at whole numbers).
     """
 
     kind: str
@@ -30,6 +36,7 @@ class Scale:
     top: float
     ticks: tuple[tuple[float, str], ...] = ()
     places: dict[float, int] = field(default_factory=dict)
+    whole: bool = False
 
     def at(self, values: Sequence[float | int]) -> Float[np.ndarray, " point"]:
         """Places of the values in the axis' own numbers; nan where there is none."""
@@ -66,7 +73,8 @@ def scale(kind: str, values: Sequence[float | int], margin: float = 0.05, from_z
     if from_zero and 0 <= low < 0.3 * high:
         low = 0.0
     length = high - low or abs(high) or 1.0
-    return Scale(kind, low - margin * length, high + margin * length)
+    whole = all(isinstance(value, int) for value in values)
+    return Scale(kind, low - margin * length, high + margin * length, whole=whole)
 
 
 def _log_scale(values: Sequence[float], margin: float) -> Scale:
@@ -102,17 +110,26 @@ def put(axes: Any, which: str, scale: Scale, inches: float, names: Sequence[str]
     if scale.kind == "linear" and not names:
         room = inches_of(number(float(f"{scale.top:.2g}")) + "00", SMALL)
         most = 3.2 * inches if which == "y" else inches / room
-        axis.set_major_locator(MaxNLocator(nbins=max(3, min(7, int(most))), steps=[1, 2, 2.5, 5, 10]))
+        bins, steps = max(3, min(7, int(most))), [1, 2, 2.5, 5, 10]
+        fewest = 1 if scale.whole else 2
+        axis.set_major_locator(MaxNLocator(bins, steps=steps, integer=scale.whole, min_n_ticks=fewest))
         axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         return
     ticks = [(float(i), name) for i, name in enumerate(short(names))] or list(scale.ticks)
-    turned: dict[str, Any] = {}
+    turned = {}
     if which == "x" and crowded([label for _, label in ticks], inches):
         ticks = ticks[:: math.ceil(len(ticks) * 1.6 * SMALL / 72 / inches)]
-        turn = {"rotation": 90, "va": "center"} if names else {"rotation": 45, "va": "top"}
-        turned = {**turn, "rotation_mode": "anchor", "ha": "right"}
+        turned = TURNED if names else {**TURNED, "rotation": 45, "va": "top"}
     axis.set_ticks([place for place, _ in ticks], [label for _, label in ticks], **turned)
     axis.set_minor_locator(NullLocator())
+
+
+def put_counts(axes: Any, which: str, count: int, inches: float) -> None:
+    """Number rows or columns from 0: all of them, or every second, fifth, tenth, … where space is short."""
+    most = max(2, min(8, int(5 * inches)))
+    step = next(digit * 10**power for power in range(9) for digit in (1, 2, 5) if count <= most * digit * 10**power)
+    ticks = range(0, count, step)
+    getattr(axes, f"set_{which}ticks")(ticks, map(number, ticks))
 
 
 def short(names: Sequence[str]) -> list[str]:
@@ -136,7 +153,9 @@ def number(value: float | int) -> str:
     >>> [number(value) for value in (0.0, 1001.0, 10000.0, 0.25, -2.0, 1e-9)]
     ['0', '1001', '10,000', '0.25', '−2', '10⁻⁹']
     """
-    if value and not 1e-4 < abs(value) < 1e7:
+    if value == 0:
+        return "0"  # -0.0 too
+    if not 1e-4 < abs(value) < 1e7:
         return _power(value)
     return (f"{value:,.7g}" if abs(value) >= 1e4 else f"{value:.7g}").replace("-", "−")
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from oversquash_lens.render.chart import Chart, Panel
 from oversquash_lens.render.drawings import draw_marks, draw_paths
+from oversquash_lens.render.maps import draw_map, map_width, named_columns
 from oversquash_lens.render.panels import Legend, draw_numbers, is_known
+from oversquash_lens.render.routes import draw_route, names_height
 from oversquash_lens.render.scales import crowded, short
 from oversquash_lens.render.style import HEADING, LABEL, SMALL, SOFT, TITLE, Look, inches_of, looks, printable, wrapped
 
 PANELS = {1: (5.0, 2.4), 2: (3.6, 1.75), 3: (2.9, 1.5), 4: (2.6, 1.3)}  # inches: width with labels, height of the axes
-WIDE = 7.2  # width of a single panel with many names below its axis
+WIDE, MANY = 7.2, 12  # width of a single panel with many names below its axis, and how many these are
 BESIDE = 0.6  # inches of a panel's width that its labels take
 BELOW = 0.5  # inches that they take below
 EDGE = 0.1  # inches of white paper all around
@@ -42,7 +44,8 @@ def draw_sheet(chart: Chart) -> Any:
     for place, panel in enumerate(chart.panels):
         row, column = divmod(place, columns)
         axes = figure.add_subplot(grid[row, column])
-        size = (width - BESIDE, heights[row])
+        inches = width - BESIDE
+        size = (inches if panel.heat is None else map_width(panel, inches), heights[row])
         legend, note = _draw(axes, panel, looks(_labels([panel])) if shared is None else shared, size)
         legends = {**legend, **legends}
         head = _head(axes, panel.title, note, legend if shared is None else {}, size[0])
@@ -59,22 +62,31 @@ def _columns(n: int) -> int:
 
 def _panel_size(chart: Chart, columns: int) -> tuple[float, float]:
     width, height = PANELS[min(columns, 4)]
-    return (WIDE if columns == 1 and any(len(_names(panel)) > 12 for panel in chart.panels) else width), height
+    wide = any(panel.heat is not None or len(_names(panel)) > MANY for panel in chart.panels)
+    return (WIDE if columns == 1 and wide else width), height
 
 
 def _axes_height(panel: Panel, height: float) -> float:
     if panel.paths is not None:
         return max(height, min(5.0, 0.42 * (panel.paths.n_layers + 1)))
+    if panel.heat is not None:
+        return max(1.2, min(4.0, 0.12 * len(panel.heat.values)))
+    if panel.route is not None:
+        return max(1.2, min(5.6, 0.42 * (panel.route.n_layers + 1)))
     return 0.12 + 0.24 * len(panel.series) if _is_marks(panel) else height
 
 
 def _names(panel: Panel) -> tuple[str, ...]:
+    if panel.route is not None:
+        return panel.route.names
     return panel.paths.tokens if panel.paths is not None else panel.x_names
 
 
 def _names_height(panel: Panel, inches: float) -> float:
     """What names need below the axis beyond a line of numbers."""
-    names = short(_names(panel))
+    if panel.route is not None:
+        return names_height(panel.route, inches)
+    names = short(_names(panel) if panel.heat is None else named_columns(panel, inches))
     return max(inches_of(name, SMALL) for name in names) if crowded(names, inches) else 0.0
 
 
@@ -83,13 +95,14 @@ def _is_marks(panel: Panel) -> bool:
 
 
 def _labels(panels: Sequence[Panel]) -> list[str]:
-    """Of what gets a colour of its own."""
-    return [one.label for panel in panels for one in panel.series if one.kind in ("line", "bars")]
+    """Of what gets a colour of its own; the curve beside a map has a name below it instead."""
+    series = [one for panel in panels if panel.heat is None for one in panel.series]
+    return [one.label for one in series if one.kind in ("line", "bars")]
 
 
 def _shares_legend(panels: Sequence[Panel]) -> bool:
     """One legend for all panels that have something to explain, where it stays short."""
-    explained = [panel for panel in panels if panel.series]
+    explained = [panel for panel in panels if panel.series and panel.heat is None]
     return len(panels) == 1 or (len(explained) > 1 and len(set(_labels(panels))) <= MOST_SHARED)
 
 
@@ -99,6 +112,11 @@ def _draw(axes: Any, panel: Panel, look_of: dict[str, Look], size: tuple[float, 
     notes = [panel.note] if panel.note else []
     if panel.paths is not None:
         notes.append(draw_paths(axes, panel.paths, size))
+    elif panel.heat is not None:
+        notes += draw_map(axes, panel, size)
+    elif panel.route is not None:
+        legend, said = draw_route(axes, panel.route, size)
+        notes.append(said)
     elif _is_marks(panel):
         legend = draw_marks(axes, panel, size)
     elif is_known(panel):

@@ -11,6 +11,8 @@ from typing import Any
 INK, SOFT, FAINT = "#1f2328", "#6e757c", "#e4e6e8"
 # Okabe and Ito (2008) without green and yellow: nothing red beside green, nothing too pale for white paper.
 COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# From nothing to all: CIELAB lightness falls from 100 to 16 in even steps, hue from 236° to 270°.
+RAMP = ("#ffffff", "#cce5f3", "#98cae8", "#61b0dc", "#1f94cc", "#0478ad", "#015c8b", "#024269", "#0c2944")
 DPI = 200  # of the PNG
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("solid", (0, (5, 1.6)), (0, (4, 1.4, 1, 1.4)))
@@ -113,9 +115,9 @@ def _characters() -> frozenset[int]:
 def inches_of(text: str, size: float, bold: bool = False) -> float:
     """How wide the text is in type of a size (points)."""
     font = _font(bold)
-    font.set_size(size, 72)
+    font.set_size(size, 7200)  # so large that rounding to whole pixels does not matter
     font.set_text(text, 0.0)
-    return font.get_width_height()[0] / 64 / 72
+    return font.get_width_height()[0] / 64 / 7200
 
 
 def wrapped(text: str, inches: float, size: float, bold: bool = False) -> str:
