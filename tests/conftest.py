@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browsing import Opened, chromium
 from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked, tokens_for
 
 # Models made anew for each test, which may change them: both classes, LayerNorm and RMSNorm, plain and gated.
@@ -101,6 +103,25 @@ def count_hooks() -> Callable[[Any], int]:
         return sum(len(getattr(module, kind, ())) for module in modules.values() for kind in (*torch_hooks, *lists))
 
     return counted
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium with the network off, one for each module."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@pytest.fixture
+def opened(driver: Any, tmp_path: Path) -> Callable[[str], Opened]:
+    """opened(html) -> the page in the browser, drawn to the end."""
+
+    def opened(html: str) -> Opened:
+        path = tmp_path / "page.html"
+        path.write_text(html, encoding="utf-8")
+        return Opened(driver, path)
+
+    return opened
 
 
 @pytest.fixture(autouse=True, scope="module")

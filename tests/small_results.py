@@ -7,6 +7,8 @@ import math
 import torch
 
 from oversquash_lens.measure.audit import Audit, AuditRow
+from oversquash_lens.measure.edges import MixedEdges
+from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
 from oversquash_lens.record.about import About
@@ -62,6 +64,49 @@ def truth(tokens: tuple[str, ...] = TOKENS, exact: bool = True, seed: int = 1) -
         probes=probes,
         seed=seeded,
         about=about(),
+    )
+
+
+def flow_result(
+    tokens: tuple[str, ...] = TOKENS,
+    n_layers: int = 3,
+    n_heads: int = 2,
+    *,
+    source: int | None = None,
+    seed: int = 2,
+    kind: str = "mean_field",
+) -> Flow:
+    """A flow over random causal attention, from the whole matrices: what `flow` has no part in making."""
+    n = len(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    scores = 2 * torch.randn(n_layers, n_heads, n, n, generator=generator, dtype=torch.float64)
+    scores[..., 0] += 2  # a loud first token, as attention sinks make it
+    attention = scores.masked_fill(~torch.ones(n, n).tril().bool(), -math.inf).softmax(-1)
+    factor = 0.4 * torch.rand(n_layers, n_heads, generator=generator, dtype=torch.float64)
+    own = torch.ones(n_layers, dtype=torch.float64)
+    heads = attention * factor[:, :, None, None]
+    whole = heads.sum(1) + torch.eye(n, dtype=torch.float64)
+
+    below = [torch.ones(n, dtype=torch.float64) if source is None else torch.eye(n, dtype=torch.float64)[source]]
+    above = [torch.eye(n, dtype=torch.float64)[-1]]
+    for layer in range(n_layers):
+        below.append(whole[layer] @ below[-1])
+        above.insert(0, above[0] @ whole[-1 - layer])
+    up, down = torch.stack(below), torch.stack(above)
+    node = up * down / (up * down).sum(-1, keepdim=True)
+    part = node[1:] / up[1:].clamp(min=1e-300)
+    return Flow(
+        kind=kind,
+        tokens=tokens,
+        source=source,
+        node=node,
+        head_at=(heads @ up[:-1, None, :, None])[..., 0] * part[:, None],
+        residual_at=up[:-1] * part,
+        log_above=down.log(),
+        log_below=up.log(),
+        edges=MixedEdges(lambda layer, start, stop: attention[layer, :, start:stop, :stop], factor, None, own),
+        about=about(),
+        notes=("assumed by nobody",),
     )
 
 

@@ -16,8 +16,9 @@ from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError, OversquashError
 from oversquash_lens.render import html as html_module
+from oversquash_lens.render.cells import MOST_CELLS
 from oversquash_lens.render.html import LARGEST_PAYLOAD, View, inert, runtime, script_json, visible_token
-from oversquash_lens.render.views import MOST_CELLS, layers, positions, side_by_side
+from oversquash_lens.render.views import layers, positions, side_by_side
 
 
 def data_in(html: str) -> dict:

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from circuitsvis.utils.render import RenderedHTML
 from oversquash_lens.errors import InputError, OversquashError
 
 LONGEST_TOKEN = 64  # characters shown of one token
+SCRIPTS = ("view.js", "view_strip.js", "view_grid.js", "view_flow.js", "view_all.js")  # one scope, in this order
 LARGEST_PAYLOAD = 4 * 2**20  # bytes of data in one view; beyond it browsers turn slow
 MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 MEANINGS = {
@@ -117,7 +119,7 @@ def runtime() -> str:
             "reinstall it (pip install --force-reinstall --no-deps circuitsvis)"
         ) from error
     bundle = re.sub(r"^//# sourceMappingURL=.*$", "", bundle, flags=re.MULTILINE)
-    body = bundle + "\n" + asset("view.js") + "return drawAll;"
+    body = bundle + "\n" + "".join(map(asset, SCRIPTS)) + "return drawAll;"
     name = "oversquash-lens " + hashlib.sha256(body.encode("utf-8")).hexdigest()[:12]
     code = f'(globalThis["{name}"] ??= (function(WebAssembly){{{body}}})({{}}))();\n'
     return code.replace("</script", "<\\/script")
@@ -128,7 +130,7 @@ class View(RenderedHTML):
 
     CircuitsVis' own class asks google.com whether there is a network and then loads its code from a CDN; here
     `_repr_html_`, `__html__`, `str()`, `show_code` and both sources are the same text, bundle included.
-    `payload` is what `view.js` draws; `caption` and `guide` (how to read it; said once on a page) are HTML.
+    `payload` is what `view_all.js` draws; `caption` and `guide` (how to read it; said once on a page) are HTML.
     """
 
     def __init__(self, payload: dict, caption: str, guide: str) -> None:
@@ -147,7 +149,7 @@ class View(RenderedHTML):
         return (
             f'<figure class="osl-view"><figcaption>{self.caption}</figcaption>'
             + (self.key() + f'<p class="osl-guide">{self.guide}</p>' if guided else "")
-            + '<div class="osl-stage"><noscript>This view needs JavaScript.</noscript></div>'
+            + '<div class="osl-stage" aria-busy="true"><noscript>This view needs JavaScript.</noscript></div>'
             + f'<script type="application/json">{self._data}</script></figure>\n'
         )
 
@@ -179,3 +181,20 @@ class View(RenderedHTML):
     def __repr__(self) -> str:
         shown = len(self.payload["tokens"])
         return f"<View of {shown} tokens: display it in a notebook, or write str(view) to a file>"
+
+
+class Views(View):
+    """Views beside one another, one below the other on a phone; a layer picked in one is picked in all."""
+
+    def __init__(self, views: Sequence[View], guide: str) -> None:
+        shared = {name: views[0].payload[name] for name in ("key", "floor")}
+        super().__init__({**shared, "tokens": [token for view in views for token in view.payload["tokens"]]}, "", guide)
+        self.views = tuple(views)
+
+    def fragment(self, guided: bool = True) -> str:
+        inside = "".join(view.fragment(guided=False) for view in self.views)
+        return (
+            '<div class="osl-guided">'
+            + (self.key() + f'<p class="osl-guide">{self.guide}</p>' if guided else "")
+            + f'<div class="osl-pair osl-together">\n{inside}</div></div>\n'
+        )

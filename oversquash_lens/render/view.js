@@ -1,10 +1,16 @@
-// Draws every <figure class="osl-view"> that is not drawn yet. CircuitsVis' bundle stands above, in the same function.
+// What all views share. CircuitsVis' bundle stands above, in the same function.
 const COLOR = "#f5a742"; // on white up to here black text keeps a contrast above 9
-const ARROWS = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
+const STEPS = { ArrowLeft: [0, -1], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowDown: [1, 0] };
 
 // Where a share stands on the colour scale: 0 at `floor` or below, 1 at share 1, logarithmic between.
 function shade(share, floor) {
   return share > floor ? 1 - Math.log(share) / Math.log(floor) : 0;
+}
+
+// The colour of a shade, as near to CircuitsVis' own mixing with white as the eye can tell.
+function tint(shade) {
+  const channels = [1, 3, 5].map((at) => parseInt(COLOR.slice(at, at + 2), 16));
+  return `rgb(${channels.map((channel) => Math.round(255 - shade * (255 - channel))).join(",")})`;
 }
 
 // CircuitsVis colours by arithmetic on a value and prints the same value in its hover box. An array of one string
@@ -13,59 +19,78 @@ function cell(text, number) {
   return Object.assign([text], { valueOf: () => number });
 }
 
-function strip(tokens, values) {
-  const box = document.createElement("div");
-  const inner = document.createElement("div");
-  inner.id = "osl-" + Math.random().toString(36).slice(2);
-  box.append(inner);
-  const props = { tokens, values, minValue: -1, maxValue: 1, positiveColor: COLOR };
-  // CircuitsVis.render looks its element up in the document, so the caller attaches the box first.
-  return { box, draw: () => CircuitsVis.render(inner.id, CircuitsVis.ColoredTokens, props) };
+// Three digits, as people write them: 0.0412, and 4e-7 only where there is no other way.
+function told(share) {
+  return String(Number(share.toPrecision(3)));
 }
 
-// A strip is one stop for the Tab key; arrow keys walk its tokens and open their hover boxes.
-function walkable(box, labels) {
-  const cells = [...box.querySelectorAll(".colored-tokens > span")];
-  cells.forEach((span, i) => {
-    span.tabIndex = i ? -1 : 0;
-    span.setAttribute("role", "img");
-    span.setAttribute("aria-label", labels[i]);
-    span.addEventListener("focus", () => {
-      const at = span.getBoundingClientRect();
-      span.dispatchEvent(new MouseEvent("mouseenter"));
-      span.dispatchEvent(new MouseEvent("mousemove", { clientX: at.left + at.width / 2, clientY: at.bottom - 8 }));
-    });
-    span.addEventListener("blur", () => span.dispatchEvent(new MouseEvent("mouseleave")));
-    span.addEventListener("keydown", (event) => {
-      const step = ARROWS[event.key];
-      const next = event.key === "Home" ? 0 : event.key === "End" ? cells.length - 1 : step && i + step;
-      if (next === undefined || !cells[next]) return;
-      event.preventDefault();
-      span.tabIndex = -1;
-      cells[next].tabIndex = 0;
-      cells[next].focus();
-    });
+function element(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+function uniqueName() {
+  return "osl-" + Math.random().toString(36).slice(2);
+}
+
+// A box and what draws a CircuitsVis component in it: CircuitsVis.render looks its element up in the document, so
+// the caller attaches the box first.
+function component(kind, props) {
+  const box = element("div");
+  const inner = element("div");
+  inner.id = uniqueName();
+  box.append(inner);
+  return { box, draw: () => CircuitsVis.render(inner.id, CircuitsVis[kind], props) };
+}
+
+// What takes long to draw waits until the reader comes near it, or prints.
+function whenSeen(box, draw) {
+  const once = () => {
+    seen.disconnect();
+    removeEventListener("beforeprint", once);
+    draw();
+  };
+  const seen = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && once(), {
+    rootMargin: "400px",
   });
+  seen.observe(box);
+  addEventListener("beforeprint", once);
 }
 
 // React draws a little later. Should it ever fail, this stops asking after ten seconds.
-function whenDrawn(box, action, tries = 1000) {
-  if (box.querySelector(".colored-tokens")) action();
-  else if (tries) setTimeout(() => whenDrawn(box, action, tries - 1), 10);
+function whenDrawn(box, selector, action, tries = 1000) {
+  if (box.querySelector(selector)) action();
+  else if (tries) setTimeout(() => whenDrawn(box, selector, action, tries - 1), 10);
+}
+
+// CircuitsVis keeps activations in TensorFlow, which would ask for a graphics card to slice a few thousand numbers,
+// and browsers without one would complain.
+globalThis._tfengine?.removeBackend("webgl");
+
+// The stage is drawn and may be read.
+function ready(inside) {
+  inside.closest(".osl-stage").setAttribute("aria-busy", "false");
+}
+
+// The line that says in words what is picked or pointed at.
+function sayingLine() {
+  const line = element("p", "osl-now");
+  line.setAttribute("aria-live", "polite");
+  return line;
 }
 
 // One button per layer, as native radio buttons: Tab reaches the row, arrow keys move in it. Pickers inside one
 // .osl-together follow each other.
-function picker(view, show) {
-  const row = document.createElement("fieldset");
-  const name = "osl-" + Math.random().toString(36).slice(2);
-  const legend = document.createElement("legend");
-  legend.textContent = "layer";
-  row.append(legend);
-  view.labels.forEach((label, i) => {
-    const button = document.createElement("label");
-    const input = document.createElement("input");
-    const text = document.createElement("span");
+function picker(labels, show) {
+  const row = element("fieldset");
+  const name = uniqueName();
+  row.append(element("legend", "", "layer"));
+  labels.forEach((label, i) => {
+    const button = element("label");
+    const input = element("input");
+    const text = element("span", "", String(i));
     Object.assign(input, { type: "radio", name, checked: i === 0, value: String(i) });
     input.setAttribute("aria-label", label);
     input.addEventListener("change", () => {
@@ -77,63 +102,10 @@ function picker(view, show) {
       });
     });
     input.addEventListener("osl-pick", () => show(i));
-    text.textContent = String(i);
     text.setAttribute("aria-hidden", "true");
     button.title = label;
     button.append(input, text);
     row.append(button);
   });
   return row;
-}
-
-function drawFigure(figure) {
-  const view = JSON.parse(figure.querySelector(":scope > script").textContent);
-  const stage = figure.querySelector(".osl-stage");
-  const strips = [];
-  stage.textContent = "";
-  const now = document.createElement("p");
-  now.className = "osl-now";
-  now.setAttribute("aria-live", "polite");
-
-  let shown = 0;
-  const show = (layer) => {
-    shown = layer;
-    now.textContent = view.notes[layer];
-    if (!strips[layer]) {
-      const texts = view.shares[layer].map((share, i) => view.places[i] + ": share " + share);
-      // A bin's number is the sum of its tokens, its colour their mean, or bins would outshine single tokens.
-      const values = view.shares[layer].map((share, i) => cell(texts[i], shade(share / view.widths[i], view.floor)));
-      const made = (strips[layer] = strip(view.tokens, values));
-      stage.append(made.box);
-      made.draw();
-      whenDrawn(made.box, () => walkable(made.box, texts.map((text, i) => view.tokens[i] + ", " + text)));
-    }
-    // The old strip stays until the new one is there, so that the page does not jump.
-    whenDrawn(strips[layer].box, () => strips.forEach((made, i) => (made.box.hidden = i !== shown)));
-  };
-  if (view.labels.length > 1) stage.append(picker(view, show), now);
-  show(0);
-}
-
-function drawKey(key) {
-  const { key: steps, floor } = JSON.parse(key.querySelector(":scope > script").textContent);
-  const made = strip(
-    steps.map(([text]) => text),
-    steps.map(([text, share]) => cell(text, shade(share, floor))),
-  );
-  key.querySelector(":scope > span").replaceChildren(made.box);
-  made.draw();
-}
-
-// Drawn is remembered here and not in the document, so that a page saved by the browser draws itself anew.
-const drawn = new WeakSet();
-
-function drawAll() {
-  for (const [selector, draw] of [[".osl-key", drawKey], [".osl-view", drawFigure]]) {
-    for (const element of document.querySelectorAll(selector)) {
-      if (drawn.has(element)) continue;
-      drawn.add(element);
-      draw(element);
-    }
-  }
 }

@@ -1,0 +1,80 @@
+// Tokens coloured by their shares, a row of them for each layer.
+
+function strip(tokens, values) {
+  return component("ColoredTokens", { tokens, values, minValue: -1, maxValue: 1, positiveColor: COLOR });
+}
+
+function sharesOf(view, layer) {
+  return view.shares[layer].map((number) => number / view.parts);
+}
+
+// A strip is one stop for the Tab key; arrow keys walk its tokens and open their hover boxes.
+function walkable(box, labels) {
+  const cells = [...box.querySelectorAll(".colored-tokens > span")];
+  cells.forEach((span, i) => {
+    span.tabIndex = i ? -1 : 0;
+    span.setAttribute("role", "img");
+    span.setAttribute("aria-label", labels[i]);
+    span.addEventListener("focus", () => {
+      const at = span.getBoundingClientRect();
+      span.dispatchEvent(new MouseEvent("mouseenter"));
+      span.dispatchEvent(new MouseEvent("mousemove", { clientX: at.left + at.width / 2, clientY: at.bottom - 8 }));
+    });
+    span.addEventListener("blur", () => span.dispatchEvent(new MouseEvent("mouseleave")));
+    span.addEventListener("keydown", (event) => {
+      const [down, right] = STEPS[event.key] ?? [NaN, NaN];
+      const next = event.key === "Home" ? 0 : event.key === "End" ? cells.length - 1 : i + down + right;
+      if (!cells[next]) return;
+      event.preventDefault();
+      span.tabIndex = -1;
+      cells[next].tabIndex = 0;
+      cells[next].focus();
+    });
+  });
+}
+
+// Draws the strips into `stage`, below `above`; `picked` hears which layer is shown. Returns what picks one.
+function drawStrip(view, stage, above = [], picked = () => {}) {
+  const strips = [];
+  const now = sayingLine();
+  let shown = 0;
+  const show = (layer) => {
+    shown = layer;
+    now.textContent = view.notes[layer];
+    picked(layer);
+    if (!strips[layer]) {
+      const shares = sharesOf(view, layer);
+      const texts = shares.map((share, i) => view.places[i] + ": share " + share);
+      // A bin's number is the sum of its tokens, its colour their mean, or bins would outshine single tokens.
+      const values = shares.map((share, i) => cell(texts[i], shade(share / view.widths[i], view.floor)));
+      const made = (strips[layer] = strip(view.tokens, values));
+      stage.append(made.box);
+      made.draw();
+      whenDrawn(made.box, ".colored-tokens", () => {
+        walkable(made.box, texts.map((text, i) => view.tokens[i] + ", " + text));
+        ready(stage);
+      });
+    }
+    // The old strip stays until the new one is there, so that the page does not jump.
+    whenDrawn(strips[layer].box, ".colored-tokens", () => strips.forEach((made, i) => (made.box.hidden = i !== shown)));
+  };
+  const buttons = view.labels.length > 1 ? picker(view.labels, show) : null;
+  if (buttons) stage.append(buttons, now);
+  stage.append(...above);
+  show(0);
+  return (layer) => buttons.querySelector(`input[value="${layer}"]`).click();
+}
+
+function drawKey(key) {
+  const { key: steps, floor } = JSON.parse(key.querySelector(":scope > script").textContent);
+  showKey(key.querySelector(":scope > span"), steps, floor);
+}
+
+function showKey(place, steps, floor) {
+  const made = strip(
+    steps.map(([text]) => text),
+    steps.map(([text, share]) => cell(text, shade(share, floor))),
+  );
+  place.replaceChildren(made.box);
+  made.draw();
+}
