@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,56 @@ def opened(driver: Any, tmp_path: Path) -> Callable[[str], Opened]:
         return Opened(driver, path)
 
     return opened
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    """A small random model as a TransformerBridge."""
+    if not has_bridge():
+        pytest.skip(NO_BRIDGE)
+    return bridge(17, "llama")
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> Callable[..., SimpleNamespace]:
+    """cli(*arguments) -> code, out, err; run in an empty folder. The model is the real one unless `tiny` is used."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> SimpleNamespace:
+        from oversquash_lens.cli import main
+
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def on_tiny(cli: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """As `cli`, with a small random model in place of the default; `.asked` says how it was asked for."""
+
+    def load_model(name: str, **options: Any) -> Any:
+        on_tiny.asked = {"name": name, **options}
+        return tiny
+
+    monkeypatch.setattr("oversquash_lens.models.load_model", load_model)
+
+    def on_tiny(*arguments: str) -> SimpleNamespace:
+        return cli(*arguments)
+
+    on_tiny.asked = None
+    return on_tiny
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,7 +18,7 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens
-from oversquash_lens.cli import DEFAULT_PROMPT, VARIANT_NAMES, main
+from oversquash_lens.cli import DEFAULT_PROMPT, VARIANT_NAMES
 from oversquash_lens.measure.bounds import VARIANTS
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
@@ -29,53 +29,6 @@ def command(*arguments: str, code: str | None = None, **options: Any) -> subproc
     """The command line, or `code`, in a Python of its own."""
     start = ["-c", code] if code else ["-m", "oversquash_lens.cli"]
     return subprocess.run([sys.executable, *start, *arguments], capture_output=True, timeout=120, **options)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    if not has_bridge():
-        pytest.skip(NO_BRIDGE)
-    return bridge(17, "llama")
-
-
-@pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> Callable[..., SimpleNamespace]:
-    """cli(*arguments) -> code, out, err; run in an empty folder. The model is the real one unless `tiny` is used."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def run(*arguments: str) -> SimpleNamespace:
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return run
-
-
-@pytest.fixture
-def on_tiny(cli: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
-    """As `cli`, with a small random model in place of the default; `.asked` says how it was asked for."""
-
-    def load_model(name: str, **options: Any) -> Any:
-        on_tiny.asked = {"name": name, **options}
-        return tiny
-
-    monkeypatch.setattr("oversquash_lens.models.load_model", load_model)
-
-    def on_tiny(*arguments: str) -> SimpleNamespace:
-        return cli(*arguments)
-
-    on_tiny.asked = None
-    return on_tiny
 
 
 def refused(result: SimpleNamespace, *said: str) -> str:
@@ -216,7 +169,7 @@ def test_report_writes_the_page(on_tiny: Callable) -> None:
 
 def test_report_elsewhere_exact_and_as_json(on_tiny: Callable) -> None:
     result = on_tiny("report", "--prompt", PROMPT, "--out", "page.html", "--exact", "--json")
-    assert json.loads(result.out)["truth"]["exact"] is True
+    assert json.loads(result.out)["audit"]["truth"]["exact"] is True
     assert [path.name for path in Path().iterdir()] == ["page.html"]
 
 
@@ -396,3 +349,48 @@ def test_a_table_on_a_terminal_that_knows_ascii_only() -> None:
     done = command(code=code, cwd=Path(__file__).parent.parent, env=env)
     assert done.returncode == 0, done.stderr.decode()[-500:]
     assert b"mean_field" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.txt", "w5 w9 w5 w30\n\nw7 w8 w9\n"),
+        ("prompts.json", '["w5 w9 w5 w30", "w7 w8 w9"]'),
+        ("named.json", '{"one": "w5 w9 w5 w30", "two": "w7 w8 w9"}'),
+    ],
+)
+def test_many_prompts_make_pages_and_an_index(on_tiny: Callable, name: str, content: str) -> None:
+    Path(name).write_text(content)
+    result = on_tiny("report", "--prompts-file", name, "--out", "pages", "--probes", "2")
+    assert result.code == 0
+    assert result.out.strip() == str(Path("pages/index.html").absolute())
+    pages = sorted(path.name for path in Path("pages").iterdir())
+    assert len(pages) == 3
+    index = Path("pages/index.html").read_text()
+    assert all(f'href="{page}"' in index for page in pages if page != "index.html")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        ("", (), "is empty; expected one prompt a line"),
+        ("w5 w9", ("--prompt", "w5"), "--prompts-file came with one prompt or --json beside it"),
+        ("w5 w9", ("--json",), "--prompts-file came with one prompt or --json beside it"),
+        ("w5 w9", ("--out", "/proc/no"), "/proc/no"),
+        ("w5 w9", ("--probes", "0"), "--probes 0 came"),
+    ],
+)
+def test_many_prompts_refused(
+    on_tiny: Callable, content: str, arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(content)
+    refused(on_tiny("report", "--prompts-file", str(file), *arguments), said)
+
+
+def test_a_prompts_file_that_is_none(on_tiny: Callable, tmp_path: Path) -> None:
+    refused(on_tiny("report", "--prompts-file", "nowhere.txt"), "cannot read --prompts-file nowhere.txt")
+    bad = tmp_path / "bad.json"
+    for content, said in (("{", "is no JSON"), ("[1]", "holds other things"), ("3", "holds other things")):
+        bad.write_text(content)
+        refused(on_tiny("report", "--prompts-file", str(bad)), said)

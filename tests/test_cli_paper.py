@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from small_speakers import KINDS, loaded
 
-from oversquash_lens.cli import main
 from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_FILES, FIGURE_NAMES, TASK_NAMES, lengths_of
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.collapse import collapse_curve
@@ -31,15 +30,8 @@ SHORT = ("--lengths", "1-4", "--dtypes", "float64", "--no-floor")
 
 
 @pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> Callable[..., SimpleNamespace]:
-    """cli(*arguments) -> code, out, err; in an empty folder, the tiny model in place of any; `.asked`: how for it."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+def cli(cli: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """As everywhere, with the tiny model in place of any; `.asked`: how it was asked for."""
 
     def giving(model: Any) -> Callable[..., Any]:
         def load(name: str, **options: Any) -> Any:
@@ -54,13 +46,7 @@ def cli(
 
     def run(*arguments: str) -> SimpleNamespace:
         run.asked = []
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
+        return cli(*arguments)
 
     return run
 

@@ -240,7 +240,7 @@ def test_json_has_every_number() -> None:
     assert written["source"] == 1
     assert written["paths"] == "mean_field"
     assert len(written["tokens"]) == 4
-    assert torch.allclose(torch.tensor(written["head_at"], dtype=torch.float64), flow.head_at)
+    assert torch.allclose(torch.tensor(written["head"], dtype=torch.float64), flow.head)
     assert torch.allclose(torch.tensor(written["node"], dtype=torch.float64), flow.node)
 
 

@@ -11,11 +11,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from small_results import EVIL, TOKENS, audit_result
+import torch
+from small_findings import findings_result
+from small_results import EVIL, TOKENS
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.audit import Audit
 from oversquash_lens.render import page as page_module
+from oversquash_lens.render.curve import width_curve
 from oversquash_lens.render.html import visible_token
 from oversquash_lens.render.page import render_page, report
 
@@ -58,7 +61,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def outline() -> Outline:
-    return Outline(render_page(audit_result()))
+    return Outline(render_page(findings_result()))
 
 
 def test_page_shows_every_audit_row(outline):
@@ -71,39 +74,138 @@ def test_page_shows_every_audit_row(outline):
 
 
 def test_page_shows_every_token_with_its_numbers(outline):
-    result = audit_result()
+    result = findings_result()
+    audit, squashing = result.audit, result.squashing
     for i, token in enumerate(TOKENS):
         row = next(row for row in outline.rows if row[0] == str(i))
-        true, estimate = result.truth.values[i].item(), result.mean_field.values[i].item()
+        true, estimate = audit.truth.values[i].item(), audit.mean_field.values[i].item()
         assert row[1] == visible_token(token)
         assert float(row[2]) == pytest.approx(true, rel=1e-3)
         assert float(row[3]) == pytest.approx(estimate, rel=1e-3)
         assert float(row[4].replace("−", "-")) == pytest.approx(math.log10(estimate / true), abs=0.006)
+        shares = [100 * share[i].item() for share in (audit.truth.share, squashing.share, squashing.null_share)]
+        assert [float(cell.removesuffix(" %")) for cell in row[5:8]] == pytest.approx(shares, rel=0.06)
+        assert float(row[8]) == pytest.approx(squashing.lift[i].item(), rel=0.06)
 
 
 def test_standard_errors_are_shown_where_probes_measured():
-    outline = Outline(render_page(audit_result(exact=False)))
+    outline = Outline(render_page(findings_result(exact=False)))
     row = next(row for row in outline.rows if row[0] == "0")
     assert float(row[3]) == pytest.approx(0.06 * float(row[2]), rel=0.05)
 
 
 def test_page_says_sentence_model_and_assumptions(outline):
-    text = " ".join(outline.text)
-    result = audit_result()
+    text = " ".join("".join(outline.text).split())
+    result = findings_result()
     for expected in (
-        result.sentence,
+        result.audit.sentence,
         str(result.about),
         "torch 2.13.0",
-        "11 tokens",
+        "Of 11 tokens",
         "assumed by proof <of course>",
+        "Attention stands still.",
+        "It moves.",
     ):
         assert expected in text
+
+
+def test_the_headline_has_the_numbers_that_decide(outline):
+    text, result = " ".join("".join(outline.text).split()), findings_result()
+    squashing = result.squashing
+    width = squashing.flow.effective_width[squashing.narrowest].item()
+    for expected in (
+        f"the last one hears about {result.heard:.1f} (measured; {squashing.heard:.1f} by the estimate)",
+        f"even attention would let it hear {squashing.null_heard:.1f}.",
+        f"narrowest on entering layer {squashing.narrowest}: through {width:.1f} positions",
+        "ranks tokens with ρ = 0.93 to the measured truth and is typically 0.81 times its size",
+    ):
+        assert expected in text
+    worst = squashing.spans[0]
+    named = "".join(map(visible_token, TOKENS[worst.start : worst.stop]))
+    assert f"Most squashed: {named} (token" in text
+
+
+def test_what_is_barely_squashed_is_not_named():
+    result = findings_result()
+    even = replace(result.squashing, null_share=result.squashing.share)
+    text = "".join(Outline(render_page(replace(result, squashing=even))).text)
+    assert "No tokens lose a hundredth of what is heard" in text
+    assert "Most squashed: " not in text
+
+
+def test_what_an_assumption_does_is_said_with_its_numbers(outline):
+    text = " ".join("".join(outline.text).split())
+    assert "makes the measured sensitivity 0.1 times what it is (0.01 to 10 over the tokens" in text
+    assert "rank correlation 0.88 with the real one" in text
+    assert "rank correlation with the truth from 0.93 to 0.41" in text
+    assert "typical size from 0.81 to 3.2 times the truth" in text
+    assert text.count("Imposed on the model itself") == 1
+
+
+def test_every_layer_s_width_is_in_its_table(outline):
+    flow, null = findings_result().squashing.flow, findings_result().squashing.null
+    for layer in range(flow.n_layers + 1):
+        row = outline.row(f"into {layer}" if layer < flow.n_layers else "out of the last")
+        assert float(row[1]) == pytest.approx(flow.effective_width[layer].item(), rel=0.01)
+        assert float(row[2]) == pytest.approx(null.effective_width[layer].item(), rel=0.01)
+    assert float(outline.row("into 1")[4].removesuffix(" %")) == pytest.approx(100 * flow.residual[1].item(), rel=0.06)
+
+
+def test_the_curve_says_what_the_widths_are():
+    result = findings_result()
+    curve = width_curve(result.squashing)
+    widths = re.findall(r"(?:layer (\d)|last layer): ([\d.]+) positions; even attention ([\d.]+)<", curve)
+    assert len(widths) == 4
+    for (_, real, null), wide, even in zip(
+        widths, result.squashing.flow.effective_width, result.squashing.null.effective_width, strict=True
+    ):
+        assert (float(real), float(null)) == pytest.approx((wide.item(), even.item()), rel=1e-3)
+    heights = [float(point.split(",")[1]) for point in re.findall(r'real" points="([^"]+)"', curve)[0].split()]
+    order = result.squashing.flow.effective_width.argsort(descending=True).tolist()
+    assert sorted(range(4), key=lambda layer: heights[layer]) == order  # the wider, the higher
+
+
+def test_a_width_that_is_no_number_is_refused():
+    result = findings_result()
+    node = torch.full_like(result.squashing.flow.node, math.nan)
+    broken = replace(result.squashing, flow=replace(result.squashing.flow, node=node))
+    with pytest.raises(InputError, match="not all finite"):
+        width_curve(broken)
+
+
+def test_the_heaviest_edges_and_paths_are_listed(outline):
+    result = findings_result()
+    for edge in result.edges:
+        source, dest = (
+            f"{visible_token(TOKENS[edge.src])} {edge.src}",
+            f"{visible_token(TOKENS[edge.dest])} {edge.dest}",
+        )
+        row = next(row for row in outline.rows if row[:4] == [source, dest, str(edge.layer), str(edge.head)])
+        assert float(row[4].removesuffix(" %")) == pytest.approx(100 * edge.share, rel=0.06)
+    table = next(i for i, row in enumerate(outline.rows) if row == ["path", "share"])
+    rows = outline.rows[table + 1 : table + 1 + len(result.paths)]
+    for path, (text, share) in zip(result.paths, rows, strict=True):
+        assert float(share.removesuffix(" %")) == pytest.approx(100 * path.share, rel=0.06)
+        assert text.count("→") == len(path.moves)
+        assert text.startswith(f"{visible_token(TOKENS[path.positions[0]])} {path.positions[0]}")
+
+
+def test_infinite_and_missing_numbers_are_shown():
+    result = findings_result()
+    values = result.audit.truth.values.clone()
+    values[1], values[2] = math.inf, math.nan
+    row = replace(result.audit.rows[-1], spearman=math.nan, median_log10_ratio=math.inf)
+    audit = replace(result.audit, truth=replace(result.audit.truth, values=values))
+    with pytest.raises(InputError, match="look for NaN or infinite values"):
+        render_page(replace(result, audit=audit))
+    page = Outline(render_page(replace(result, audit=replace(result.audit, rows=(row, *result.audit.rows[:-1])))))
+    assert page.row("Mean-field estimate")[1:3] == ["–", "+∞"]
 
 
 def test_page_is_accessible_in_its_markup(outline):
     tags = [tag for tag, _ in outline.tags]
     assert ("html", {"lang": "en"}) in outline.tags
-    assert tags.count("caption") == tags.count("table") == 2
+    assert tags.count("caption") == tags.count("table") == 6
     assert tags.count("h1") == 1
     assert all(attrs.get("scope") in ("row", "col", "colgroup") for tag, attrs in outline.tags if tag == "th")
     assert any(attrs.get("name") == "viewport" for _, attrs in outline.tags)
@@ -112,11 +214,18 @@ def test_page_is_accessible_in_its_markup(outline):
 def test_page_loads_nothing(outline):
     for tag, attrs in outline.tags:
         assert "src" not in attrs, tag
-        assert attrs.get("href", "data:,") == "data:,"
+        assert re.fullmatch(r"data:,|#[a-z]+", attrs.get("href", "data:,")), tag
+
+
+def test_every_link_on_the_page_leads_somewhere(outline):
+    places = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
+    links = [attrs["href"][1:] for tag, attrs in outline.tags if tag == "a"]
+    assert len(links) == 9
+    assert places == links  # in the order of the page
 
 
 def test_policy_allows_only_the_page_s_own_script():
-    page = render_page(audit_result())
+    page = render_page(findings_result())
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
     script = re.search(r"</main>\n<script>(.*?)</script>", page, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -126,37 +235,41 @@ def test_policy_allows_only_the_page_s_own_script():
 
 
 def test_bundle_is_inlined_once():
-    page = render_page(audit_result())
+    page = render_page(findings_result())
     assert page.count("var CircuitsVis=") == 1
     assert page.isascii()
-    assert len(page) < 1.5e6
-    assert page == render_page(audit_result())  # the same audit, the same bytes
+    assert len(page) < 1.6e6
+    assert page == render_page(findings_result())  # the same audit, the same bytes
 
 
 def test_nothing_that_users_control_becomes_markup(monkeypatch):
     evil = "".join(EVIL)
     tokens = tuple(f"{token}{i}" for i, token in enumerate(EVIL))
-    result = audit_result(tokens, model=evil)
-    profile = replace(result.mean_field, notes=(evil,), kind=evil)
-    row = replace(result.rows[0], name=evil, compared_with=evil)
+    result = findings_result(tokens, model=evil)
+    profile = replace(result.audit.mean_field, notes=(evil,), kind=evil)
+    row = replace(result.audit.rows[-1], compared_with=evil)
+    other = replace(result.audit.rows[0], name=evil)
     monkeypatch.setattr(Audit, "sentence", evil)
-    result = replace(result, mean_field=profile, rows=(row, *result.rows))
-    page = Outline(render_page(result, title=evil))
-    assert not {"img", "svg", "b"} & {tag for tag, _ in page.tags}
+    audit = replace(result.audit, mean_field=profile, rows=(row, other, *result.audit.rows))
+    said = replace(result.assumptions[0], claim=evil, found=evil)
+    page = Outline(render_page(replace(result, audit=audit, assumptions=(said,)), title=evil))
+    assert not {"img", "b", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
-    assert [tag for tag, _ in page.tags].count("script") == 1 + 1 + 5  # the code, the key's data, five views' data
-    assert "<img src=x onerror=document.title='pwned'>" in "".join(page.text)
+    views = [attrs for _, attrs in page.tags if attrs.get("class") == "osl-view"]
+    keys = [attrs for _, attrs in page.tags if attrs.get("class") == "osl-key"]
+    assert [tag for tag, _ in page.tags].count("script") == 1 + len(views) + len(keys)  # the code, and their data
+    assert "<img src=x onerror=document.title='pwned'>" in "".join(page.text).replace("·", " ")
 
 
 def test_long_prompts_stay_small():
-    page = render_page(audit_result(tuple(f" w{i}" for i in range(2048)), n_layers=30))
-    assert len(page) < 6e6
+    page = render_page(findings_result(tuple(f" w{i}" for i in range(900)), n_layers=6))
+    assert len(page) < 3e6
     assert "summed" in page
 
 
 @pytest.mark.parametrize("wrong", [None, "model", 3])
 def test_what_is_no_audit_is_refused(wrong):
-    with pytest.raises(InputError, match="expected an Audit"):
+    with pytest.raises(InputError, match="expected Findings"):
         render_page(wrong)
 
 
@@ -165,14 +278,14 @@ def test_what_is_no_audit_is_refused(wrong):
 
 @pytest.fixture
 def asked(monkeypatch) -> list:
-    """`audit` stands still and says what it was asked."""
+    """`findings` stands still and says what it was asked."""
     calls: list = []
 
-    def audit(model, prompt, **options):
+    def findings(model, prompt, **options):
         calls.append((model, prompt, options))
-        return audit_result()
+        return findings_result()
 
-    monkeypatch.setattr(page_module, "audit", audit)
+    monkeypatch.setattr(page_module, "findings", findings)
     return calls
 
 
@@ -180,7 +293,7 @@ def test_report_writes_the_page_and_returns_its_place(asked, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = report("model", "prompt", probes=4, chat=True, seed=7, title="My title")
     assert path == tmp_path / "report.html"
-    assert path.read_text("utf-8") == render_page(audit_result(), title="My title")
+    assert path.read_text("utf-8") == render_page(findings_result(), title="My title")
     assert asked == [("model", "prompt", {"probes": 4, "chat": True, "bos": None, "seed": 7})]
     assert os.listdir(tmp_path) == ["report.html"]
 
@@ -220,11 +333,11 @@ def test_a_failing_disk_leaves_the_old_report_and_nothing_else(asked, tmp_path, 
     assert (tmp_path / "r.html").read_text() == "old"
 
 
-def test_a_failing_audit_writes_nothing(tmp_path, monkeypatch):
-    def audit(model, prompt, **options):
+def test_a_failing_measure_writes_nothing(tmp_path, monkeypatch):
+    def findings(model, prompt, **options):
         raise InputError("an empty prompt came")
 
-    monkeypatch.setattr(page_module, "audit", audit)
+    monkeypatch.setattr(page_module, "findings", findings)
     with pytest.raises(InputError, match="empty prompt"):
         report("model", "", tmp_path / "r.html")
     assert not os.listdir(tmp_path)

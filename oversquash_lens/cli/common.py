@@ -59,12 +59,7 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
         except ValueError:
             raise InputError(f"--token-ids {options.token_ids!r} came; expected whole numbers, '504 4922'") from None
     if options.prompt_file not in (None, "-"):
-        try:
-            return Path(options.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read --prompt-file {options.prompt_file}: {one_line(error)}; expected a UTF-8 text file"
-            ) from error
+        return read_text(options.prompt_file, "--prompt-file")
     if "-" in (options.prompt, options.prompt_file):
         return standard_input()
     if options.prompt is None:
@@ -72,6 +67,13 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
     if not options.prompt:
         raise InputError("an empty --prompt came; expected a text of at least two tokens")
     return options.prompt
+
+
+def read_text(file: str, option: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {option} {file}: {one_line(error)}; expected a UTF-8 text file") from error
 
 
 def standard_input() -> str:

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of
-from oversquash_lens.errors import InputError
+from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of, read_text
+from oversquash_lens.errors import InputError, one_line
 
 VARIANT_NAMES = (
     "proof",
@@ -21,10 +21,18 @@ VARIANT_NAMES = (
 
 
 def add_commands(commands: Any) -> None:
-    report = prompt_command(commands, "report", run_report, "write one HTML page: bound, estimate and truth")
+    report = prompt_command(
+        commands, "report", run_report, "write an HTML page: what is heard, and where the rest is lost"
+    )
     report.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
     report.add_argument("--exact", action="store_true", help="exact truth, d_model backward products")
     report.add_argument("--out", default="report.html", metavar="FILE", help="default report.html")
+    report.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="a page per prompt and an index into the folder --out (default reports): one prompt a line, or JSON, a "
+        "list of texts or an object {name: text}",
+    )
     bound = prompt_command(commands, "bound", run_bound, "the paper's bound or another variant, token by token")
     bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANT_NAMES)}, or mean_field")
     bound.add_argument("--beta", default="measured", help="'measured' or a number (printed variants only)")
@@ -39,18 +47,58 @@ def add_commands(commands: Any) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
+    if options.prompts_file is not None:
+        return _run_reports(options)
+    check_out(options)
+    prompt, effort = prompt_of(options), _effort(options, None if options.exact else options.probes)
+    from oversquash_lens.measure.findings import findings
     from oversquash_lens.render.page import write_page
 
-    check_out(options)
-    audit = _audit(options, None if options.exact else options.probes)
-    path = write_page(audit, options.out)
-    print(json.dumps(audit.to_dict()) if options.json else f"{audit.sentence}\n\n{path}")
+    found = findings(load(options), prompt, **effort)
+    path = write_page(found, options.out)
+    print(json.dumps(found.to_dict()) if options.json else f"{found.sentence}\n\n{path}")
+
+
+def _run_reports(options: argparse.Namespace) -> None:
+    if any(given is not None for given in (options.prompt, options.prompt_file, options.token_ids)) or options.json:
+        raise InputError("--prompts-file came with one prompt or --json beside it; expected it alone")
+    from oversquash_lens.files import check_place
+    from oversquash_lens.render.reports import reports
+
+    folder = "reports" if options.out == "report.html" else options.out
+    prompts, effort = prompts_of(options.prompts_file), _effort(options, None if options.exact else options.probes)
+    check_place(folder, "index.html")
+    print(reports(load(options), prompts, folder, **effort))
+
+
+def prompts_of(file: str) -> list[str] | list[tuple[str, str]]:
+    """Prompts of a file: one a line, or JSON, a list of texts or an object of names and texts."""
+    text = read_text(file, "--prompts-file")
+    if not text.strip():
+        raise InputError(f"--prompts-file {file} is empty; expected one prompt a line, or JSON")
+    if not file.endswith(".json"):
+        return [line for line in text.splitlines() if line.strip()]
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(
+            f"--prompts-file {file} is no JSON ({one_line(error)}); expected a list or an object"
+        ) from error
+    texts = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        raise InputError(
+            f"--prompts-file {file} holds other things; expected a list of texts or an object {{name: text}}"
+        )
+    return list(found.items()) if isinstance(found, dict) else found
 
 
 def run_audit(options: argparse.Namespace) -> None:
     check_out(options)
-    audit = _audit(options, options.probes)
-    deliver(options, audit.to_dict(), str(audit))
+    prompt, effort = prompt_of(options), _effort(options, options.probes)
+    from oversquash_lens.measure.audit import audit
+
+    result = audit(load(options), prompt, **effort)
+    deliver(options, result.to_dict(), str(result))
 
 
 def run_bound(options: argparse.Namespace) -> None:
@@ -88,21 +136,11 @@ def run_models(options: argparse.Namespace) -> None:
         print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
 
 
-def _audit(options: argparse.Namespace, probes: int | None) -> Any:
-    prompt = prompt_of(options)
+def _effort(options: argparse.Namespace, probes: int | None) -> dict[str, Any]:
+    """How to record and how hard to measure, as `audit` and `findings` take it."""
     if probes is not None and probes < 1:
         raise InputError(f"--probes {probes} came; expected at least 1")
-    from oversquash_lens.measure.audit import audit
-
-    return audit(
-        load(options),
-        prompt,
-        probes=probes,
-        chat=options.chat,
-        bos=options.bos,
-        seed=options.seed,
-        progress=True,
-    )
+    return {"probes": probes, "chat": options.chat, "bos": options.bos, "seed": options.seed, "progress": True}
 
 
 def _number_or_word(text: str) -> float | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from oversquash_lens.record.about import About
 from oversquash_lens.record.layout import model_layout
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
 from oversquash_lens.record.recorder import NODE_PROBES, record_tokens
+from oversquash_lens.record.trace import Trace
 
 ROUNDING = 1e-9  # a bound may be below the truth by this share before it counts as violated
 UNIT_BETA = "proof, β = 1"
@@ -123,10 +125,14 @@ class Audit:
 
 @dataclass(frozen=True)
 class Truths:
-    """What the measures are held against. Spectral norms are exact, or rigorous lower bounds from probes."""
+    """What the measures are held against, with nothing frozen and with the attention weights frozen.
+
+    Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes.
+    """
 
     frobenius: MeasuredSensitivity
     spectral: MeasuredSensitivity
+    frozen_frobenius: MeasuredSensitivity
     frozen_spectral: MeasuredSensitivity
 
 
@@ -150,58 +156,54 @@ def audit(
     """
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+    truths = measure_truths(model, tokenized, trace.about, probes=probes, seed=seed, memory=memory, progress=progress)
+    return held_against(truths, trace, beta)
+
+
+def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -> Audit:
+    """The audit of a recorded prompt whose truth is measured already."""
     bounds = {name: path_bound(trace, name, beta if name in PRINTED else "measured") for name in VARIANTS}
     if beta == "measured":
         bounds[UNIT_BETA] = path_bound(trace, "proof", 1.0)
     estimate = mean_field_sensitivity(trace)
-    truths = _measure(model, tokenized, trace.about, probes, seed, memory, progress)
     rows = [_row("mean_field", estimate, truths.frobenius, truths, "‖J‖_F")]
     for name, bound in bounds.items():
         frozen = name == "calibrated"
         truth = truths.frozen_spectral if frozen else truths.spectral
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
-        rows.append(_row(name, bound, truth, truths, label if probes is None else f"{label}, from below"))
+        rows.append(_row(name, bound, truth, truths, label if truth.exact else f"{label}, from below"))
     return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows))
 
 
-def _measure(
+def measure_truths(
     model: Any,
     tokenized: TokenizedPrompt,
     about: About,
-    probes: int | None,
-    seed: int,
-    memory: int,
-    progress: bool,
+    *,
+    probes: int | None = None,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: bool = False,
 ) -> Truths:
-    """Full and frozen-attention Jacobian: both norms of the one from the same products."""
+    """Full and frozen-attention Jacobian of a tokenized prompt: both norms of the one from the same products."""
     layout = model_layout(model)
 
-    def measured(values: Tensor, error: Tensor, norm: str, freeze: tuple[str, ...] = ()) -> MeasuredSensitivity:
+    def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
+        tape = differentiate(model, layout, tokenized, freeze)  # let go before the next: one graph at a time
+        if probes is None:
+            exact = exact_norms(tape, ("fro", "spectral"), memory, progress)
+            found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
+        else:
+            squares, covectors = probe_squares(tape, probes, seed, memory, progress)
+            from_below = _spectral_from_below(squares, covectors)
+            found = {"fro": frobenius_estimate(squares), "spectral": (from_below, torch.zeros_like(from_below))}
         own_seed = None if probes is None else seed
-        return MeasuredSensitivity(
-            tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
-        )
+        for norm, (values, error) in found.items():
+            yield MeasuredSensitivity(
+                tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
+            )
 
-    tape = differentiate(model, layout, tokenized)
-    if probes is None:
-        full = exact_norms(tape, ("fro", "spectral"), memory, progress)
-        fro, spectral, error = full["fro"], full["spectral"], torch.zeros_like(full["fro"])
-    else:
-        squares, covectors = probe_squares(tape, probes, seed, memory, progress)
-        fro, error = frobenius_estimate(squares)
-        spectral = _spectral_from_below(squares, covectors)
-    del tape  # one graph at a time
-    frozen_tape = differentiate(model, layout, tokenized, ("attention",))
-    if probes is None:
-        frozen = exact_norms(frozen_tape, ("spectral",), memory, progress)["spectral"]
-    else:
-        frozen = _spectral_from_below(*probe_squares(frozen_tape, probes, seed, memory, progress))
-    none = torch.zeros_like(fro)
-    return Truths(
-        measured(fro, error, "fro"),
-        measured(spectral, none, "spectral"),
-        measured(frozen, none, "spectral", ("attention",)),
-    )
+    return Truths(*both_norms(()), *both_norms(("attention",)))
 
 
 def _spectral_from_below(

@@ -119,8 +119,8 @@ class Flow:
         return shares
 
     def to_dict(self) -> dict:
-        """JSON-able: shares by node and head, widths."""
-        tensors = ("node", "head", "residual", "effective_width", "receptive_field", "head_at", "residual_at")
+        """JSON-able: shares by node and by head, widths. `head_at` is left out: megabytes on a long prompt."""
+        tensors = ("node", "head", "residual", "effective_width", "receptive_field")
         return {
             "kind": "flow",
             "paths": self.kind,

@@ -1,0 +1,126 @@
+"""Everything that a report says of one prompt, from one recording: how much is heard, where it is lost, how sure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from oversquash_lens.measure.assumptions import Assumption, assumptions
+from oversquash_lens.measure.audit import Audit, Truths, held_against, measure_truths
+from oversquash_lens.measure.flow import Flow, flows
+from oversquash_lens.measure.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
+from oversquash_lens.measure.jacobian import MEMORY, MeasuredSensitivity, measured_sensitivity
+from oversquash_lens.measure.paths import effective_number
+from oversquash_lens.measure.squashing import Squashing, squashing
+from oversquash_lens.record.about import About
+from oversquash_lens.record.prompt import Prompt, tokenize
+from oversquash_lens.record.recorder import NODE_PROBES, record_tokens
+from oversquash_lens.record.trace import Trace
+
+EDGES, PATHS = 12, 8  # how many of the heaviest are named
+MOST_HEARD, FROM_AFAR, MOST_SQUASHED = "most heard", "from afar", "most squashed"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One prompt: the audit, the squashing, a few tokens' routes, the heaviest edges and paths, the assumptions.
+
+    `routes` are flows from single tokens, by why they were chosen: the most heard, the most heard of the prompt's
+    first half, and the most squashed, the one that loses most against even attention.
+    """
+
+    audit: Audit
+    squashing: Squashing
+    routes: Mapping[str, Flow]
+    edges: tuple[HeavyEdge, ...]
+    paths: tuple[HeavyPath, ...]
+    assumptions: tuple[Assumption, ...]
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return self.audit.tokens
+
+    @property
+    def about(self) -> About:
+        return self.audit.about
+
+    @property
+    def heard(self) -> float:
+        """Effective number of tokens that the last one hears, from the measured truth: 1 … n."""
+        return effective_number(self.audit.truth.share.double()).item()
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.squashing.sentence} Measured, it hears {self.heard:.1f}. {self.audit.sentence}"
+
+    def to_dict(self) -> dict:
+        return {
+            "kind": "findings",
+            "about": self.about.to_dict(),
+            "tokens": list(self.tokens),
+            "sentence": self.sentence,
+            "heard": self.heard,
+            "audit": self.audit.to_dict(),
+            "squashing": self.squashing.to_dict(),
+            "routes": {why: route.to_dict() for why, route in self.routes.items()},
+            "edges": [edge.to_dict() for edge in self.edges],
+            "paths": [path.to_dict() for path in self.paths],
+            "assumptions": [each.to_dict() for each in self.assumptions],
+        }
+
+
+def findings(
+    model: Any,
+    prompt: Prompt,
+    *,
+    probes: int | None = None,
+    chat: bool = False,
+    bos: bool | None = None,
+    beta: float | str = "measured",
+    node_probes: int | None = NODE_PROBES,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: bool = False,
+) -> Findings:
+    """Record a prompt once, measure the truth, and find out all that a report says; options as `audit`'s."""
+    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+    effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
+    truths = measure_truths(model, tokenized, trace.about, **effort)
+    with warnings.catch_warnings():
+        # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        norms_frozen = measured_sensitivity(model, tokenized.ids, freeze=("norms",), **effort)
+    return find(trace, truths, norms_frozen, beta)
+
+
+def find(
+    trace: Trace, truths: Truths, norms_frozen: MeasuredSensitivity | None = None, beta: float | str = "measured"
+) -> Findings:
+    """The findings of a recorded prompt whose truth is measured already: no pass of the model."""
+    squashed = squashing(trace)
+    chosen = chosen_sources(squashed)
+    return Findings(
+        held_against(truths, trace, beta),
+        squashed,
+        dict(zip(chosen, flows(trace, tuple(chosen.values())), strict=True)),
+        heaviest_edges(squashed.flow, EDGES),
+        heaviest_paths(squashed.flow, PATHS),
+        assumptions(trace, truths, norms_frozen),
+    )
+
+
+def chosen_sources(squashed: Squashing) -> dict[str, int]:
+    """Tokens whose routes tell most, each but once, among those that are heard at all."""
+    share = squashed.share
+    half = len(share) // 2
+    loudest, losing = share.argsort(descending=True, stable=True), (share - squashed.null_share).argsort(stable=True)
+    orders = {MOST_HEARD: loudest, FROM_AFAR: loudest[loudest < half], MOST_SQUASHED: losing}
+    chosen: dict[str, int] = {}
+    for why, order in orders.items():
+        free = [i for i in order.tolist() if share[i] > 0 and i not in chosen.values()]
+        if free:
+            chosen[why] = free[0]
+    return chosen

@@ -1,0 +1,55 @@
+"""Findings made by hand, for tests of pages: no model, no forward pass, numbers that one can recompute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from small_results import TOKENS, audit_result, flow_result
+
+from oversquash_lens.measure.assumptions import Assumption
+from oversquash_lens.measure.compare import Comparison
+from oversquash_lens.measure.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, Findings
+from oversquash_lens.measure.flow import Flow
+from oversquash_lens.measure.heaviest import heaviest_edges, heaviest_paths
+from oversquash_lens.measure.squashing import Squashing
+from oversquash_lens.record.about import About
+
+REAL = Comparison(0.93, -0.09, -0.55, 0.22)
+IMPOSED = Comparison(0.41, 0.5, -1.0, 2.0)
+FROZEN = Comparison(0.875, -1.0, -2.0, 1.0)
+
+
+def findings_result(
+    tokens: tuple[str, ...] = TOKENS,
+    *,
+    model: str = "a model made by hand",
+    n_layers: int = 3,
+    exact: bool = True,
+    origin: About | None = None,
+) -> Findings:
+    audit = audit_result(tokens, model=model, n_layers=n_layers, exact=exact)
+    real, null = flow_result(tokens, n_layers), flow_result(tokens, n_layers, seed=5)
+    sources = dict(zip((MOST_HEARD, FROM_AFAR, MOST_SQUASHED), range(min(3, len(tokens))), strict=False))
+    found = Findings(
+        audit=audit,
+        squashing=Squashing(real, null, audit.mean_field.share, _share(null)),
+        routes={why: flow_result(tokens, n_layers, source=source) for why, source in sources.items()},
+        edges=heaviest_edges(real, 5),
+        paths=heaviest_paths(real, 3),
+        assumptions=(
+            Assumption("attention", "Attention stands still.", "It moves.", REAL, IMPOSED, FROZEN),
+            Assumption("heads", "Heads are alike.", "They are not.", REAL, IMPOSED),
+        ),
+    )
+    return found if origin is None else with_origin(found, origin)
+
+
+def with_origin(found: Findings, origin: About) -> Findings:
+    """The same findings, as if of another model."""
+    squashing = replace(found.squashing, flow=replace(found.squashing.flow, about=origin))
+    return replace(found, audit=replace(found.audit, about=origin), squashing=squashing)
+
+
+def _share(flow: Flow) -> torch.Tensor:
+    return (0.5 * flow.log_above[0]).softmax(-1)
