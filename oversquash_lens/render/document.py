@@ -14,7 +14,9 @@ LONGEST_SPAN = 60  # characters shown of several tokens in a row
 LONGEST_TEXT = 400  # characters shown of a title, a model's name, the beginning of a prompt
 
 
-def document(heading: str, body: str, script: str = "", styles: Sequence[str] = ("page.css",)) -> str:
+def document(
+    heading: str, body: str, script: str = "", styles: Sequence[str] = ("page.css",), classes: str = "osl-page"
+) -> str:
     """One self-contained HTML page, in ASCII; `heading` is text, `body` and `script` are our own HTML and code.
 
     It loads no file, font or picture and runs no script but this one.
@@ -27,7 +29,7 @@ def document(heading: str, body: str, script: str = "", styles: Sequence[str] = 
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{title}</title>\n<style>\n{''.join(map(asset, styles))}</style>\n</head>\n"
-        f'<body class="osl-page">\n<main>\n<h1><bdi>{title}</bdi></h1>\n{ascii_html(body)}</main>\n'
+        f'<body class="{classes}">\n<main>\n<h1><bdi>{title}</bdi></h1>\n{ascii_html(body)}</main>\n'
         f"{code}</body>\n</html>\n"
     )
 

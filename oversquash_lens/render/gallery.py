@@ -18,7 +18,8 @@ from oversquash_lens.errors import one_line
 from oversquash_lens.files import check_place, write_atomically
 from oversquash_lens.render import figures
 from oversquash_lens.render.chart import Chart, Table, Verdict
-from oversquash_lens.render.html import asset, escape
+from oversquash_lens.render.document import document
+from oversquash_lens.render.html import escape
 from oversquash_lens.render.scales import number
 from oversquash_lens.render.style import DPI
 
@@ -27,7 +28,6 @@ DATA = ("csv", "json")
 AFTER_NUMBERS = ("ushape", "window", "remedies")  # figures that the paper has no number for, in its order
 SIGNS = {True: "✓", False: "✗", None: "–"}
 CLASSES = {True: "held", False: "failed", None: "open"}
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def write_chart(chart: Chart, folder: str | os.PathLike) -> dict[str, Path]:
@@ -83,17 +83,9 @@ def _order(name: str) -> tuple:
 
 def render_index(charts: dict[str, Chart], damaged: dict[str, str], folder: Path, heading: str = HEADING) -> str:
     """The page as HTML: pictures inside it, links to the files beside it, no script, nothing from a network."""
-    title = escape(heading)
-    body = "".join(_figure(name, chart, folder) for name, chart in charts.items())
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>\n{asset('page.css')}{asset('gallery.css')}</style>\n</head>\n"
-        f'<body class="osl-page osl-gallery">\n<main>\n<h1>{title}</h1>\n'
-        f"{_lead(charts)}{_damaged(damaged)}{_overview(charts)}{body}</main>\n</body>\n</html>\n"
-    )
+    figures_of = "".join(_figure(name, chart, folder) for name, chart in charts.items())
+    body = _lead(charts) + _damaged(damaged) + _overview(charts) + figures_of
+    return document(heading, body, styles=("page.css", "gallery.css"), classes="osl-page osl-gallery")
 
 
 # -- the page's head -----------------------------------------------------------------------------------------
