@@ -125,6 +125,20 @@ class Opened:
         ActionChains(self.driver).move_to_element(cell).perform()
         return self.box(view, i)
 
+    def tap(self, view, i: int) -> str:
+        """What the hover box says when a finger touches a view's token."""
+        middle = self.ask(
+            "const cell = arguments[0].querySelectorAll(arguments[1])[arguments[2]];"
+            "cell.scrollIntoView({block: 'center'}); const at = cell.getBoundingClientRect();"
+            "return {x: at.x + at.width / 2, y: at.y + at.height / 2}",
+            view,
+            CELLS,
+            i,
+        )
+        for kind, points in (("touchStart", [middle]), ("touchEnd", [])):
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        return self.box(view, i)
+
     def box(self, view, i: int) -> str:
         box = (
             "const box = arguments[0].querySelector('.osl-stage > div:not([hidden]) .colored-tokens > div');"
