@@ -262,10 +262,12 @@ def _log_received(
         whole = rows.double().cpu() @ column[:stop]
         log_whole = whole.log() + shift
         part = times / whole.clamp(min=FAINT)
-        # What the mask lets nobody hear is truly 0; what merely fell below the range is computed again.
-        faint = (whole < _faintest(rows)) & torch.isfinite(log_column[:stop].cummax(0).values[start:stop])
-        for dest in faint.any(1).nonzero()[:, 0].tolist():
-            log_whole[dest], part[:, dest] = _one_row(edges, layer, start + dest, log_column)
+        faint = whole < _faintest(rows)
+        if faint.any():
+            # What the mask lets nobody hear is truly 0; what merely fell below the range is computed again.
+            faint &= torch.isfinite(log_column[:stop].cummax(0).values[start:stop])
+            for dest in faint.any(1).nonzero()[:, 0].tolist():
+                log_whole[dest], part[:, dest] = _one_row(edges, layer, start + dest, log_column)
         received.append(log_whole)
         heads.append(part / part.sum(0).clamp(min=1.0))  # rounding must not make more of the parts than of the whole
     return torch.cat(received), torch.cat(heads, dim=1)
