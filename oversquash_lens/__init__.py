@@ -15,6 +15,8 @@ _HOME = {
     "Findings": "measure.findings",
     "Flow": "measure.flow",
     "GateError": "errors",
+    "HeavyEdge": "measure.heaviest",
+    "HeavyPath": "measure.heaviest",
     "InputError": "errors",
     "MeasuredSensitivity": "measure.jacobian",
     "ModelError": "errors",

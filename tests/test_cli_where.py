@@ -30,7 +30,7 @@ def test_flow_prints_widths_edges_and_paths(on_tiny: Callable, tiny: object) -> 
         assert float(line.split()[1]) == pytest.approx(squashing.flow.effective_width[layer].item(), abs=0.051)
     for edge in osl.heaviest_edges(squashing.flow, 3):
         assert f"{edge.share:8.2%}  layer {edge.layer}, head {edge.head}: {edge.src} " in result.out
-    paths = lines[lines.index("heaviest whole paths") + 1 :]
+    paths = lines[next(i for i, line in enumerate(lines) if line.startswith("heaviest whole paths")) + 1 :]
     assert [line.split()[0] for line in paths] == [f"{p.share:.2%}" for p in osl.heaviest_paths(squashing.flow, 3)]
 
 

@@ -322,3 +322,12 @@ def test_tokens_are_no_matter_of_attention(fresh: tuple[Any, torch.Tensor], coun
     with pytest.raises(InputError, match="changes tokens"):
         with_bos()(scores().softmax(-1))
     assert count_hooks(model) == before
+
+
+def test_half_precision_has_few_small_numbers_and_edits_know_it() -> None:
+    """float16 ends at 6e-8: weights near it are not lifted, and a row of little left still sums to 1."""
+    row = torch.full((1, 1, 1, 1000), 2e-5, dtype=torch.float16)
+    row[..., -1] = 1 - 999 * 2e-5
+    assert torch.allclose(sharpen(1)(row).float(), row.float(), rtol=2e-3)
+    pattern = torch.tensor([[[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1 - 2e-5, 1e-5, 1e-5]]]], dtype=torch.float16)
+    assert window(2)(pattern)[0, 0, 2].tolist() == pytest.approx([0, 0.5, 0.5], abs=0.05)

@@ -108,6 +108,7 @@ def assert_conserved(flow: osl.Flow, tolerance: float = TIGHT) -> None:
     assert (flow.node.sum(1) - 1).abs().max() <= tolerance
     assert (flow.head.sum(1) + flow.residual - 1).abs().max() <= tolerance
     assert (flow.head_at.sum(1) + flow.residual_at - flow.node[1:]).abs().max() <= tolerance
+    assert flow.residual_at[flow.node[:-1] == 0].count_nonzero() == 0, "something stays where nothing was"
     assert flow.node.min() >= 0
     assert flow.head_at.min() >= 0
     assert flow.residual_at.min() >= 0
@@ -159,10 +160,10 @@ def test_sources_together_are_each_alone_and_add_up_to_all() -> None:
 def test_blocks_are_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows three at a time, and no memory to keep edges in, change nothing."""
     trace = osl.record(hooked(4, n_layers=3, n_heads=4, d_model=16, kv_heads=2), tokens_for(4, 10))
-    whole = osl.flow(trace, kind, 2)
+    whole = osl.flow(trace, kind, 7)  # in the third block: those before it hold nothing
     monkeypatch.setattr(flow_module, "ROWS", 3)
     monkeypatch.setattr(flow_module, "KEPT", 0)
-    blocks = osl.flow(trace, kind, 2)
+    blocks = osl.flow(trace, kind, 7)
     for name in ("node", "head_at", "residual_at"):
         assert torch.allclose(getattr(blocks, name), getattr(whole, name), rtol=1e-10, atol=1e-14)
     assert torch.allclose(blocks.edge(1).heads, whole.edge(1).heads, rtol=1e-10, atol=1e-14)
@@ -250,6 +251,8 @@ def test_json_has_every_number() -> None:
     [
         ({"source": 5}, "source=5 came; expected a position 0 … 4"),
         ({"source": -1}, "source=-1 came"),
+        ({"source": "Alice"}, "source='Alice' came; expected a position 0 … 4"),
+        ({"source": 1.5}, "source=1.5 came"),
         ({"kind": "prof"}, "kind 'prof' came; expected one of mean_field, proof"),
         ({"beta": 1.0}, "beta=1.0 came with kind 'mean_field'"),
         ({"kind": "calibrated", "beta": 2.0}, "beta=2.0 came with variant 'calibrated'"),
@@ -282,3 +285,16 @@ def test_the_real_model_conserves_every_kind(smollm2: object) -> None:
         for flow in osl.flows(trace, (None, 0, 9), kind):
             assert flow.imbalance <= 1e-10, kind
             assert (flow.head.sum(1) + flow.residual - 1).abs().max() <= 1e-10, kind
+
+
+@needs_hooked
+def test_what_is_no_trace_or_flow_is_told_what_to_do() -> None:
+    model = hooked(2)
+    flow = osl.flow(osl.record(model, tokens_for(2, 5)))
+    for function in (osl.flow, osl.squashing):
+        with pytest.raises(InputError, match="expected a Trace: call record"):
+            function(model)
+    for function in (osl.heaviest_edges, osl.heaviest_paths):
+        with pytest.raises(InputError, match="expected a Flow: call flow"):
+            function(flow.edge(0))
+    assert repr(flow) == "<Flow of mean_field paths from all tokens: 5 tokens, 2 layers>"

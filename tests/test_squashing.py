@@ -124,6 +124,7 @@ def test_even_attention_is_even() -> None:
     assert rows.shape == (2, 3, 5)
     assert torch.allclose(rows.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert rows[1, 1].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
+    assert UniformAttention(5, 2, device="meta").rows(0, 2).device.type == "meta"
     with pytest.raises(InputError, match="rows 3:6 came; expected 0 ≤ start < stop ≤ 5"):
         attention.rows(3, 6)
 

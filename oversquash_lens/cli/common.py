@@ -31,7 +31,7 @@ def model_command(commands: Any, name: str, run: Any, about: str) -> argparse.Ar
     command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(run=run)
     command.add_argument("--model", help="hub name, Hugging Face folder or .gguf file")
-    command.add_argument("--kind", default="auto", help="hooked, bridge or auto (default)")
+    command.add_argument("--kind", default="auto", help="model class: hooked, bridge or auto (default)")
     command.add_argument("--bos", action=argparse.BooleanOptionalAction, help="force BOS on or off")
     command.add_argument("--device", help="cpu, cuda, mps … (default: cuda where there is one)")
     command.add_argument("--device-map", help="transformers' device_map, such as auto (bridge only)")

@@ -98,7 +98,7 @@ def _heaviest(flow: Any, edges: Any, paths: Any) -> list[str]:
 
     lines = ["heaviest edges between positions"]
     lines += [f"{e.share:8.2%}  layer {e.layer}, head {e.head}: {at(e.src)} → {at(e.dest)}" for e in edges]
-    lines += ["", "heaviest whole paths"]
+    lines += ["", "heaviest whole paths (all heads between two positions together; the one named brings most)"]
     for path in paths:
         moves = [f"layer {layer}, head {head} → {at(dest)}" for layer, head, _, dest in path.moves]
         lines.append(f"{path.share:8.2%}  {at(path.positions[0])}{''.join(f'; {move}' for move in moves) or '; stays'}")

@@ -28,7 +28,7 @@ class Findings:
     """One prompt: the audit, the squashing, a few tokens' routes, the heaviest edges and paths, the assumptions.
 
     `routes` are flows from single tokens, by why they were chosen: the most heard, the most heard of the prompt's
-    first half, and the most squashed, the one that loses most against even attention.
+    first half, and of the others the most squashed, which loses most against even attention.
     """
 
     audit: Audit
@@ -121,6 +121,8 @@ def chosen_sources(squashed: Squashing) -> dict[str, int]:
     chosen: dict[str, int] = {}
     for why, order in orders.items():
         free = [i for i in order.tolist() if share[i] > 0 and i not in chosen.values()]
+        if why == MOST_SQUASHED:
+            free = [i for i in free if share[i] < squashed.null_share[i]]
         if free:
             chosen[why] = free[0]
     return chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,7 @@ KINDS = ("mean_field", *VARIANTS)
 KEPT = 1 << 29  # bytes of edges that the two sweeps share; beyond it the second computes them again
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flow:
     """How the paths that reach the last token are spread over positions and heads, layer by layer.
 
@@ -49,10 +50,14 @@ class Flow:
     residual_at: Float[Tensor, "layer pos"]
     log_above: Float[Tensor, "layer_plus_1 pos"]  # u, natural log
     log_below: Float[Tensor, "layer_plus_1 pos"]  # f, natural log
-    edges: Edges = field(repr=False, compare=False)
+    edges: Edges = field(compare=False)
     about: About
     power: float = 1.0  # the sensitivity that the kind speaks of is the path sum to this power
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        where = "all tokens" if self.source is None else f"token {self.source}"
+        return f"<Flow of {self.kind} paths from {where}: {len(self.tokens)} tokens, {self.n_layers} layers>"
 
     @property
     def n_layers(self) -> int:
@@ -109,7 +114,8 @@ class Flow:
         """As `edge`, the heads' part into positions start … stop-1 from positions 0 … stop-1."""
         heads = self.edges.parts(layer, start, stop).heads.double().cpu()
         below = self.log_below[layer, :stop]
-        weights = heads * (below - below.max()).exp()
+        # Below the source nothing is reached, all of `below` is -inf: no share, and no NaN.
+        weights = heads * (below - below.max().clamp(min=torch.finfo(below.dtype).min)).exp()
         brought = self.head_at[layer, :, start:stop]
         total = weights.sum(-1)
         faint = (total < FAINT) & (brought > 0)
@@ -133,7 +139,7 @@ class Flow:
         }
 
 
-def flow(trace: Trace, kind: str = "mean_field", source: int | None = None, beta: float | str = "measured") -> Flow:
+def flow(trace: Trace | object, kind: str = "mean_field", source: Any = None, beta: float | str = "measured") -> Flow:
     """Where the paths from the prompt, or from position `source` alone, run on their way to the last token.
 
     `kind` is "mean_field" or a variant of `path_bound` (`beta` as there). O(layer·pos²), two sweeps over the same
@@ -143,15 +149,17 @@ def flow(trace: Trace, kind: str = "mean_field", source: int | None = None, beta
 
 
 def flows(
-    trace: Trace, sources: Sequence[int | None], kind: str = "mean_field", beta: float | str = "measured"
+    trace: Trace | object, sources: Sequence[Any], kind: str = "mean_field", beta: float | str = "measured"
 ) -> tuple[Flow, ...]:
     """As `flow` for several sources (None: all positions), at little more than the cost of one."""
+    if not isinstance(trace, Trace):
+        raise InputError(f"a {type(trace).__name__} came; expected a Trace: call record(model, prompt) first")
     if not sources:
         raise InputError("no source came; expected positions of the prompt, or None for all of them together")
     n = trace.n_positions
     for source in sources:
-        if source is not None and not 0 <= source < n:
-            raise InputError(f"source={source} came; expected a position 0 … {n - 1} of this prompt, or None for all")
+        if source is not None and not (isinstance(source, int) and 0 <= source < n):
+            raise InputError(f"source={source!r} came; expected a position 0 … {n - 1} of this prompt, or None for all")
     weighing = path_weighing(trace, kind, beta)
     remembered = _Remembered(weighing.edges)
     log_below, head_part, own_part = _columns(trace, remembered, weighing.log_node_gain, sources)
@@ -161,8 +169,8 @@ def flows(
         logs = log_above + log_below[i]
         if torch.isneginf(logs[-1]).all():
             raise InputError(
-                f"source={source} came, from which no path has any weight (its attention was cut off); expected one "
-                "that the last token can hear: choose another position"
+                f"source={source} came, from which no path has any weight (its attention was cut off, or is too faint "
+                "for this dtype); expected one that the last token can hear: choose another position"
             )
         node = logs.softmax(-1)
         entered = node[1:, None]
@@ -234,12 +242,15 @@ def _columns(
         column[source if source is not None else slice(None), i] = 0.0
     columns, heads, own = [column], [], []
     for layer in range(trace.n_layers):
+        stayed = torch.isfinite(column)  # where nothing was, nothing stays: the heads brought it all
         column, head_part = _log_received(edges, layer, column)
         if log_node_gain is not None:
             column = column + log_node_gain[layer].double().cpu()[:, None]
+        brought = head_part.sum(0)
+        head_part = torch.where(stayed | (brought == 0), head_part, head_part / brought)
         columns.append(column)
         heads.append(head_part)
-        own.append((1 - head_part.sum(0)).clamp(min=0))
+        own.append(torch.where(stayed, 1 - brought, 0.0).clamp(min=0))
     return (
         torch.stack(columns).permute(2, 0, 1),
         torch.stack(heads).permute(3, 0, 1, 2),

@@ -36,7 +36,8 @@ class HeavyPath:
     """One causal path and its share of the flow.
 
     `positions[l]` is where it enters layer l (the last one: where it leaves the last layer). `heads[l]` is the head
-    that brings most of that step where it goes to another position, None where the path stays.
+    that brings most of that step where it goes to another position, None where the path stays; the share counts all
+    heads between the same two positions.
     """
 
     positions: tuple[int, ...]
@@ -53,21 +54,21 @@ class HeavyPath:
         return {"positions": list(self.positions), "heads": list(self.heads), "share": self.share}
 
 
-def heaviest_edges(flow: Flow, k: int = 20, *, moving: bool = True) -> tuple[HeavyEdge, ...]:
+def heaviest_edges(flow: Flow | object, k: int = 20, *, moving: bool = True) -> tuple[HeavyEdge, ...]:
     """The k edges that carry the largest shares of the flow, the largest first; fewer where fewer carry any.
 
     `moving` leaves out all that stays at its position: the residual stream, and heads that look at themselves.
     """
-    _check_k(k)
+    _check(flow, k)
     found: list[HeavyEdge] = []
     for layer in range(flow.n_layers):
         found = _largest(found + _edges_of(flow, layer, k, moving, _least(found, k)), k)
     return tuple(found)
 
 
-def heaviest_by_layer(flow: Flow, k: int) -> tuple[tuple[HeavyEdge, ...], ...]:
+def heaviest_by_layer(flow: Flow | object, k: int) -> tuple[tuple[HeavyEdge, ...], ...]:
     """Of each layer the k edges by which heads move most to another position, the largest first."""
-    _check_k(k)
+    _check(flow, k)
     return tuple(tuple(_edges_of(flow, layer, k, moving=True, least=0.0)) for layer in range(flow.n_layers))
 
 
@@ -110,14 +111,14 @@ def _least(found: list[HeavyEdge], k: int) -> float:
     return found[-1].share if len(found) == k else 0.0
 
 
-def heaviest_paths(flow: Flow, k: int = 10) -> tuple[HeavyPath, ...]:
+def heaviest_paths(flow: Flow | object, k: int = 10) -> tuple[HeavyPath, ...]:
     """The k causal paths with the largest shares of the flow, exactly, the largest first; fewer where fewer exist.
 
     A path is a position per layer; heads and residual stream between the same two positions count as one step.
     Dynamic programming from the last token down: a share is a product over layers of the part of what reaches
     `dest` that comes from `src`. O(layer·pos²·k).
     """
-    _check_k(k)
+    _check(flow, k)
     n = len(flow.tokens)
     best = torch.full((n, k), -math.inf, dtype=torch.float64)  # log share of the k best from here to the last token
     best[-1, 0] = 0.0
@@ -172,6 +173,8 @@ def _leading_heads(flow: Flow, positions: list[int]) -> tuple[int | None, ...]:
     )
 
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise InputError(f"k={k} came; expected at least 1")
+def _check(flow: Flow | object, k: int) -> None:
+    if not isinstance(flow, Flow):
+        raise InputError(f"a {type(flow).__name__} came; expected a Flow: call flow(trace) first")
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"k={k!r} came; expected a whole number of at least 1")

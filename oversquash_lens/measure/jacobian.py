@@ -193,6 +193,7 @@ def frobenius_estimate(
 
 
 def _spectral(jacobian: Float[Tensor, "pos out d_model"]) -> Float[Tensor, " pos"]:
+    jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))  # no eigenvalues in half precision
     gram = jacobian @ jacobian.mT
     return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt().double()
 

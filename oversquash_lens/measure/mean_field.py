@@ -89,8 +89,8 @@ class MeanSquareEdges(SplitEdges):
         squared = squared_output_distance(trace, layer, start, rows).mul_(rows).mul_(rows)
         d_head = trace.gains.value.shape[-1]
         key = weights.key_square[layer] * weights.score_scale[layer] ** 2 / (d_head * trace.about.d_model)
-        query = trace.gains.query_norm[layer][:, start : start + rows.shape[1]].square() * key[:, None].to(rows)
-        return squared.mul_(query.to(rows)[:, :, None])
+        query = trace.gains.query_norm[layer][:, start : start + rows.shape[1]].to(rows).square()
+        return squared.mul_((query * key[:, None].to(rows))[:, :, None])
 
 
 def _value_side(rows: Float[Tensor, "head dest src"], gram: Float[Tensor, "head head2"]) -> Float[Tensor, "dest src"]:

@@ -30,18 +30,22 @@ class Span:
     null_share: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Squashing:
     """What is heard of each token beside what mask geometry alone would give it.
 
     `share`, `null_share`: of the sensitivity (as `PathProfile.share`; each sums to 1). `flow`, `null`: where the
-    paths run with the model's attention, and with even attention.
+    paths run with the model's attention, and with even attention (of every head, to all earlier positions: also of
+    one that an edit had switched off, and beyond any window).
     """
 
     flow: Flow
     null: Flow
     share: Float[Tensor, " pos"]
     null_share: Float[Tensor, " pos"]
+
+    def __repr__(self) -> str:
+        return f"<Squashing: {self.sentence}>"
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -98,11 +102,11 @@ class Squashing:
     def sentence(self) -> str:
         n, layer = len(self.tokens), self.narrowest
         width = self.flow.effective_width[layer].item()
-        against = f"{self.relative_width[layer].item():.2f} times as wide as with even attention"
+        even = self.null.effective_width[layer].item()
         return (
             f"Of {n} tokens the last one hears about {self.heard:.1f}, where even attention would let it hear "
-            f"{self.null_heard:.1f} (squashing index {self.index:.2f}); the paths are narrowest on entering layer "
-            f"{layer}, through {width:.1f} positions, {against}."
+            f"{self.null_heard:.1f} (squashing index {self.index:.2f}). Against even attention the paths are "
+            f"narrowest on entering layer {layer}: through {width:.1f} positions instead of {even:.1f}."
         )
 
     def to_dict(self) -> dict:
@@ -119,12 +123,10 @@ class Squashing:
         }
 
 
-def squashing(trace: Trace, kind: str = "mean_field") -> Squashing:
+def squashing(trace: Trace | object, kind: str = "mean_field") -> Squashing:
     """Flow and shares of a trace beside those of even attention; `kind` as for `flow`. Costs two flows."""
-    given = trace.attention[0]
-    even = UniformAttention(trace.n_positions, trace.about.n_heads, trace.gains.value.dtype)
-    assert given.n_positions == even.n_positions
     real = flow(trace, kind)
+    even = UniformAttention(trace.n_positions, trace.about.n_heads, trace.gains.value.dtype, trace.gains.value.device)
     null = flow(replace(trace, attention=(even,) * trace.n_layers), kind)
     return Squashing(real, null, _share(real), _share(null))
 

@@ -27,6 +27,7 @@ from oversquash_lens.record.readings import read_alone
 from oversquash_lens.record.recorder import NODE_PROBES, record_tokens
 
 UNEDITED = "as it is"
+ROUNDING = 1e-5  # decades that a float32 sensitivity moves by when nothing has changed
 MEASURES = ("bound", "calibrated", "estimate", "truth")
 
 
@@ -99,9 +100,15 @@ class Change:
 
     @property
     def spearman(self) -> float:
-        """Rank correlation of estimated and measured change over the tokens still heard: does the estimate know?"""
+        """Rank correlation of estimated and measured change over the tokens still heard: does the estimate know?
+
+        nan where either changes by no more than rounding does.
+        """
         heard = torch.isfinite(self.estimate) & torch.isfinite(self.truth)
-        return spearman(self.estimate[heard], self.truth[heard]) if heard.any() else math.nan
+        changes = self.estimate[heard], self.truth[heard]
+        if not heard.any() or min(change.abs().max() for change in changes) < ROUNDING:
+            return math.nan
+        return spearman(*changes)
 
     def median(self, measure: str) -> float:
         """Median over the tokens still heard; nan if there are none."""
@@ -176,9 +183,9 @@ class WhatIf:
 
 HEAD = ("sound\nbound", "estimate", "truth", "ρ", "heard\n(estimate)", "collapse", "rel.")
 LEGEND = (
-    "Bounds, estimate and truth: median log₁₀ of after over before, over the tokens kept and still heard. ρ: rank "
-    "correlation of the estimated change with the measured one. Heard: effective number of tokens. Collapse: L1 "
-    "distance that y moves when the last token is repeated; rel.: in L2, over y's norm."
+    "Bounds, estimate and truth: median log₁₀ of after over before, over the tokens kept and still heard; the sound "
+    "bound is calibrated_full. ρ: rank correlation of the estimated change with the measured one. Heard: effective "
+    "number of tokens. Collapse: L1 distance that y moves when the last token is repeated; rel.: in L2, over y's norm."
 )
 
 
@@ -213,7 +220,7 @@ def what_if(
         tokens, places = edited
         with edited_attention(model, edit if edit is not None and edit.attend is not None else None):
             trace = record_tokens(model, tokens, node_probes=node_probes, seed=seed)
-            truth = measured_sensitivity(model, tokens.ids, probes=probes, seed=seed, memory=memory, progress=progress)
+            truth = measured_sensitivity(model, tokens.ids, probes=probes, seed=seed, memory=memory)
             repeated, _ = read_alone(model, layout, (*tokens.ids.tolist(), int(tokens.ids[-1])))
         trace = trace if edit is None else edited_trace(trace, edit)
         y = trace.prediction_input

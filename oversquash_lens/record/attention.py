@@ -46,11 +46,13 @@ class UniformAttention:
     n_positions: int
     n_heads: int
     dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "head dest src"]:
         _check(start, stop, self.n_positions)
-        dest = torch.arange(start, stop, dtype=self.dtype)[:, None]
-        seen = torch.arange(self.n_positions, dtype=self.dtype) <= dest
+        positions = torch.arange(self.n_positions, dtype=self.dtype, device=self.device)
+        dest = positions[start:stop, None]
+        seen = positions <= dest
         return (seen / (dest + 1)).expand(self.n_heads, -1, -1)
 
 

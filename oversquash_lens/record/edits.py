@@ -31,6 +31,7 @@ Speller = Callable[[Any, TokenizedPrompt], Spelling]
 # Polynomial of the entropy that gives the inverse temperature, highest power first: Veličković et al. 2024,
 # "Softmax is not enough (for sharp size generalisation)", section 5, as we recall it; its text was not at hand.
 ADAPTIVE = (-0.037, 0.481, -2.3, 4.917, -1.791)
+FAINTEST = 1e-300  # attention weights below it are taken for it: their logarithm stays finite
 ADAPTIVE_FROM = 0.5  # nats of entropy below which a row stays as it is
 
 
@@ -278,14 +279,16 @@ def _positions(pattern: Tensor) -> tuple[Tensor, Tensor]:
 
 def _renormalised(pattern: Tensor) -> Tensor:
     """Rows that sum to 1; a row whose every weight was cut away or underflowed spreads over nothing but itself."""
-    total = pattern.sum(-1, keepdim=True)
+    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))  # float16 has few small numbers
+    total = wide.sum(-1, keepdim=True)
     dest, src = _positions(pattern)
-    return torch.where(total > 0, pattern / total.clamp(min=torch.finfo(pattern.dtype).tiny), (dest == src).to(pattern))
+    rows = torch.where(total > 0, wide / total.clamp(min=torch.finfo(wide.dtype).tiny), (dest == src).to(wide))
+    return rows.to(pattern.dtype)
 
 
 def _log(pattern: Tensor) -> Tensor:
     """Its logarithm in float64, whose gradient stays finite at 0."""
-    return pattern.double().clamp(min=torch.finfo(pattern.dtype).tiny).log()
+    return pattern.double().clamp(min=FAINTEST).log()
 
 
 def _to_power(pattern: Tensor, power: float | Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def millionths(shares: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
     >>> millionths(torch.tensor([0.123456, 0.0000123, 1e-9]))
     tensor([123000,     12,      0])
     """
+    assert not torch.isnan(shares).any(), "shares are checked at the door"
     whole = shares.double() * MILLION
     unit = 10.0 ** (whole.clamp(min=1).log10().floor() - 2).clamp(min=0)
     return ((whole / unit).round() * unit).round().long()

@@ -28,7 +28,7 @@ MOST_SPANS = 10
 WHY = {
     MOST_HEARD: "the token that is heard most",
     FROM_AFAR: "heard most of the prompt’s first half",
-    MOST_SQUASHED: "the token that loses most against even attention",
+    MOST_SQUASHED: "of the others, the token that loses most against even attention",
 }
 
 

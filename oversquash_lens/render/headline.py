@@ -38,9 +38,9 @@ def _narrowest(found: Findings) -> str:
     squashing = found.squashing
     layer = squashing.narrowest
     return (
-        f"Its paths are narrowest on entering <strong>layer {layer}</strong>: through "
+        f"Against even attention its paths are narrowest on entering <strong>layer {layer}</strong>: through "
         f"{_few(squashing.flow.effective_width[layer].item())} positions, "
-        f"{number(squashing.relative_width[layer].item(), '.2f')} times as many as with even attention."
+        f"{number(squashing.relative_width[layer].item(), '.2f')} times as many."
     )
 
 
@@ -74,10 +74,13 @@ def _numbers(found: Findings) -> str:
         (_few(found.heard), f"tokens heard of {len(found.tokens):,}, measured"),
         (_few(squashing.heard), "by the estimate"),
         (_few(squashing.null_heard), "with even attention"),
-        (number(squashing.index, ".2f"), "squashing index: 0 as even attention, 1 one token alone"),
+        (
+            number(squashing.index, ".2f"),
+            "squashing index: 0 as even attention, 1 one token alone, below 0 more is heard",
+        ),
         (
             str(layer),
-            f"narrowest layer of {found.about.n_layers}, entered through "
+            f"narrowest layer of {found.about.n_layers} against even attention, entered through "
             f"{squashing.flow.effective_width[layer].item():.3g} positions",
         ),
         (number(row.spearman, ".2f"), "rank correlation of estimate and truth"),

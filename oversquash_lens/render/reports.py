@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ class Entry:
 def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str | None = None, **options: Any) -> Path:
     """One page per prompt and index.html over them; returns the index's absolute path.
 
-    `prompts` is a list of texts or token ids, or of (name, prompt) pairs; `options` are `findings`'. A prompt that
-    cannot be used gets a row with the error and the others go on; if none can be used, InputError says so. Every file
-    appears whole or not at all, the index anew after each prompt.
+    `prompts` is a list of texts or token ids, of (name, prompt) pairs, or a dict name -> prompt; `options` are
+    `findings`'. A prompt that cannot be used gets a row with the error and the others go on; if none can be used,
+    InputError says so. Every file appears whole or not at all, the index anew after each prompt.
     """
     named = _named(prompts)
     target = check_place(folder, "index.html")
@@ -62,6 +63,8 @@ def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str |
 
 def _named(prompts: Any) -> list[tuple[str | None, Any]]:
     """(name or None, prompt) of each; a single text is refused, for its characters would be taken for prompts."""
+    if isinstance(prompts, Mapping):
+        prompts = list(prompts.items())
     if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
         raise InputError(
             f"prompts of type {type(prompts).__name__} came; expected a list of texts, or of (name, prompt) pairs"
@@ -92,6 +95,8 @@ def _one(model: Any, prompt: Any, shown: str, title: str | None, place: Path, op
         found = findings(model, prompt, **options)
         write_page(found, place, title=title)
     except UNUSABLE as error:
+        if options.get("progress"):
+            print(f"{shown} could not be used: {one_line(error)}", file=sys.stderr)
         return Entry(shown, beginning, error=one_line(error) or type(error).__name__)
     if not isinstance(prompt, str):
         beginning = plain("".join(found.tokens), LONGEST_BEGINNING)
@@ -121,8 +126,8 @@ def render_index(entries: Sequence[Entry], title: str | None = None) -> str:
     lead += f"; {failed:,} could not be used." if failed else "."
     caption = (
         "Tokens heard are an effective number, measured; beside it what even attention with the same weights would let "
-        "the last token hear. The index, by the estimate, is 0 as with even attention, 1 if one token alone is heard. "
-        "The narrowest layer is against even attention. ρ ranks the estimate against the truth."
+        "the last token hear. The index, by the estimate, is 0 as with even attention, 1 if one token alone is heard, "
+        "below 0 if more is heard. The narrowest layer is against even attention. ρ ranks estimate against truth."
     )
     names = ("tokens", "heard", "even attention", "squashing index", "narrowest layer", "ρ")
     rows = [_row(entry) for entry in entries]
