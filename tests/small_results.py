@@ -104,7 +104,7 @@ def flow_result(
         residual_at=up[:-1] * part,
         log_above=down.log(),
         log_below=up.log(),
-        edges=MixedEdges(lambda layer, start, stop: attention[layer, :, start:stop, :stop], factor, None, own),
+        edges=MixedEdges(lambda layer, start, stop: attention[layer, :, start:stop, :stop], factor, own[:, None]),
         about=about(),
         notes=("assumed by nobody",),
     )

@@ -13,6 +13,7 @@ import torch
 from reference import exact_jacobian, frobenius, spectral
 from small_models import CASES, NO_BRIDGE, case, has_bridge, tokens_for
 from small_results import audit_result
+from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.measure.audit import UNIT_BETA, Audit, AuditRow
@@ -146,18 +147,37 @@ def test_the_sentence_says_when_a_promise_is_broken() -> None:
 
 
 @pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
-def test_a_window_that_hides_tokens_hides_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_hides_tokens_hides_no_numbers() -> None:
     """Token 0 is out of a two-layer window's reach: its 0/0 must not make the other five say nothing."""
-    from test_gate import BRIDGE_OTHERS, bridged
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    family, options = BRIDGE_OTHERS["Mistral"]
-    audit = osl.audit(bridged(family, options | {"sliding_window": 3}), tokens_for(1, 6))
+    audit = osl.audit(zoo("mistral-window", "bridge", sliding_window=3), tokens_for(1, 6))
     assert audit.truth.values[0] == 0
     assert audit.mean_field.log_values[0] == -math.inf
     assert math.isfinite(row(audit, "mean_field").median_log10_ratio)
     assert "nan" not in audit.sentence
     assert row(audit, "calibrated_full").violations == 0
+
+
+@pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
+def test_a_mixture_of_experts_is_audited_without_the_bounds_that_it_refuses() -> None:
+    audit = osl.audit(zoo("mixtral", "bridge"), tokens_for(1, 6))
+    assert {"calibrated", "calibrated_full"}.isdisjoint(audit.bounds)
+    assert "no bound promises to hold on this architecture" in audit.sentence
+    assert abs(row(audit, "mean_field").median_log10_ratio) < 1
+    assert "mixture of experts" not in str(audit)
+
+
+@pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
+def test_where_attention_cannot_be_frozen_the_rest_is_audited() -> None:
+    audit = osl.audit(zoo("gpt-j", "bridge"), tokens_for(1, 6))
+    frozen = row(audit, "calibrated")
+    assert (frozen.violations, frozen.compared_with) == (None, "–")
+    assert row(audit, "calibrated_full").violations == 0
+    assert "at least 10^" in audit.sentence
+    with (
+        pytest.raises(osl.ModelError, match="drop the edit in silence"),
+        osl.edited_attention(zoo("gpt-j", "bridge"), osl.edits.window(2)),
+    ):
+        pass
 
 
 def test_the_table_holds_every_row(audited: tuple[str, Audit]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_bridges import small_bridge
 from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked
 from small_readers import Reader
 from small_results import about
+from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
@@ -371,7 +371,7 @@ def test_a_second_prompt_that_two_pairs_share_is_compared_for_the_one_that_repea
 def test_a_model_whose_cache_cannot_be_used_says_so() -> None:
     if not has_bridge():
         pytest.skip(NO_BRIDGE)
-    model = small_bridge(3, "mistral-window")
+    model = zoo("mistral-window", "bridge", 3)
     shared = collapse_curve(model, Family("turning", turning), LENGTHS, ("float64",))
     alone = collapse_curve(model, Family("turning", turning), LENGTHS, ("float64",), share=False)
     assert [note for note in shared.notes if "run whole" in note]
@@ -384,7 +384,7 @@ def test_a_model_whose_cache_cannot_be_used_says_so() -> None:
 def test_every_architecture_of_a_hub_goes_through(name: str) -> None:
     if not has_bridge():
         pytest.skip(NO_BRIDGE)
-    model = bridge(6, name, dtype=torch.float32) if name == "gpt2" else small_bridge(6, name, dtype=torch.float32)
+    model = bridge(6, name, dtype=torch.float32) if name == "gpt2" else zoo(name, "bridge", 6, dtype=torch.float32)
     curve = collapse_curve(model, ones, LENGTHS, noise_floor=True)
     assert list(curve.l1) == ["float32", "bfloat16"]
     for key in ("l1", "l2", "linf", "relative", "per_head", "by_layer", "logits", "attention_shift", "self_attention"):
@@ -548,7 +548,7 @@ BAD = {
     "a number": ({"family": lambda k: k}, "int came as a prompt"),
     "beyond n_ctx": (
         {"lengths": (1, 5, 12, 200)},
-        r"length 200 makes 206 tokens; .* n_ctx = 16: 5 is the longest that fits",
+        r"length 12 makes 18 tokens; .* n_ctx = 16: 5 is the longest that fits",
     ),
     "all beyond n_ctx": ({"lengths": (200,)}, "none came that fits"),
     "beyond the vocabulary": ({"family": lambda k: [5, *[50] * k]}, r"token id 50 came; expected ids in 0 … 49"),
@@ -599,7 +599,7 @@ def test_float64_shared_and_apart_meet(name: str) -> None:
     """Also in classes that would compute norms and softmax in float32: rounding is all that sharing changes."""
     if not has_bridge():
         pytest.skip(NO_BRIDGE)
-    model = bridge(6, name) if name in ("gpt2", "llama") else small_bridge(6, name)
+    model = bridge(6, name) if name in ("gpt2", "llama") else zoo(name, "bridge", 6)
     for family in (as_family(ones), Family("turning", turning)):
         shared, apart = (collapse_curve(model, family, LENGTHS, ("float64",), share=share) for share in (True, False))
         assert shared.notes == apart.notes == ()

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import exact_jacobian, frobenius
-from small_bridges import small_bridge
 from small_findings import findings_result
 from small_models import CASES, case, tokens_for
+from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
@@ -184,9 +184,9 @@ def test_bad_input_is_refused_before_anything_is_recorded(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_half_precision_have_findings_and_an_exact_spectral_norm(dtype):
     """Their eigenvalues are computed in float32, for torch has none in half precision."""
-    model = small_bridge(3, "mistral", dtype=dtype)
+    model = zoo("mistral", "bridge", 3, dtype=dtype)
     found = findings(model, tokens_for(3, 8))
-    wide = findings(small_bridge(3, "mistral", dtype=torch.float32), tokens_for(3, 8))
+    wide = findings(zoo("mistral", "bridge", 3, dtype=torch.float32), tokens_for(3, 8))
     assert found.audit.truth.exact
     assert found.heard == pytest.approx(wide.heard, rel=0.2)
 
@@ -194,7 +194,7 @@ def test_models_in_half_precision_have_findings_and_an_exact_spectral_norm(dtype
 def test_the_most_squashed_token_loses():
     """Where no other token loses against even attention, none is called squashed."""
     for seed in range(12):
-        squashed = squashing(osl.record(small_bridge(seed, "mistral"), tokens_for(seed, 3)))
+        squashed = squashing(osl.record(zoo("mistral", "bridge", seed), tokens_for(seed, 3)))
         chosen = chosen_sources(squashed)
         if MOST_SQUASHED in chosen:
             assert squashed.lift[chosen[MOST_SQUASHED]] < 1

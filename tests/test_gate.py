@@ -14,7 +14,7 @@ from small_models import D_VOCAB, N_CTX, NO_BRIDGE, NO_HOOKED, has_bridge, has_h
 import oversquash_lens as osl
 from oversquash_lens.errors import GateError, InputError, ModelError, OversquashError
 from oversquash_lens.record import gate
-from oversquash_lens.record.layout import FINAL_HOOKS, LAYER_HOOKS
+from oversquash_lens.record.layout import FINAL_HOOKS, LAYER_HOOKS, model_layout
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
@@ -38,11 +38,15 @@ def test_a_hook_that_never_fires_is_found_out(
     key: str, fresh: tuple[Model, Tokens], monkeypatch: pytest.MonkeyPatch, count_hooks: Callable
 ) -> None:
     model, tokens = fresh
+    has_it = key in model_layout(model).layer_hooks()
     monkeypatch.setitem(LAYER_HOOKS, key, NEVER_FIRES)
     before = count_hooks(model)
+    if not has_it:  # the architecture has no such hook: nobody waits for it
+        osl.record(model, tokens)
+        return
     with pytest.raises(GateError) as caught:
         osl.record(model, tokens)
-    assert "layer 0" in one_line(caught.value)
+    assert f"layer 0: the hook {NEVER_FIRES} did not fire" in one_line(caught.value)
     assert count_hooks(model) == before
 
 
@@ -53,7 +57,7 @@ def test_a_hook_behind_the_last_layer_that_never_fires(
     monkeypatch.setitem(FINAL_HOOKS, key, f"blocks.0.{NEVER_FIRES}")
     with pytest.raises(GateError) as caught:
         osl.record(*fresh)
-    assert {"last": "residual"}.get(key, key) in one_line(caught.value)
+    assert NEVER_FIRES in one_line(caught.value)
 
 
 def test_a_hook_that_a_later_block_lacks(
@@ -199,11 +203,19 @@ def test_activations_that_contradict_each_other(
     assert count_hooks(model) == before
 
 
+def said_to_compute(model: Model, activation: str) -> None:
+    """Whatever config this class reads its activation's name from says so."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    words = ("hidden_act", "activation_function")
+    for owner, word in ((model.cfg, "act_fn"), *((config, word) for word in words if hasattr(config, word))):
+        setattr(owner, word, activation)
+
+
 @pytest.mark.parametrize("name", ["hooked-ln", "hooked-rms", "bridge-gpt2", "bridge-llama"])
 def test_a_wrong_name_of_the_activation(name: str, make: Callable) -> None:
-    """A config that names another activation than the model computes (a bridge's BLOOM says "relu")."""
+    """A config that names another activation than the model computes."""
     model = make(name)
-    model.cfg.act_fn = "relu"
+    said_to_compute(model, "relu")
     with pytest.raises(GateError, match="hook_post"):
         osl.record(model, tokens_for(5, 6))
 
@@ -211,7 +223,7 @@ def test_a_wrong_name_of_the_activation(name: str, make: Callable) -> None:
 @pytest.mark.parametrize("name", ["hooked-ln", "bridge-llama"])
 def test_an_unknown_activation(name: str, make: Callable) -> None:
     model = make(name)
-    model.cfg.act_fn = "xielu"
+    said_to_compute(model, "xielu")
     with pytest.raises(ModelError, match="'xielu' came; expected one of gelu"):
         osl.record(model, tokens_for(5, 6))
 
@@ -331,24 +343,18 @@ def test_output_and_scores_of_grouped_heads() -> None:
     z = torch.stack([pattern[h] @ value[:, h // 2] for h in range(4)], 1)
     scores = torch.stack([query[:, h] @ key[:, h // 2].T for h in range(4)]) * 0.7
     gate.check_output("here", pattern, value, z)
-    gate.check_scores("here", scores, query, key, 0.7)
+    on_the_diagonal = scores.diagonal(dim1=1, dim2=2)
+    gate.check_scores("here", on_the_diagonal, query, key, 0.7)
     with pytest.raises(GateError, match="hook_z"):
         gate.check_output("here", pattern, value.flip(1), z)
     with pytest.raises(GateError, match="score"):
-        gate.check_scores("here", scores, query, key, 0.5)
+        gate.check_scores("here", on_the_diagonal, query, key, 0.5)
 
 
 # ---------------------------------------------------------------- architectures
 
 HOOKED_REFUSED: dict[str, tuple[dict, str]] = {
-    "parallel": ({"parallel_attn_mlp": True}, "in parallel"),
-    "attention only": ({"attn_only": True}, "no MLP"),
-    "no norms": ({"norm": None}, "no norms"),
     "bidirectional": ({"attention_dir": "bidirectional"}, "not causal"),
-    "soft cap": ({"attn_scores_soft_cap": 20.0}, "capped attention scores"),
-    "post-norm": ({"norm": "RMS", "use_normalization_before_and_after": True}, "norms after"),
-    "experts": ({"num_experts": 2, "experts_per_token": 1, "gated": True}, "mixture of experts"),
-    "normalised queries": ({"norm": "RMS", "use_qk_norm": True}, "normalised queries and keys"),
 }
 
 
@@ -375,33 +381,25 @@ def test_hooked_transformers_that_the_theory_does_not_describe(name: str) -> Non
         one_line(caught.value)
 
 
+@needs_hooked
+def test_positions_that_are_added_to_queries_and_keys_alone() -> None:
+    """The shortformer's queries are not those of the norm: collapse can be measured, paths cannot."""
+    model = hooked(1, positions="shortformer")
+    with pytest.raises(GateError, match=r"layer 0, attn\.hook_q: norm · gain · W_query differs"):
+        osl.record(model, tokens_for(1, 5))
+
+
 SIZE = {"vocab_size": D_VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"max_position_embeddings": N_CTX, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 LLAMA_LIKE = SIZE | {"intermediate_size": 24, "num_key_value_heads": 2}
 
 BRIDGE_REFUSED: dict[str, tuple[str, dict, str]] = {
-    "GPT-NeoX": ("GPTNeoX", SIZE | {"intermediate_size": 24}, "in parallel"),
-    "GPT-J": (
-        "GPTJ",
-        {"vocab_size": D_VOCAB, "n_positions": N_CTX, "n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-        "in parallel",
-    ),
-    "Phi": ("Phi", LLAMA_LIKE, "in parallel"),
-    "OLMo 2": ("Olmo2", LLAMA_LIKE, "norm"),
-    "Mixtral": ("Mixtral", LLAMA_LIKE | {"num_local_experts": 2}, "mixture of experts"),
-    "Qwen 3": ("Qwen3", LLAMA_LIKE | {"head_dim": 4}, "normalised queries and keys"),
-    "Gemma 2": ("Gemma2", LLAMA_LIKE | {"head_dim": 4}, "norms after"),
-    "gpt-oss": ("GptOss", LLAMA_LIKE | {"head_dim": 4, "num_local_experts": 2}, "sinks"),
+    "OLMo 2": ("Olmo2", LLAMA_LIKE, "norms behind attention and MLP only"),
 }
+# Families without a row of their own in the zoo.
 BRIDGE_OTHERS: dict[str, tuple[str, dict]] = {
-    "Mistral": ("Mistral", LLAMA_LIKE | {"sliding_window": 4}),
-    "Qwen 2": ("Qwen2", LLAMA_LIKE),
-    "Gemma": ("Gemma", LLAMA_LIKE | {"head_dim": 4}),
-    "Phi 3": ("Phi3", LLAMA_LIKE),
     "OLMo": ("Olmo", LLAMA_LIKE),
     "Granite": ("Granite", LLAMA_LIKE | {"residual_multiplier": 30.0, "attention_multiplier": 0.3}),
-    "BLOOM": ("Bloom", {"vocab_size": D_VOCAB, "hidden_size": 16, "n_layer": 2, "n_head": 4}),
-    "OPT": ("OPT", SIZE | {"ffn_dim": 24, "word_embed_proj_dim": 16}),
     "MPT": ("Mpt", {"vocab_size": D_VOCAB, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": N_CTX}),
 }
 
@@ -432,7 +430,7 @@ def test_bridges_that_the_theory_does_not_describe(name: str, monkeypatch: pytes
     model = bridged(family, options)
     with pytest.raises(ModelError, match=said) as caught:
         osl.record(model, tokens_for(1, 5))
-    assert "expected a pre-norm, causal decoder" in one_line(caught.value)
+    assert "expected a causal decoder" in one_line(caught.value)
 
 
 @needs_bridge
@@ -455,13 +453,3 @@ def test_other_families_are_measured_soundly_or_refused(name: str, monkeypatch: 
     truth = osl.measured_sensitivity(model, tokens, probes=None).values.log()
     apart = (osl.mean_field_sensitivity(trace).log_values - truth).abs()
     assert apart[torch.isfinite(truth)].max() < 2.4
-
-
-@needs_hooked
-@pytest.mark.usefixtures("as_drawn")
-def test_only_true_reasons_are_given() -> None:
-    """An attention-only model is not also said to have its (missing) MLP in parallel."""
-    model = hooked(1, attn_only=True)
-    with pytest.raises(ModelError) as caught:
-        osl.record(model, tokens_for(1, 5))
-    assert "parallel" not in str(caught.value)

@@ -286,7 +286,7 @@ def test_an_ablated_value_is_refused(way: str, fresh: tuple[Model, Tokens]) -> N
         edited[:, :, 0] = 0
         return edited
 
-    with pytest.raises(GateError, match=r"layer 1, attention: norm · gain · W_value differs from hook_v"):
+    with pytest.raises(GateError, match=r"layer 1, attn.hook_v: norm · gain · W_value differs from hook_v"):
         run_edited(model, tokens, way, "blocks.1.attn.hook_v", ablate)
 
 

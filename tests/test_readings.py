@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_bridges import small_bridge
 from small_models import N_CTX, NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked, tokens_for
+from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.errors import GateError
@@ -66,7 +66,7 @@ def made(name: str) -> Model:
         return hooked(7, **HOOKED[label])
     if not has_bridge():
         pytest.skip(NO_BRIDGE)
-    return bridge(8, label) if label in ("gpt2", "llama") else small_bridge(8, label)
+    return bridge(8, label) if label in ("gpt2", "llama") else zoo(label, "bridge", 8)
 
 
 def endings() -> list[Ids]:

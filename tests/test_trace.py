@@ -197,7 +197,7 @@ def test_another_format_version(version: Any, saved: Path) -> None:
     rewrite(saved, header_of(saved) | {"version": version})
     said = refusal(saved)
     assert f"version {version!r}" in said
-    assert f"reads version {FORMAT_VERSION}" in said
+    assert f"expected version {FORMAT_VERSION}" in said
 
 
 @pytest.mark.parametrize("header", [[], "text", 5, None, True], ids=repr)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of
+from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of, verify_option
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import InputError, one_line
 
@@ -23,6 +23,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
     command.add_argument("--exact", action="store_true", help="exact truth, d_model backward products each")
     command.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    verify_option(command)
 
 
 def run_what_if(options: argparse.Namespace) -> None:
@@ -40,6 +41,7 @@ def run_what_if(options: argparse.Namespace) -> None:
         chat=options.chat,
         bos=options.bos,
         seed=options.seed,
+        verify=options.verify,
         progress=True,
     )
     deliver(options, result.to_dict(), str(result))

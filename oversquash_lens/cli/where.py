@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of
+from oversquash_lens.cli.common import (
+    check_out,
+    deliver,
+    load,
+    plan_option,
+    planned,
+    prompt_command,
+    prompt_of,
+    verify_option,
+)
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import InputError
 
@@ -19,6 +28,8 @@ def add_commands(commands: Any) -> None:
     flow.add_argument("--top", type=int, default=10, metavar="K", help="edges and paths to list (default 10)")
     flow.add_argument("--figures", metavar="FOLDER", help="write the figures as PDF, SVG and PNG")
     flow.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    plan_option(flow)
+    verify_option(flow)
 
 
 def run_flow(options: argparse.Namespace) -> None:
@@ -35,7 +46,11 @@ def run_flow(options: argparse.Namespace) -> None:
     from oversquash_lens.measure.squashing import squashing
     from oversquash_lens.record.recorder import record
 
-    trace = record(load(options), prompt, chat=options.chat, bos=options.bos, seed=options.seed)
+    model = load(options)
+    if planned(options, model, prompt, "flow"):
+        return
+    how = {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
+    trace = record(model, prompt, **how)
     source = None if options.source is None else position_of(options.source, trace.tokens)
     squashed = squashing(trace, options.variant) if source is None else None
     found = squashed.flow if squashed else flow(trace, options.variant, source)

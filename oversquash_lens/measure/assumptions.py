@@ -92,7 +92,7 @@ def assumptions(
             "They do: every query and key is a function of the tokens before it.",
             real,
             imposed(weights=replace(weights, key_square=torch.zeros_like(weights.key_square))),
-            compare(truths.frozen_frobenius, truth),
+            None if truths.frozen_frobenius is None else compare(truths.frozen_frobenius, truth),
         ),
         Assumption(
             "heads",

@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.errors import whole_number
 from oversquash_lens.measure.bounds import CALIBRATED, PRINTED, VARIANTS, path_bound
 from oversquash_lens.measure.compare import compare
+from oversquash_lens.measure.costs import check_audit, fitting_memory
 from oversquash_lens.measure.jacobian import (
     MEMORY,
     MeasuredSensitivity,
     differentiate,
     exact_norms,
     frobenius_estimate,
-    probe_squares,
+    probe_rows,
 )
 from oversquash_lens.measure.mean_field import mean_field_sensitivity
 from oversquash_lens.measure.paths import PathProfile, json_numbers
@@ -28,6 +30,7 @@ from oversquash_lens.record.about import About
 from oversquash_lens.record.layout import model_layout
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
 from oversquash_lens.record.recorder import NODE_PROBES, record_tokens
+from oversquash_lens.record.support import layout_support
 from oversquash_lens.record.trace import Trace
 
 ROUNDING = 1e-9  # a bound may be below the truth by this share before it counts as violated
@@ -64,19 +67,26 @@ class Audit:
     @property
     def sentence(self) -> str:
         estimate, paper = self._row("mean_field"), self._row("proof")
-        closest = min(self._row(name).min_log10_ratio for name in CALIBRATED)
-        broken = sum(row.violations or 0 for row in self.rows if row.promises_bound)
         size = 10**estimate.median_log10_ratio
+        return (
+            f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
+            f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
+            f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); "
+            f"{self._soundness}."
+        )
+
+    @property
+    def _soundness(self) -> str:
+        promising = [row for row in self.rows if row.promises_bound and row.violations is not None]
+        if not promising:
+            return "no bound promises to hold on this architecture"
+        closest = min(row.min_log10_ratio for row in promising)
+        broken = sum(row.violations for row in promising)
         gap = f"at least 10^{math.floor(closest)} above"
         above = f"the bounds that promise to hold do, {gap} the truth"
         if not self.truth.exact:  # probes see the spectral norm from below only
             above = f"the bounds that promise to hold are not refuted, {gap} what the probes see of the truth"
-        sound = f"the bounds that promise to hold are BROKEN at {broken} positions" if broken else above
-        return (
-            f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
-            f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
-            f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); {sound}."
-        )
+        return f"the bounds that promise to hold are BROKEN at {broken} positions" if broken else above
 
     def _row(self, name: str) -> AuditRow:
         return next(row for row in self.rows if row.name == name)
@@ -127,13 +137,14 @@ class Audit:
 class Truths:
     """What the measures are held against, with nothing frozen and with the attention weights frozen.
 
-    Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes.
+    Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes. Where a model
+    class computes attention out of sight it cannot be frozen, and the last two are None.
     """
 
     frobenius: MeasuredSensitivity
     spectral: MeasuredSensitivity
-    frozen_frobenius: MeasuredSensitivity
-    frozen_spectral: MeasuredSensitivity
+    frozen_frobenius: MeasuredSensitivity | None
+    frozen_spectral: MeasuredSensitivity | None
 
 
 def audit(
@@ -146,6 +157,7 @@ def audit(
     beta: float | str = "measured",
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
+    verify: bool = False,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Audit:
@@ -154,15 +166,25 @@ def audit(
     `probes=None` measures exactly (2·d_model backward products). With probes the Frobenius truth is estimated, and
     bounds are held against ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
     """
+    check_effort(probes, node_probes)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+    check_audit(model, len(tokenized.ids), probes)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
     truths = measure_truths(model, tokenized, trace.about, probes=probes, seed=seed, memory=memory, progress=progress)
     return held_against(truths, trace, beta)
 
 
+def check_effort(probes: int | None, node_probes: int | None) -> None:
+    """How many directions truth and nodes are measured in; asked before the model runs."""
+    for name, number in (("probes", probes), ("node_probes", node_probes)):
+        if number is not None:
+            whole_number(name, number, otherwise=", or None for exact numbers")
+
+
 def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -> Audit:
-    """The audit of a recorded prompt whose truth is measured already."""
-    bounds = {name: path_bound(trace, name, beta if name in PRINTED else "measured") for name in VARIANTS}
+    """The audit of a recorded prompt whose truth is measured already; variants that the model refuses are left out."""
+    known = [name for name in VARIANTS if name not in CALIBRATED or trace.support[name].state != "refused"]
+    bounds = {name: path_bound(trace, name, beta if name in PRINTED else "measured") for name in known}
     if beta == "measured":
         bounds[UNIT_BETA] = path_bound(trace, "proof", 1.0)
     estimate = mean_field_sensitivity(trace)
@@ -171,7 +193,8 @@ def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -
         frozen = name == "calibrated"
         truth = truths.frozen_spectral if frozen else truths.spectral
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
-        rows.append(_row(name, bound, truth, truths, label if truth.exact else f"{label}, from below"))
+        label = label if truth is None or truth.exact else f"{label}, from below"
+        rows.append(_row(name, bound, truth, truths, label))
     return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows))
 
 
@@ -187,6 +210,7 @@ def measure_truths(
 ) -> Truths:
     """Full and frozen-attention Jacobian of a tokenized prompt: both norms of the one from the same products."""
     layout = model_layout(model)
+    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=probes is None)
 
     def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
         tape = differentiate(model, layout, tokenized, freeze)  # let go before the next: one graph at a time
@@ -194,40 +218,45 @@ def measure_truths(
             exact = exact_norms(tape, ("fro", "spectral"), memory, progress)
             found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
         else:
-            squares, covectors = probe_squares(tape, probes, seed, memory, progress)
-            from_below = _spectral_from_below(squares, covectors)
-            found = {"fro": frobenius_estimate(squares), "spectral": (from_below, torch.zeros_like(from_below))}
+            rows, covectors = probe_rows(tape, probes, seed, memory, progress)
+            from_below = _spectral_from_below(rows, covectors)
+            found = {"fro": frobenius_estimate(rows), "spectral": (from_below, torch.zeros_like(from_below))}
         own_seed = None if probes is None else seed
         for norm, (values, error) in found.items():
             yield MeasuredSensitivity(
                 tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
             )
 
-    return Truths(*both_norms(()), *both_norms(("attention",)))
+    can_freeze = layout_support(layout)["attention frozen"].state != "refused"
+    return Truths(*both_norms(()), *(both_norms(("attention",)) if can_freeze else (None, None)))
 
 
 def _spectral_from_below(
-    squares: Float[Tensor, "probe pos"], covectors: Float[Tensor, "probe d_model"]
+    rows: Float[Tensor, "probe pos d_model"], covectors: Float[Tensor, "probe d_model"]
 ) -> Float[Tensor, " pos"]:
     """max ‖ωJ‖/‖ω‖ ≤ ‖J‖₂: no estimate of it, but never above it."""
-    return (squares / covectors.square().sum(1, keepdim=True)).amax(0).sqrt()
+    return (rows.double().norm(dim=2) / covectors.norm(dim=1, keepdim=True)).amax(0)
 
 
-def _row(name: str, profile: PathProfile, truth: MeasuredSensitivity, truths: Truths, compared_with: str) -> AuditRow:
-    sizes = compare(profile, truth)
-    violations = None
-    if name != "mean_field" and not math.isnan(profile.log_constant):
-        below = profile.log_values < truth.values.log() + math.log1p(-ROUNDING)
-        violations = int(below.sum())
+def _row(
+    name: str, profile: PathProfile, truth: MeasuredSensitivity | None, truths: Truths, compared_with: str
+) -> AuditRow:
+    violations, low, median, high = None, math.nan, math.nan, math.nan
+    if truth is not None:
+        sizes = compare(profile, truth)
+        low, median, high = sizes.min_log10_ratio, sizes.median_log10_ratio, sizes.max_log10_ratio
+        if name != "mean_field" and not math.isnan(profile.log_constant):
+            below = profile.log_values < truth.values.log() + math.log1p(-ROUNDING)
+            violations = int(below.sum())
     return AuditRow(
         name=name,
         spearman=compare(profile, truths.frobenius).spearman,
-        median_log10_ratio=sizes.median_log10_ratio,
-        min_log10_ratio=sizes.min_log10_ratio,
-        max_log10_ratio=sizes.max_log10_ratio,
+        median_log10_ratio=median,
+        min_log10_ratio=low,
+        max_log10_ratio=high,
         violations=violations,
         promises_bound=name in CALIBRATED,
-        compared_with="–" if math.isnan(sizes.median_log10_ratio) else compared_with,
+        compared_with="–" if math.isnan(median) else compared_with,
     )
 
 

@@ -42,7 +42,8 @@ from oversquash_lens.measure.edges import (
 )
 from oversquash_lens.measure.paths import PathProfile, log_path_products
 from oversquash_lens.measure.weighing import Weighing
-from oversquash_lens.record.trace import Trace
+from oversquash_lens.record.support import refuse_unsupported
+from oversquash_lens.record.trace import Trace, check_trace
 
 PRINTED = ("proof", "theorem_5_1", "theorem_b5", "multi_head")
 CALIBRATED = ("calibrated", "calibrated_full")
@@ -67,6 +68,7 @@ def path_bound(trace: Trace, variant: str = "proof", beta: float | str = "measur
     norm's divisor; β₃ at the last token, over max|γ₃|) or one number for all norms. The calibrated variants use
     each position's own divisor and rollout none: giving them a number raises InputError.
     """
+    check_trace(trace)
     return bound_weighing(trace, variant, beta).profile(trace)
 
 
@@ -76,10 +78,12 @@ def bound_weighing(trace: Trace, variant: str, beta: float | str = "measured") -
         raise InputError(f"variant {variant!r} came; expected one of {', '.join(VARIANTS)}")
     _check_beta(beta, variant)
     if variant in CALIBRATED:
+        refuse_unsupported(trace.support, variant, trace.about.model)
         gains = trace.gains
         edges = FullEdges(trace) if variant == "calibrated_full" else _frozen_edges(trace)
         log_constant = math.log(gains.final_gain_max / gains.final_scale)
-        return Weighing(variant, edges, torch.log1p(gains.mlp_lipschitz), log_constant, _notes(trace, variant))
+        nodes = None if trace.parallel else torch.log1p(gains.mlp_lipschitz)
+        return Weighing(variant, edges, nodes, log_constant, _notes(trace, variant))
     norms = _norms(trace, beta)
     edges = _printed_edges(variant, norms, partial(attention_rows, trace), trace.about.n_heads)
     return Weighing(variant, edges, None, _log_constant(variant, norms, trace.gains.mlp_sigma), _notes(trace, variant))
@@ -103,6 +107,10 @@ def path_products(
             f"variant {variant!r} came; expected one of {', '.join(known)}: the calibrated ones need record()"
         )
     _check_beta(beta, variant)
+    if not isinstance(store, Mapping):
+        raise InputError(
+            f"a {type(store).__name__} came; expected a store that hooks filled: give attention_path_hooks one"
+        )
     patterns = store.get("attention")
     if not patterns:
         raise InputError(
@@ -135,7 +143,7 @@ class Norms:
 
 
 def _geometric_mean(scale: Float[Tensor, "layer pos"]) -> Float[Tensor, " layer"]:
-    return scale.double().log().mean(-1).exp().cpu()
+    return scale.cpu().double().log().mean(-1).exp()
 
 
 def _norms(trace: Trace, beta: float | str) -> Norms:
@@ -154,7 +162,7 @@ def _norms(trace: Trace, beta: float | str) -> Norms:
 def _stored_norm(store: Mapping[str, Any], key: str, batch: int, beta: float | str) -> Float[Tensor, " layer"]:
     layers = range(len(store["attention"]))
     if beta != "measured":
-        return torch.full((len(layers),), float(beta), dtype=torch.float64)
+        return torch.full((len(layers),), float(beta), dtype=torch.float64, device="cpu")
     if len(store.get(key, ())) != len(layers):
         raise InputError(f"a store without {key} came; expected attention_path_hooks to fill it, or beta=1.0")
     return _geometric_mean(torch.stack([store[key][layer][batch].detach().cpu() for layer in layers]))
@@ -163,8 +171,9 @@ def _stored_norm(store: Mapping[str, Any], key: str, batch: int, beta: float | s
 def _check_beta(beta: float | str, variant: str) -> None:
     if beta == "measured":
         return
-    if isinstance(beta, str) or not (math.isfinite(beta) and beta > 0):
-        raise InputError(f"beta={beta!r} came; expected 'measured' or a positive number")
+    number = isinstance(beta, int | float) and not isinstance(beta, bool)
+    if not number or not (math.isfinite(beta) and beta > 0):
+        raise InputError(f"beta={beta!r} came; expected 'measured' or a positive number: 1.0 divides by nothing")
     if variant not in PRINTED:
         raise InputError(f"beta={beta!r} came with variant {variant!r}; expected no beta: it uses none")
 
@@ -180,30 +189,41 @@ def _printed_edges(variant: str, norms: Norms, attention: AttentionBlocks, n_hea
         "multi_head": (n_heads * one, one / n_heads),
         "rollout": (one / 2, one / 2),
     }[variant]
-    return MixedEdges(attention, (of_mean / n_heads)[:, None].expand(-1, n_heads), None, own)
+    return MixedEdges(attention, (of_mean / n_heads)[:, None].expand(-1, n_heads), own[:, None])
 
 
 def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) -> float:
-    factors = torch.log1p(sigma.double().cpu() / norms.mlp)
+    factors = torch.log1p(sigma.cpu().double() / norms.mlp)
     if variant == "proof":
         return factors.sum().item() - math.log(norms.final)
     if variant == "theorem_b5":
-        return sigma.double().log().sum().item()
+        return sigma.cpu().double().log().sum().item()
     if variant == "multi_head":
         return len(factors) * factors.max().item()
     return math.nan
 
 
 def _frozen_edges(trace: Trace) -> MixedEdges:
-    """Operator norms: δ + Σ_h α^h ‖OV_h‖₂/r (docs/theory.md, section 3)."""
+    """Operator norms: δ + Σ_h α^h ‖OV_h‖₂/r (docs/theory.md, sections 3 and 10)."""
     gains = trace.gains
-    own = torch.ones(trace.n_layers, dtype=torch.float64)
-    return MixedEdges(partial(attention_rows, trace), gains.weights.ov_norm, 1 / gains.attention_scale, own)
+    return MixedEdges(
+        partial(attention_rows, trace),
+        gains.weights.ov_norm,
+        _own(trace),
+        1 / gains.attention_scale,
+        1 / gains.attention_post_scale,
+    )
+
+
+def _own(trace: Trace) -> Float[Tensor, "layer pos"]:
+    """What the residual stream passes on inside an edge: an MLP beside attention belongs to it."""
+    lipschitz = trace.gains.mlp_lipschitz
+    return 1 + lipschitz if trace.parallel else torch.ones_like(lipschitz)
 
 
 @dataclass(frozen=True)
 class FullEdges(SplitEdges):
-    """The same with the derivative of the attention weights (docs/theory.md, section 3)."""
+    """The same with the derivative of the attention weights (docs/theory.md, sections 3 and 10)."""
 
     trace: Trace
 
@@ -213,23 +233,29 @@ class FullEdges(SplitEdges):
     def parts(self, layer: int, start: int, stop: int) -> Parts:
         gains, weights = self.trace.gains, self.trace.gains.weights
         rows = attention_rows(self.trace, layer, start, stop)
-        scale = gains.attention_scale[layer].to(rows)
-        moved = squared_output_distance(self.trace, layer, start, rows).sqrt_().mul_(rows)
+        scale, post = gains.attention_scale[layer].to(rows), gains.attention_post_scale[layer, start:stop].to(rows)
+        factor = weights.output_factor if weights.worst_output_factor is None else weights.worst_output_factor
+        moved = squared_output_distance(self.trace, layer, start, rows, factor).sqrt_().mul_(rows)
         moved *= weights.score_scale[layer].to(rows).abs()
         query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
         key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
         key = key * weights.query_norm[layer, :, None].to(rows)
         query_side = einsum(moved, key, "head dest src, head src -> head dest") / scale[start:stop]
+        query_side /= gains.query_scale[layer][:, start:stop].to(rows)
+        moved /= per_head(gains.key_scale[layer], len(rows))[:, None, :stop].to(rows)
         heads = torch.addcmul(moved.mul_(query[:, :, None]), rows, weights.ov_norm[layer, :, None, None].to(rows))
         heads /= scale[:stop]
         heads.diagonal(offset=start, dim1=1, dim2=2).add_(query_side)
-        return Parts(heads, torch.ones_like(scale[start:stop]))
+        return Parts(heads.div_(post[:, None]), _own(self.trace)[layer, start:stop].to(rows))
 
 
 def _notes(trace: Trace, variant: str) -> tuple[str, ...]:
     notes = [NOTES[variant]]
     if variant in ("proof", "theorem_b5", "multi_head") and trace.gated_mlp:
         notes.append("a gated MLP has no global Lipschitz constant: σ_ψ is the largest over this prompt")
+    verdict = trace.support[variant if variant in CALIBRATED else "printed bounds"]
+    if verdict.why:
+        notes.append(verdict.why)
     if trace.about.final_gain == "unknown":
         notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
     return tuple(notes)

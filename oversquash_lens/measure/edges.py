@@ -58,12 +58,15 @@ class Edges(Protocol):
 
 @dataclass(frozen=True)
 class MixedEdges:
-    """Edges that are attention weights times a factor of head and source: all printed variants, and `calibrated`."""
+    """Edges that are attention weights times factors of head, source and destination, and what stays in the residual
+    stream (`own`, one number per layer or position): all printed variants, and `calibrated`.
+    """
 
     attention: AttentionBlocks
     head_factor: Float[Tensor, "layer head"]
-    src_factor: Float[Tensor, "layer pos"] | None
-    own: Float[Tensor, " layer"]
+    own: Float[Tensor, "layer pos_or_1"]
+    src_factor: Float[Tensor, "layer pos"] | None = None
+    dest_factor: Float[Tensor, "layer pos"] | None = None
 
     def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
         return self._mixed(self.attention(layer, start, stop), layer, start)
@@ -73,7 +76,9 @@ class MixedEdges:
         heads = rows * self.head_factor[layer].to(rows)[:, None, None]
         if self.src_factor is not None:
             heads *= self.src_factor[layer, :stop].to(rows)
-        return Parts(heads, self.own[layer].to(rows).expand(stop - start))
+        if self.dest_factor is not None:
+            heads *= self.dest_factor[layer, start:stop, None].to(rows)
+        return Parts(heads, self._own(layer, start, stop).to(rows).expand(stop - start))
 
     def received(
         self, layer: int, start: int, stop: int, column: Float[Tensor, "src source"]
@@ -83,14 +88,23 @@ class MixedEdges:
         if self.src_factor is not None:
             column = column * self.src_factor[layer, :stop, None].to(rows)
         times = (rows.flatten(0, 1) @ column).view(*rows.shape[:2], -1)
+        if self.dest_factor is not None:
+            times *= self.dest_factor[layer, start:stop, None].to(rows)
         return self._mixed(rows, layer, start), times * self.head_factor[layer].to(rows)[:, None, None]
 
     def _mixed(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "dest src"]:
         edges = einsum(rows, self.head_factor[layer].to(rows), "head dest src, head -> dest src")
         if self.src_factor is not None:
             edges *= self.src_factor[layer, : edges.shape[1]].to(rows)
-        edges.diagonal(offset=start).add_(self.own[layer].to(rows))
+        stop = start + len(edges)
+        if self.dest_factor is not None:
+            edges *= self.dest_factor[layer, start:stop, None].to(rows)
+        edges.diagonal(offset=start).add_(self._own(layer, start, stop).to(rows))
         return edges
+
+    def _own(self, layer: int, start: int, stop: int) -> Float[Tensor, " dest_or_1"]:
+        own = self.own[layer]
+        return own if len(own) == 1 else own[start:stop]
 
 
 class SplitEdges:
@@ -115,29 +129,27 @@ def per_head(grouped: Float[Tensor, "kv_head ..."], n_heads: int) -> Float[Tenso
 
 
 def squared_output_distance(
-    trace: Trace, layer: int, start: int, attention: Float[Tensor, "head dest src"]
+    trace: Trace,
+    layer: int,
+    start: int,
+    attention: Float[Tensor, "head dest src"],
+    output_factor: Float[Tensor, "layer head rank d_head"],
 ) -> Float[Tensor, "head dest src"]:
     """‖o_k - ō_j‖² with o_k = v_k W_O and ō_j = Σ_k α_jk o_k: how much head output moves if j looks more at k.
 
-    From v and the Gram matrix of W_O, so it costs what attention itself costs. Entries that cancel (a row that
-    looks at one position only, repeated tokens) are computed again from the difference itself.
+    In the coordinates v_k Rᵀ that W_O's triangular factor gives, which have the lengths of o_k and are as few as v_k's,
+    so it costs what attention itself costs. (A Gram matrix of W_O would lose what it passes on faintly.) Entries that
+    cancel (a row that looks at one position only, repeated tokens) are computed again from the difference itself.
     """
     heads, _, stop = attention.shape
-    value = per_head(trace.gains.value[layer], heads)[:, :stop].to(attention)
-    gram = trace.gains.weights.output_gram[layer].to(attention)
-    mixed = attention @ value
-    own = einsum(value @ gram, value, "head src i, head src i -> head src")
-    other_gram = mixed @ gram
-    other = einsum(other_gram, mixed, "head dest i, head dest i -> head dest")
-    size = own[:, None, :] + other[:, :, None]
-    squared = torch.baddbmm(size, other_gram, value.mT, alpha=-2)
+    output = per_head(trace.gains.value[layer], heads)[:, :stop].to(attention)
+    output = output @ output_factor[layer].to(attention).mT
+    mixed = attention @ output
+    size = output.square().sum(-1)[:, None, :] + mixed.square().sum(-1)[:, :, None]
+    squared = torch.baddbmm(size, mixed, output.mT, alpha=-2)
     cancelled = squared < CANCELLED * size
     cancelled &= torch.ones_like(cancelled[0]).tril(start)  # above the diagonal nothing is asked for
     for part in cancelled.nonzero().split(1 << 18):
         head, dest, src = part.unbind(1)
-        difference = value[head, src] - mixed[head, dest]
-        for each in head.unique().tolist():
-            mine = head == each
-            d = difference[mine]
-            squared[each, dest[mine], src[mine]] = einsum(d @ gram[each], d, "entry i, entry i -> entry")
+        squared[head, dest, src] = (output[head, src] - mixed[head, dest]).square().sum(-1)
     return squared.clamp(min=0)

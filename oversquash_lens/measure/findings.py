@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from oversquash_lens.measure.assumptions import Assumption, assumptions
-from oversquash_lens.measure.audit import Audit, Truths, held_against, measure_truths
+from oversquash_lens.measure.audit import Audit, Truths, check_effort, held_against, measure_truths
+from oversquash_lens.measure.costs import check_audit
 from oversquash_lens.measure.flow import Flow, flows
 from oversquash_lens.measure.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
 from oversquash_lens.measure.jacobian import MEMORY, MeasuredSensitivity, measured_sensitivity
@@ -81,12 +82,15 @@ def findings(
     beta: float | str = "measured",
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
+    verify: bool = False,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Findings:
     """Record a prompt once, measure the truth, and find out all that a report says; options as `audit`'s."""
+    check_effort(probes, node_probes)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed)
+    check_audit(model, len(tokenized.ids), probes)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
     truths = measure_truths(model, tokenized, trace.about, **effort)
     with warnings.catch_warnings():

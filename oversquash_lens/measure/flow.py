@@ -24,7 +24,7 @@ from oversquash_lens.measure.mean_field import mean_field_weighing
 from oversquash_lens.measure.paths import FAINT, ROWS, effective_number, json_numbers, log_path_products
 from oversquash_lens.measure.weighing import Weighing
 from oversquash_lens.record.about import About
-from oversquash_lens.record.trace import Trace
+from oversquash_lens.record.trace import Trace, check_trace
 
 KINDS = ("mean_field", *VARIANTS)
 KEPT = 1 << 29  # bytes of edges that the two sweeps share; beyond it the second computes them again
@@ -104,7 +104,7 @@ class Flow:
         if not 0 <= layer < self.n_layers:
             raise InputError(f"layer {layer} came; expected 0 … {self.n_layers - 1}, the layers of this flow")
         n = len(self.tokens)
-        heads = torch.zeros(self.head_at.shape[1], n, n, dtype=torch.float64)
+        heads = torch.zeros(self.head_at.shape[1], n, n, dtype=torch.float64, device="cpu")
         for start in range(0, n, ROWS):
             stop = min(start + ROWS, n)
             heads[:, start:stop, :stop] = self.edge_rows(layer, start, stop)
@@ -112,7 +112,7 @@ class Flow:
 
     def edge_rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "head dest src"]:
         """As `edge`, the heads' part into positions start … stop-1 from positions 0 … stop-1."""
-        heads = self.edges.parts(layer, start, stop).heads.double().cpu()
+        heads = self.edges.parts(layer, start, stop).heads.cpu().double()
         below = self.log_below[layer, :stop]
         # Below the source nothing is reached, all of `below` is -inf: no share, and no NaN.
         weights = heads * (below - below.max().clamp(min=torch.finfo(below.dtype).min)).exp()
@@ -152,13 +152,16 @@ def flows(
     trace: Trace | object, sources: Sequence[Any], kind: str = "mean_field", beta: float | str = "measured"
 ) -> tuple[Flow, ...]:
     """As `flow` for several sources (None: all positions), at little more than the cost of one."""
-    if not isinstance(trace, Trace):
-        raise InputError(f"a {type(trace).__name__} came; expected a Trace: call record(model, prompt) first")
-    if not sources:
-        raise InputError("no source came; expected positions of the prompt, or None for all of them together")
+    check_trace(trace)
+    if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
+        came = "no source" if isinstance(sources, Sequence) else f"a {type(sources).__name__}"
+        raise InputError(
+            f"{came} came; expected a list of positions of the prompt, or of None for all of them together: give at "
+            "least one, such as [None]"
+        )
     n = trace.n_positions
     for source in sources:
-        if source is not None and not (isinstance(source, int) and 0 <= source < n):
+        if source is not None and (type(source) is not int or not 0 <= source < n):
             raise InputError(f"source={source!r} came; expected a position 0 … {n - 1} of this prompt, or None for all")
     weighing = path_weighing(trace, kind, beta)
     remembered = _Remembered(weighing.edges)
@@ -237,7 +240,7 @@ def _columns(
     Float[Tensor, "source layer pos"],
 ]:
     """From the prompt upwards: log of the paths that reach each position, and who brought them there."""
-    column = torch.full((trace.n_positions, len(sources)), -math.inf, dtype=torch.float64)
+    column = torch.full((trace.n_positions, len(sources)), -math.inf, dtype=torch.float64, device="cpu")
     for i, source in enumerate(sources):
         column[source if source is not None else slice(None), i] = 0.0
     columns, heads, own = [column], [], []
@@ -245,7 +248,7 @@ def _columns(
         stayed = torch.isfinite(column)  # where nothing was, nothing stays: the heads brought it all
         column, head_part = _log_received(edges, layer, column)
         if log_node_gain is not None:
-            column = column + log_node_gain[layer].double().cpu()[:, None]
+            column = column + log_node_gain[layer].cpu().double()[:, None]
         brought = head_part.sum(0)
         head_part = torch.where(stayed | (brought == 0), head_part, head_part / brought)
         columns.append(column)
@@ -269,8 +272,8 @@ def _log_received(
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
         rows, times = edges.received(layer, start, stop, column[:stop])
-        times = times.double().cpu()
-        whole = rows.double().cpu() @ column[:stop]
+        times = times.cpu().double()
+        whole = rows.cpu().double() @ column[:stop]
         log_whole = whole.log() + shift
         part = times / whole.clamp(min=FAINT)
         faint = whole < _faintest(rows)
@@ -295,8 +298,8 @@ def _one_row(
     """The same for one position in logarithms: rare, where one source is fainter than 1e-30 of another."""
     parts = edges.parts(layer, dest, dest + 1)
     log_column = log_column[: dest + 1]
-    log_heads = parts.heads[:, 0].double().cpu().log()
+    log_heads = parts.heads[:, 0].cpu().double().log()
     brought = (log_heads[:, :, None] + log_column).logsumexp(1)
-    own = parts.own.double().cpu().log() + log_column[dest]
+    own = parts.own.cpu().double().log() + log_column[dest]
     whole = torch.cat([brought, own[None]]).logsumexp(0)
     return whole, torch.where(torch.isneginf(whole), 0.0, (brought - whole).exp())

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.paths import ROWS
 
@@ -120,7 +120,9 @@ def heaviest_paths(flow: Flow | object, k: int = 10) -> tuple[HeavyPath, ...]:
     """
     _check(flow, k)
     n = len(flow.tokens)
-    best = torch.full((n, k), -math.inf, dtype=torch.float64)  # log share of the k best from here to the last token
+    best = torch.full(
+        (n, k), -math.inf, dtype=torch.float64, device="cpu"
+    )  # log share of the k best from here to the last token
     best[-1, 0] = 0.0
     choices: list[tuple[Tensor, Tensor]] = []
     for layer in reversed(range(flow.n_layers)):
@@ -146,8 +148,8 @@ def _one_layer_down(
 ) -> tuple[Float[Tensor, "pos k"], tuple[Int[Tensor, "pos k"], Int[Tensor, "pos k"]]]:
     """The k best continuations of each position one layer below, and which (dest, rank) above each goes on with."""
     n, k = best.shape
-    found = torch.full((n, k), -math.inf, dtype=torch.float64)
-    dests, ranks = torch.zeros(n, k, dtype=torch.long), torch.zeros(n, k, dtype=torch.long)
+    found = torch.full((n, k), -math.inf, dtype=torch.float64, device="cpu")
+    dests, ranks = torch.zeros(n, k, dtype=torch.long, device="cpu"), torch.zeros(n, k, dtype=torch.long, device="cpu")
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
         log_part = (
@@ -176,5 +178,4 @@ def _leading_heads(flow: Flow, positions: list[int]) -> tuple[int | None, ...]:
 def _check(flow: Flow | object, k: int) -> None:
     if not isinstance(flow, Flow):
         raise InputError(f"a {type(flow).__name__} came; expected a Flow: call flow(trace) first")
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"k={k!r} came; expected a whole number of at least 1")
+    whole_number("k", k)

@@ -7,18 +7,19 @@ Gaussian probes estimate the Frobenius norm with a standard error.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.errors import InputError, ModelError
+from oversquash_lens.errors import InputError, ModelError, whole_number
+from oversquash_lens.measure.costs import fitting_memory
 from oversquash_lens.measure.paths import json_numbers
 from oversquash_lens.record import gate
 from oversquash_lens.record.about import About
@@ -26,10 +27,13 @@ from oversquash_lens.record.hooks import NamedHook, attached
 from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, Layout, describe, model_layout
 from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
+from oversquash_lens.record.support import layout_support, refuse_unsupported
+from oversquash_lens.record.verify import patterns_are_used
 
 NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")
 MEMORY = 1 << 30  # bytes that one batch of backward products may take
+LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
 BATCH = 64  # products at a time even where memory allows more: no faster beyond, and the progress bar moves
 
 
@@ -80,13 +84,14 @@ def measured_sensitivity(
     _check_options(probes, norm, freeze)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     layout = model_layout(model)
+    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=norm == "spectral")
     tape = differentiate(model, layout, tokenized, freeze)
     if probes is None:
         values = exact_norms(tape, (norm,), memory, progress)[norm]
         error = torch.zeros_like(values)
     else:
-        squares, _ = probe_squares(tape, probes, seed, memory, progress)
-        values, error = frobenius_estimate(squares)
+        rows, _ = probe_rows(tape, probes, seed, memory, progress)
+        values, error = frobenius_estimate(rows)
     return MeasuredSensitivity(
         tokens=tokenized.tokens,
         values=values,
@@ -113,10 +118,21 @@ class Tape:
     ) -> Iterator[Float[Tensor, "chunk pos d_model"]]:
         """covector · ∂y_n/∂v for all positions, a batch of covectors at a time."""
         chunk = max(1, min(BATCH, memory // self.bytes_per_product))
-        parts = covectors.to(self.output).split(chunk)
+        parts = covectors.split(chunk)
         for part in tqdm(parts, desc="backward products", unit="batch", disable=not progress, leave=False):
-            (rows,) = torch.autograd.grad(self.output, self.leaf, part, is_grads_batched=True, retain_graph=True)
-            yield rows[:, 0]
+            yield self._product(part.to(self.output.device))
+
+    def _product(self, covectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """In float32 at least. Small derivatives would be 0 in float16: there they pass through lifted."""
+        dtype = self.output.dtype
+        for lift in LIFTS if dtype == torch.float16 else (1.0,):
+            lifted = (covectors * lift).to(dtype)
+            (rows,) = torch.autograd.grad(self.output, self.leaf, lifted, is_grads_batched=True, retain_graph=True)
+            rows = rows[:, 0].to(torch.promote_types(dtype, torch.float32)) / lift
+            if torch.isfinite(rows).all():
+                break
+        gate.check_finite("the derivative of the unembedding's input", rows)
+        return rows
 
 
 def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()) -> Tape:
@@ -135,12 +151,12 @@ def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt
         _check_pattern_is_used(model, layout, tokenized)
     hooks += _freezing_hooks(layout, freeze)
     with _on_the_record(model, hooks):
-        model(tokenized.batch(model))
+        model(tokenized.batch(model).clone())  # ids made in inference mode cannot be differentiated behind
     output = caught["output"]
     gate.check_finite("the unembedding's input", output)
     if layout.restore_gain is not None:
         output = output * layout.restore_gain.to(output)
-    return Tape(output, caught["leaf"], _product_bytes(model, layout, len(tokenized.ids)))
+    return Tape(output, caught["leaf"], _product_bytes(layout, len(tokenized.ids)))
 
 
 def exact_norms(
@@ -155,13 +171,13 @@ def exact_norms(
     if "spectral" in norms:
         window = max(1, min(n, memory // (d_model * d_model * tape.output.element_size())))
     found: dict[str, list[Tensor]] = {norm: [] for norm in norms}
-    eye = torch.eye(d_model)
+    eye = torch.eye(d_model, device="cpu")
     for start in range(0, n, window):
         columns = slice(start, start + window)
         squares, jacobian = 0, []
         for rows in tape.products(eye, memory, progress):
             rows = rows[:, columns]
-            squares = squares + rows.square().sum((0, 2), dtype=torch.float64)
+            squares = squares + torch.linalg.vector_norm(rows.cpu(), dim=(0, 2), dtype=torch.float64).square()
             if "spectral" in norms:
                 jacobian.append(rows)
         if "fro" in norms:
@@ -171,31 +187,40 @@ def exact_norms(
     return {norm: torch.cat(parts).cpu() for norm, parts in found.items()}
 
 
-def probe_squares(
+def probe_rows(
     tape: Tape, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
-) -> tuple[Float[Tensor, "probe pos"], Float[Tensor, "probe d_model"]]:
-    """‖ω ∂y_n/∂v_i‖² for Gaussian ω, and the ω: each is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
-    covectors = torch.randn(probes, tape.output.shape[0], generator=random_source(seed), dtype=torch.float64)
-    parts = [rows.square().sum(2, dtype=torch.float64) for rows in tape.products(covectors, memory, progress)]
-    return torch.cat(parts).cpu(), covectors
+) -> tuple[Float[Tensor, "probe pos d_model"], Float[Tensor, "probe d_model"]]:
+    """ω ∂y_n/∂v_i for Gaussian ω, and the ω: each row's ‖·‖² is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
+    covectors = torch.randn(
+        probes, tape.output.shape[0], generator=random_source(seed), dtype=torch.float64, device="cpu"
+    )
+    return torch.cat([rows.cpu() for rows in tape.products(covectors, memory, progress)]), covectors
 
 
 def frobenius_estimate(
-    squares: Float[Tensor, "probe pos"],
+    rows: Float[Tensor, "probe pos d_model"],
 ) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"]]:
-    """Root of the mean square and its standard error; one probe alone gets the largest error possible, √½."""
-    probes = len(squares)
-    values = squares.mean(0).sqrt()
-    if probes == 1:
-        return values, values * math.sqrt(0.5)
-    error_of_square = squares.std(0) / math.sqrt(probes)
-    return values, error_of_square / (2 * values).clamp(min=torch.finfo(torch.float64).tiny)
+    """Root of the mean square of ωJ, and its standard error: value · √(alike / 2K) from K probes.
+
+    `alike` estimates ‖JJᵀ‖_F²/‖J‖_F⁴, one over J's effective rank, from how parallel the rows of two probes are, which
+    tells more than the scatter of K squares does. One probe alone gets the largest error possible, that of rank 1.
+    """
+    gram = einsum(rows.double(), rows.double(), "a pos d, b pos d -> pos a b")
+    squares = gram.diagonal(dim1=1, dim2=2)
+    values = squares.mean(1).sqrt()
+    pairs = 1 - torch.eye(len(rows), dtype=gram.dtype, device="cpu")
+    parallel = (gram.square() * pairs).sum((1, 2))
+    whole = (squares[:, :, None] * squares[:, None, :] * pairs).sum((1, 2))
+    alike = torch.where(whole > 0, parallel / whole, 1.0)
+    return values, values * (alike / (2 * len(rows))).sqrt()
 
 
 def _spectral(jacobian: Float[Tensor, "pos out d_model"]) -> Float[Tensor, " pos"]:
-    jacobian = jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))  # no eigenvalues in half precision
-    gram = jacobian @ jacobian.mT
-    return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt().double()
+    """Largest singular values, by way of Gram matrices of what is brought to size 1: no square underflows."""
+    size = jacobian.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(jacobian.dtype).tiny)
+    unit = (jacobian / size).cpu()  # not every device has eigenvalues, or float64
+    largest = torch.linalg.eigvalsh(unit @ unit.mT)[:, -1].clamp(min=0).sqrt()
+    return largest.double() * size[:, 0, 0].cpu().double()
 
 
 def _check_options(probes: int | None, norm: str, freeze: Sequence[str]) -> None:
@@ -203,8 +228,8 @@ def _check_options(probes: int | None, norm: str, freeze: Sequence[str]) -> None
         raise InputError(f"norm {norm!r} came; expected 'fro' or 'spectral'")
     if isinstance(freeze, str) or not set(freeze) <= set(FREEZABLE):
         raise InputError(f"freeze={freeze!r} came; expected a subset of ('attention', 'norms')")
-    if probes is not None and probes < 1:
-        raise InputError(f"probes={probes} came; expected at least 1, or None for the exact norm")
+    if probes is not None:
+        whole_number("probes", probes, otherwise=", or None for the exact norm")
     if probes is not None and norm == "spectral":
         raise InputError("norm='spectral' came with probes; expected probes=None: probes estimate 'fro' only")
 
@@ -215,8 +240,8 @@ def _freezing_hooks(layout: Layout, freeze: Iterable[str]) -> list[NamedHook]:
 
     keys = [LAYER_HOOKS["pattern"]] if "attention" in freeze else []
     final = []
-    if "norms" in freeze:
-        keys += [LAYER_HOOKS["attention_scale"], LAYER_HOOKS["mlp_scale"]]
+    if "norms" in freeze and layout.normed:
+        keys += layout.scale_hooks()
         final = [(layout.final_hooks()["final_scale"], detach)]
     return [(f"blocks.{i}.{key}", detach) for i in range(layout.n_layers) for key in keys] + final
 
@@ -230,28 +255,15 @@ def _on_the_record(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[N
 
 def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt) -> None:
     """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
-    caught = []
-
-    def end(y: Tensor, hook: Any = None) -> None:
-        caught.append(y[0, -1].detach())
-
-    def halve(pattern: Tensor, hook: Any = None) -> Tensor:
-        return pattern * 0.5
-
-    halved = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(layout.n_layers)]
-    ids = tokenized.batch(model)
-    for hooks in ([], halved):
-        with torch.no_grad(), attached(model, [("unembed.hook_in", end), *hooks]):
-            model(ids)
-    if torch.equal(*caught):
+    refuse_unsupported(layout_support(layout), "attention frozen", model.cfg.model_name or "this model")
+    if not patterns_are_used(model, layout, tokenized.batch(model)):
         raise ModelError(
             f"{model.cfg.model_name}: halving its attention patterns changes nothing; expected hook_pattern to be "
             "what the model uses: freezing attention is not possible with this model class"
         )
 
 
-def _product_bytes(model: HookedModel, layout: Layout, n: int) -> int:
+def _product_bytes(layout: Layout, n: int) -> int:
     """About what one vector-Jacobian product keeps alive at its widest: attention of one layer, or its MLP."""
-    d_mlp = model.blocks[0].mlp.W_out.shape[0]
-    attention, mlp = 4 * layout.n_heads * n * n, 4 * n * d_mlp
+    attention, mlp = 4 * layout.n_heads * n * n, 4 * n * (layout.d_mlp or 4 * layout.d_model)
     return (max(attention, mlp) + 6 * n * layout.d_model) * layout.dtype.itemsize

@@ -15,10 +15,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.measure.edges import Parts, SplitEdges, attention_rows, squared_output_distance
+from oversquash_lens.measure.edges import Parts, SplitEdges, attention_rows, per_head, squared_output_distance
 from oversquash_lens.measure.paths import PathProfile
 from oversquash_lens.measure.weighing import Weighing
-from oversquash_lens.record.trace import Trace
+from oversquash_lens.record.trace import Trace, check_trace
 
 
 def mean_field_sensitivity(trace: Trace) -> PathProfile:
@@ -28,6 +28,7 @@ def mean_field_sensitivity(trace: Trace) -> PathProfile:
     as `measured_sensitivity`, no bound. With `log_constant` added, row l of `log_by_layer` estimates the log of
     the sensitivity to the residual entering layer l. O(layer·pos²), no backward pass.
     """
+    check_trace(trace)
     return mean_field_weighing(trace).profile(trace)
 
 
@@ -36,9 +37,11 @@ def mean_field_weighing(trace: Trace) -> Weighing:
     gains = trace.gains
     log_constant = 0.5 * math.log(trace.about.d_model * gains.final_gain_square / gains.final_scale**2)
     notes = ["an estimate from one forward pass, not a bound", f"node gains from {gains.node_probes} probes"]
+    if trace.support["mean_field"].why:
+        notes.append(trace.support["mean_field"].why)
     if trace.about.final_gain == "unknown":
         notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
-    log_gain = gains.node_gain.double().log()
+    log_gain = None if trace.parallel else gains.node_gain.log()
     return Weighing("mean_field", MeanSquareEdges(trace), log_gain, log_constant, tuple(notes), power=0.5)
 
 
@@ -63,34 +66,47 @@ class MeanSquareEdges(SplitEdges):
         rows = attention_rows(self.trace, layer, start, stop)
         key_side = self._key_side(rows, layer, start)
         edges = self._whole(rows, key_side.sum(0), layer, start)
-        gram, scale = self.trace.gains.weights.ov_gram[layer].to(rows), self._scale(rows, layer)
-        alone = torch.addcmul(key_side, rows * rows, gram.diagonal()[:, None, None]).div_(scale[:stop].square())
+        gram = self.trace.gains.weights.ov_gram[layer].to(rows)
+        alone = torch.addcmul(key_side, rows * rows, gram.diagonal()[:, None, None])
+        alone /= self._divisor(rows, layer, start)
+        own = self._own(rows, layer, start)
         total = alone.sum(0)
-        total.diagonal(offset=start).add_(1)
+        total.diagonal(offset=start).add_(own)
         ratio = edges / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return Parts(alone.mul_(ratio), ratio.diagonal(offset=start))
+        return Parts(alone.mul_(ratio), own * ratio.diagonal(offset=start))
 
     def _whole(
         self, rows: Float[Tensor, "head dest src"], key_side: Float[Tensor, "dest src"], layer: int, start: int
     ) -> Float[Tensor, "dest src"]:
-        stop, weights, scale = rows.shape[2], self.trace.gains.weights, self._scale(rows, layer)
+        stop, gains = rows.shape[2], self.trace.gains
         looking_at_itself = rows.diagonal(offset=start, dim1=1, dim2=2)
-        interference = einsum(looking_at_itself, weights.ov_trace[layer].to(rows), "head dest, head -> dest")
-        edges = (_value_side(rows, weights.ov_gram[layer].to(rows)) + key_side) / scale[:stop].square()
-        edges.diagonal(offset=start).add_(1 + 2 * interference / scale[start:stop])
+        interference = einsum(looking_at_itself, gains.weights.ov_trace[layer].to(rows), "head dest, head -> dest")
+        interference /= (gains.attention_scale * gains.attention_post_scale)[layer, start:stop].to(rows)
+        value_side = _value_side(rows, gains.weights.ov_gram[layer].to(rows))
+        edges = (value_side + key_side) / self._divisor(rows, layer, start)
+        edges.diagonal(offset=start).add_(self._own(rows, layer, start) + 2 * interference)
         return edges.clamp(min=0)  # a mean square, whatever rounding says
 
-    def _scale(self, rows: Float[Tensor, "head dest src"], layer: int) -> Float[Tensor, " pos"]:
-        return self.trace.gains.attention_scale[layer].to(rows)
+    def _own(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, " dest"]:
+        """What stays in the residual stream: an MLP beside attention belongs to it."""
+        gain = self.trace.gains.node_gain[layer, start : rows.shape[2]].to(rows)
+        return gain if self.trace.parallel else torch.ones_like(gain)
+
+    def _divisor(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "dest src"]:
+        """r_k², and ρ_j² of a norm behind attention."""
+        gains, stop = self.trace.gains, rows.shape[2]
+        post = gains.attention_post_scale[layer, start:stop].to(rows)
+        return torch.outer(post, gains.attention_scale[layer, :stop].to(rows)).square_()
 
     def _key_side(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "head dest src"]:
-        """(α^h ‖o_k - ō_j‖)² · ‖q_j‖² scale² · ‖diag(γ)W_K‖_F²/d_head / d."""
-        trace, weights = self.trace, self.trace.gains.weights
-        squared = squared_output_distance(trace, layer, start, rows).mul_(rows).mul_(rows)
-        d_head = trace.gains.value.shape[-1]
+        """(α^h ‖o_k - ō_j‖)² · ‖q_j‖² scale² · ‖diag(γ)W_K‖_F²/d_head / d, over the square of the keys' own norm."""
+        trace, gains, weights = self.trace, self.trace.gains, self.trace.gains.weights
+        squared = squared_output_distance(trace, layer, start, rows, weights.output_factor).mul_(rows).mul_(rows)
+        d_head = gains.value.shape[-1]
         key = weights.key_square[layer] * weights.score_scale[layer] ** 2 / (d_head * trace.about.d_model)
-        query = trace.gains.query_norm[layer][:, start : start + rows.shape[1]].to(rows).square()
-        return squared.mul_((query * key[:, None].to(rows))[:, :, None])
+        query = gains.query_norm[layer][:, start : rows.shape[2]].to(rows).square()
+        squared.mul_((query * key[:, None].to(rows))[:, :, None])
+        return squared.div_(per_head(gains.key_scale[layer], len(rows))[:, None, : rows.shape[2]].to(rows).square())
 
 
 def _value_side(rows: Float[Tensor, "head dest src"], gram: Float[Tensor, "head head2"]) -> Float[Tensor, "dest src"]:

@@ -28,14 +28,14 @@ class PairRun:
         self.model, self.layout = model, layout
         self.sequences = list(dict.fromkeys(ids for pair in pairs for ids in pair))
         index = {ids: i for i, ids in enumerate(self.sequences)}
-        self.first = torch.tensor([index[a] for a, _ in pairs])
-        self.second = torch.tensor([index[b] for _, b in pairs])
+        self.first = torch.tensor([index[a] for a, _ in pairs], device="cpu")
+        self.second = torch.tensor([index[b] for _, b in pairs], device="cpu")
         covered = [repeats_last(*pair) for pair in pairs]
         repeated = {b for (_, b), asked in zip(pairs, covered, strict=True) if asked}
         compared = [ids in repeated for ids in self.sequences]
         with self._passing():
             self.readings = read(model, layout, self.sequences, compared=compared, share=share)
-        self.covered = torch.tensor(covered)
+        self.covered = torch.tensor(covered, device="cpu")
 
     def _passing(self) -> AbstractContextManager[Any]:
         """Around every pass: a format that computes in float64 does so all through."""
@@ -100,7 +100,7 @@ class PairRun:
 
     def floors(self, fmt: NumberFormat, again: Again) -> dict[str, Float[Tensor, " length"]]:
         """What rounding alone makes of the distances: nan where a prompt was not read again."""
-        y_floor, head_floor = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64)
+        y_floor, head_floor = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64, device="cpu")
         for at, (y, heads) in again.items():
             one = int(self.first[at])
             y_before, heads_before = self.readings.prediction_input[one], self.readings.heads[one]

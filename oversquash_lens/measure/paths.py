@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.record.about import About
 
 ROWS = 256  # rows of an edge matrix that are in memory at a time
@@ -69,8 +70,8 @@ class PathProfile:
         """Sensitivity to each input position; inf where it passes float64 (a warning says so)."""
         if math.isnan(self.log_constant):
             raise InputError(
-                f"variant {self.kind!r} has no values: the paper leaves its constant C unspecified; "
-                "use .share, which needs no constant, or another variant"
+                f"variant {self.kind!r} has no values: the paper leaves its constant C unspecified; expected one that "
+                "has it: use .share, which needs no constant, or another variant"
             )
         values = self.log_values.exp()
         if torch.isinf(values).any():
@@ -141,21 +142,32 @@ def log_path_products(
     >>> log_path_products(lambda layer, start, stop: torch.ones(3, 3).tril()[start:stop], 3, 2)[0].exp().round()
     tensor([3., 2., 1.], dtype=torch.float64)
     """
-    row = torch.full((n,), -math.inf, dtype=torch.float64)
+    row = torch.full((n,), -math.inf, dtype=torch.float64, device="cpu")
     row[-1] = 0.0
     rows = [row]
     for layer in reversed(range(n_layers)):
         if log_node_gain is not None:
-            row = row + log_node_gain[layer].double().to(row.device)
+            row = row + log_node_gain[layer].cpu().double()
         row = _log_times(row, lambda layer=layer: _blocks(edge_rows, layer, n))
         rows.append(row)
     return torch.stack(rows[::-1])
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """What a caller lets the model do, round products to half precision, is not for the measures."""
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def _blocks(edge_rows: EdgeRows, layer: int, n: int) -> Iterator[tuple[slice, Float[Tensor, "dest src"]]]:
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        yield slice(start, stop), edge_rows(layer, start, stop).double().cpu()
+        with without_autocast():
+            rows = edge_rows(layer, start, stop)
+        yield slice(start, stop), rows.cpu().double()
 
 
 def _log_times(
@@ -220,12 +232,12 @@ def _null_model(
     residual: float = 0.0,
 ) -> PathProfile:
     """Every causal edge into a position weighs the same, `residual` more on the diagonal."""
-    if n < 1 or n_layers < 1:
-        raise InputError(f"n={n}, n_layers={n_layers} came; expected at least one position and one layer")
+    whole_number("n", n)
+    whole_number("n_layers", n_layers)
 
     def edge_rows(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        dest = torch.arange(start, stop, dtype=torch.float64)[:, None]
-        src = torch.arange(n, dtype=torch.float64)
+        dest = torch.arange(start, stop, dtype=torch.float64, device="cpu")[:, None]
+        src = torch.arange(n, dtype=torch.float64, device="cpu")
         return weight(dest) * (src <= dest) + residual * (src == dest)
 
     names = tuple(str(i) for i in range(1, n + 1)) if tokens is None else tuple(tokens)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.record.layout import weight_holder, weight_matrices
+from oversquash_lens.record.matrices import weight_holder, weight_matrices
 
 COMPUTE = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 STORAGE = COMPUTE | {"float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}

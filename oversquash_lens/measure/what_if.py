@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.measure.audit import check_effort
 from oversquash_lens.measure.bounds import VARIANTS, path_bound
 from oversquash_lens.measure.compare import spearman
 from oversquash_lens.measure.jacobian import MEMORY, MeasuredSensitivity, measured_sensitivity
@@ -199,6 +200,7 @@ def what_if(
     bos: bool | None = None,
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
+    verify: bool = False,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> WhatIf:
@@ -219,7 +221,7 @@ def what_if(
     def measured(edit: Edit | None, edited: EditedPrompt) -> Outcome:
         tokens, places = edited
         with edited_attention(model, edit if edit is not None and edit.attend is not None else None):
-            trace = record_tokens(model, tokens, node_probes=node_probes, seed=seed)
+            trace = record_tokens(model, tokens, node_probes=node_probes, seed=seed, verify=verify)
             truth = measured_sensitivity(model, tokens.ids, probes=probes, seed=seed, memory=memory)
             repeated, _ = read_alone(model, layout, (*tokens.ids.tolist(), int(tokens.ids[-1])))
         trace = trace if edit is None else edited_trace(trace, edit)
@@ -258,9 +260,7 @@ def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_
             )
     if variant not in VARIANTS:
         raise InputError(f"variant {variant!r} came; expected one of {', '.join(VARIANTS)}")
-    for name, number in (("probes", probes), ("node_probes", node_probes)):
-        if number is not None and number < 1:
-            raise InputError(f"{name}={number} came; expected at least 1, or None for exact numbers")
+    check_effort(probes, node_probes)
 
 
 def _check_room(layout: Layout, edit: Edit | None, n: int) -> None:
@@ -274,7 +274,7 @@ def _check_room(layout: Layout, edit: Edit | None, n: int) -> None:
 
 def _change(before: Outcome, after: Outcome) -> Change:
     kept = [(old, new) for new, old in enumerate(after.places) if old is not None]
-    old, new = (torch.tensor(places) for places in zip(*kept, strict=True))
+    old, new = (torch.tensor(places, device="cpu") for places in zip(*kept, strict=True))
     changes = {name: (after.log_values(name)[new] - before.log_values(name)[old]) / math.log(10) for name in MEASURES}
     return Change(after.label, tuple(old.tolist()), **changes)
 

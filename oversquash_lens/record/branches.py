@@ -51,15 +51,15 @@ def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> 
 
 def tree_mask(forks: Sequence[int], sizes: Sequence[int], trunk: int) -> Bool[Tensor, "token trunk_plus_token"]:
     """What each token of the endings sees: the trunk up to its ending's fork, and its own ending up to itself."""
-    ending = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    order = torch.arange(len(ending))
-    past = torch.arange(trunk) < torch.tensor(forks)[ending][:, None]
+    ending = torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+    order = torch.arange(len(ending), device="cpu")
+    past = torch.arange(trunk, device="cpu") < torch.tensor(forks, device="cpu")[ending][:, None]
     own = (ending[:, None] == ending) & (order[:, None] >= order)
     return torch.cat([past, own], dim=1)
 
 
 def tree_positions(forks: Sequence[int], sizes: Sequence[int]) -> Int[Tensor, " token"]:
-    return torch.cat([torch.arange(fork, fork + size) for fork, size in zip(forks, sizes, strict=True)])
+    return torch.cat([torch.arange(fork, fork + size, device="cpu") for fork, size in zip(forks, sizes, strict=True)])
 
 
 def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
@@ -70,7 +70,7 @@ def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> No
         seen = tree_mask(forks, sizes, n).to(device)
         mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
         mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
-        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
         with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
             model(
                 torch.tensor([[token for b in branches for token in b.suffix]], device=device),

@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.record.hooks import attached
 from oversquash_lens.record.layout import LAYER_HOOKS, Layout, model_layout
 from oversquash_lens.record.prompt import TokenizedPrompt, text_ids, tokenize
 from oversquash_lens.record.trace import Trace
+from oversquash_lens.record.wide import wide
 
 PatternEdit = Callable[[Tensor], Tensor]
 Spelling = list[tuple[int, int | None]]  # each token's id, and the place it had before; None: it had none
@@ -203,6 +204,12 @@ def adaptive_temperature() -> Edit:
 
 def edited_prompt(model: Any, prompt: TokenizedPrompt, edit: Edit) -> EditedPrompt:
     """The tokens under an edit, once it is sure that this model and prompt have what the edit speaks of."""
+    for came, wanted in ((prompt, TokenizedPrompt), (edit, Edit)):
+        if not isinstance(came, wanted):
+            raise InputError(
+                f"a {type(came).__name__} came; expected a {wanted.__name__}: see oversquash_lens.what_if, which takes "
+                "any prompt and edit"
+            )
     _check(edit, model_layout(model), len(prompt.ids))
     if edit.spell is None:
         return EditedPrompt(prompt, tuple(range(len(prompt.ids))))
@@ -223,6 +230,16 @@ def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[No
         yield
         return
     layout, layers = model_layout(model), None
+    if not callable(edit):
+        raise InputError(
+            f"{one_line(repr(edit), 60)} came as an edit; expected one of the attention, such as edits.window(32), or "
+            "a function of a pattern"
+        )
+    if layout.delegated:
+        raise ModelError(
+            f"an edit of attention came for a {type(model).__name__} of an architecture whose attention it leaves to "
+            "transformers, which would drop the edit in silence; expected one that computes it: use a HookedTransformer"
+        )
     if isinstance(edit, Edit):
         _check(edit, layout)
         layers, edit = edit.layer, _attending(edit)
@@ -237,7 +254,16 @@ def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[No
 
 def edited_trace(trace: Trace, edit: Edit) -> Trace:
     """A trace recorded under an edit, its queries and keys as the edit has them enter the score."""
-    assert edit.power is not None, "asked of edits with one power only"
+    if not isinstance(trace, Trace) or not isinstance(edit, Edit):
+        raise InputError(
+            f"a {type(trace).__name__} and a {type(edit).__name__} came; expected a Trace and an edit: record one "
+            "inside edited_attention(model, edit)"
+        )
+    if edit.power is None:
+        raise InputError(
+            f"{edit.label} came; expected an edit of one power, under which the softmax's derivative is known: use "
+            "measured_sensitivity inside edited_attention(model, edit)"
+        )
     gains = trace.gains
     norms = {"query_norm": gains.query_norm * edit.power, "key_norm": gains.key_norm * edit.power}
     return replace(trace, gains=replace(gains, **norms))
@@ -288,7 +314,7 @@ def _renormalised(pattern: Tensor) -> Tensor:
 
 def _log(pattern: Tensor) -> Tensor:
     """Its logarithm in float64, whose gradient stays finite at 0."""
-    return pattern.double().clamp(min=FAINTEST).log()
+    return wide(pattern).clamp(min=FAINTEST).log()
 
 
 def _to_power(pattern: Tensor, power: float | Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from oversquash_lens.errors import GateError
-from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, model_layout
+from oversquash_lens.record.layout import FINAL_HOOKS, LAYER_HOOKS, HookedModel, model_layout
 
 Hook = Callable[..., None]
 NamedHook = tuple[str, Hook]
@@ -46,7 +47,8 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
     """Hooks that keep what attention-path products are made of; `path_products(store)` multiplies them afterwards.
 
     Each pass fills `store["attention"][l]` with the pattern [batch, head, dest, src], and
-    `store["attention_scale"][l]`, `store["mlp_scale"][l]` with the divisors of the two norms [batch, pos].
+    `store["attention_scale"][l]`, `store["mlp_scale"][l]` with the divisors of the two norms [batch, pos], where the
+    architecture has them.
     Put them behind hooks of your own that edit patterns, or they see the pattern before the edit. Patterns are kept
     whole: memory grows as layer·head·pos².
     """
@@ -60,11 +62,13 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
 
         return keep
 
+    names = layout.layer_hooks()
     hooks = {"attention": "pattern", "attention_scale": "attention_scale", "mlp_scale": "mlp_scale"}
     return [
-        (f"blocks.{layer}.{LAYER_HOOKS[name]}", keeper(key, layer))
+        (f"blocks.{layer}.{names[name]}", keeper(key, layer))
         for layer in range(layout.n_layers)
         for key, name in hooks.items()
+        if name in names
     ]
 
 
@@ -81,7 +85,7 @@ def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
     so that what they see is what the model goes on to use.
     """
     handles = []
-    points = model.hook_dict  # a bridge builds it anew at every look
+    points, lent = _hook_points(model)
     try:
         for name, hook in hooks:
             if name not in points:
@@ -102,6 +106,19 @@ def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
         finally:
             beginning.remove()
     finally:
+        if lent is not None:
+            lent.remove()
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
+def _hook_points(model: HookedModel) -> tuple[dict[str, Any], Any]:
+    """The model's hook points. TransformerLens 2 has none before the unembedding: it is lent one, with its handle."""
+    points = model.hook_dict  # a bridge builds it anew at every look
+    name = FINAL_HOOKS["prediction_input"]
+    if name in points or not isinstance(getattr(model, "unembed", None), Module):
+        return points, None
+    point = type(next(iter(points.values())))()
+    handle = model.unembed.register_forward_pre_hook(lambda unembed, inputs: (point(inputs[0]), *inputs[1:]))
+    return points | {name: point}, handle

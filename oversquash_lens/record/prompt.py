@@ -32,11 +32,7 @@ class TokenizedPrompt:
 
 def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
     """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""
-    if not hasattr(model, "cfg"):
-        raise InputError(
-            f"a {type(model).__name__} came as the model; expected a HookedTransformer or TransformerBridge: load one "
-            "with oversquash_lens.load_model()"
-        )
+    _check_model(model)
     if isinstance(prompt, str):
         ids = _encode(model, prompt, chat=chat, bos=bos)
     elif chat or bos is not None:
@@ -68,19 +64,36 @@ def token_strings(model: HookedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ..
 
 def text_ids(model: Any, text: str, *, bos: bool | None = None) -> tuple[int, ...]:
     """The ids of a piece of text, one token or many, to build prompts from."""
+    _check_model(model)
     return tuple(_encode(model, text, chat=False, bos=bos).tolist())
+
+
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "cfg"):
+        raise InputError(
+            f"a {type(model).__name__} came as the model; expected a HookedTransformer or TransformerBridge: load one "
+            "with oversquash_lens.load_model()"
+        )
 
 
 def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise InputError("a text prompt came for a model without tokenizer; expected token ids of shape [pos]")
+        raise InputError(
+            "a text prompt came for a model without tokenizer; expected token ids of shape [pos]: make them with the "
+            "tokenizer that belongs to it, or set model.tokenizer"
+        )
+    if not isinstance(prompt, str):
+        raise InputError(f"a {type(prompt).__name__} came as a piece of a prompt; expected a text: give one")
     if not prompt:
         raise InputError("an empty prompt came; expected a text of at least two tokens")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"a prompt that is no valid Unicode came ({error.reason}); expected UTF-8 text") from error
+        raise InputError(
+            f"a prompt that is no valid Unicode came ({error.reason}); expected UTF-8 text: take out the characters "
+            "U+D800 … U+DFFF, or read its file with encoding='utf-8'"
+        ) from error
     ids = _chat_ids(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
     begin = tokenizer.bos_token_id
     if bos is True and begin is None:
@@ -90,7 +103,7 @@ def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Ten
         ids = [begin, *ids]
     if bos is False and starts:
         ids = ids[1:]
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -109,7 +122,8 @@ def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"a prompt of type {type(prompt).__name__} came; expected a text, or token ids [pos] or [1, pos]"
+            f"a prompt of type {type(prompt).__name__} came; expected a text, or token ids [pos] or [1, pos]: give one "
+            "prompt, in one of these forms"
         ) from error
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]

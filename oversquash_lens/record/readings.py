@@ -116,7 +116,7 @@ def _as_alone(model: HookedModel, layout: Layout, sequences: Sequence[Ids], way:
         return len(trunk.ids) - trunk.branches[places[i].branch].fork
 
     for i in {max(places, key=lambda i: len(sequences[i])), max(places, key=hidden)}:
-        own = read_alone(model, layout, sequences[i])[0].double()
+        own = read_alone(model, layout, sequences[i])[0].cpu().double()
         cached = found.prediction_input[i].to(own)
         epsilon = max(torch.finfo(layout.dtype).eps, torch.finfo(torch.float32).eps)
         if not bool((cached - own).norm() <= min(MISMATCH * epsilon, WORST) * own.norm()):
@@ -135,8 +135,8 @@ class _Reader:
         self.residuals = torch.full((layers + 1, count, layout.d_model), **like)
         self.prediction_input = torch.full((count, layout.d_model), **like)
         self.heads = torch.full((count, *model.blocks[-1].attn.W_O.shape[:2]), **like)
-        self.attention_shift = torch.full((layers, count), torch.nan, dtype=torch.float64)
-        self.self_attention = torch.full((layers, count), torch.nan, dtype=torch.float64)
+        self.attention_shift = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
+        self.self_attention = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
         self.passes = 0
 
     def run(self, way: Plan, shared: bool) -> Readings:
@@ -171,7 +171,7 @@ class _Reader:
     def _reading(self, wanted: list[Wanted]) -> Iterator[None]:
         """Keep what is wanted of the pass made inside the `with`."""
         self.passes += 1
-        sequence, row, column = torch.tensor(wanted, dtype=torch.long).reshape(-1, 3).T
+        sequence, row, column = torch.tensor(wanted, dtype=torch.long, device="cpu").reshape(-1, 3).T
 
         def keeper(into: Tensor) -> Hook:
             def keep(value: Tensor, hook: Any = None) -> None:
@@ -195,7 +195,7 @@ class _Reader:
     def _attention_hooks(self, wanted: list[Wanted]) -> list[NamedHook]:
         stretches = []
         for some in _stretches(wanted):
-            sequence, row, column = torch.tensor(some).T
+            sequence, row, column = torch.tensor(some, device="cpu").T
             stretches.append((sequence, int(row[0]), column))
 
         def compare(layer: int) -> Hook:
@@ -221,7 +221,7 @@ class _Reader:
         parts = {
             "residual stream": self.residuals[..., 0],  # a hook fills a row whole; NaN in it would be in y too
             "last layer's heads": self.heads[..., 0],
-            "attention": self.attention_shift[:, torch.tensor(self.compared)],
+            "attention": self.attention_shift[:, torch.tensor(self.compared, device="cpu")],
             "unembedding's input": self.prediction_input,
         }
         for name, values in parts.items():

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,10 +15,11 @@ from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.files import write_atomically
 from oversquash_lens.record.about import About
 from oversquash_lens.record.attention import AttentionRows, KeptAttention
+from oversquash_lens.record.support import Verdict
 from oversquash_lens.record.weights import WeightGains
 
 FORMAT = "oversquash-lens-trace"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Gains:
     """What edges and nodes need beside the attention weights; `weights` depends on the model alone.
 
     Divisors r of the norms: `attention_scale`, `mlp_scale` (per layer and position), `final_scale` (last token).
-    `value`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included. `node_gain` is
+    `attention_post_scale` divides what attention writes, `query_scale`, `key_scale` queries and keys: 1 where no norm
+    does. `value`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included. `node_gain` is
     ‖I + J_MLP‖_F²/d_model at each position, `mlp_lipschitz` a rigorous bound on ‖J_MLP‖₂ there, norm included;
     `mlp_sigma` the paper's σ_ψ per layer, norm left out. `final_gain_max`, `final_gain_square`: max|γ₃|, mean γ₃².
     """
@@ -39,6 +42,9 @@ class Gains:
     value: Float[Tensor, "layer kv_head pos d_head"]
     query_norm: Float[Tensor, "layer head pos"]
     key_norm: Float[Tensor, "layer kv_head pos"]
+    query_scale: Float[Tensor, "layer head pos"]
+    key_scale: Float[Tensor, "layer kv_head pos"]
+    attention_post_scale: Float[Tensor, "layer pos"]
     node_gain: Float[Tensor, "layer pos"]
     mlp_lipschitz: Float[Tensor, "layer pos"]
     mlp_sigma: Float[Tensor, " layer"]
@@ -52,7 +58,8 @@ class Trace:
 
     `last_residuals[l]` is the last token's residual entering layer l (row n_layers: leaving the last layer);
     `prediction_input` is y_n, what the unembedding reads; `attention[l].rows(start, stop)` gives
-    [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there.
+    [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there. `parallel`:
+    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture.
     """
 
     about: About
@@ -63,6 +70,8 @@ class Trace:
     attention: tuple[AttentionRows, ...]
     gains: Gains
     gated_mlp: bool
+    parallel: bool
+    support: dict[str, Verdict]
 
     def __post_init__(self) -> None:
         n, n_layers = len(self.tokens), len(self.attention)
@@ -73,6 +82,10 @@ class Trace:
             "gains.node_gain": (self.gains.node_gain.shape, (n_layers, n)),
             "gains.value": (self.gains.value.shape[::2], (n_layers, n)),
         }
+        if self.token_ids.is_floating_point() or self.token_ids.is_complex():
+            raise InputError(
+                f"token_ids of {self.token_ids.dtype} came; expected whole numbers: record the prompt again"
+            )
         for name, (came, expected) in shapes.items():
             if tuple(came) != tuple(expected):
                 raise InputError(
@@ -97,13 +110,15 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Trace:
         """Read what `save` wrote; a TraceFileError names what is wrong with anything else."""
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"a {type(path).__name__} came; expected the path of a trace: give what Trace.save gave")
         path = Path(path).expanduser()
         header, tensors = _read(path)
         version = header.get("version") if isinstance(header, dict) else header
         if version != FORMAT_VERSION or not isinstance(header, dict):
             raise TraceFileError(
-                f"{path} has trace format version {version!r}; this oversquash-lens reads "
-                f"version {FORMAT_VERSION}: record the prompt again, or use the release that wrote it"
+                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION}, which this "
+                f"oversquash-lens reads: record the prompt again, or use the release that wrote it"
             )
         try:
             return _assemble(header, tensors)
@@ -114,9 +129,16 @@ class Trace:
             ) from error
 
 
+def check_trace(came: Any) -> None:
+    """What measures ask of what they are given."""
+    if not isinstance(came, Trace):
+        raise InputError(f"a {type(came).__name__} came; expected a Trace: call record(model, prompt) first")
+
+
 _GAIN_TENSORS = [f.name for f in fields(Gains) if f.name not in ("weights",) and "Tensor" in str(f.type)]
 _GAIN_NUMBERS = [f.name for f in fields(Gains) if f.name not in ("weights", *_GAIN_TENSORS)]
 _WEIGHT_TENSORS = [f.name for f in fields(WeightGains)]
+OPTIONAL = [f.name for f in fields(WeightGains) if "None" in str(f.type)]
 
 
 def _header(trace: Trace) -> dict:
@@ -125,6 +147,8 @@ def _header(trace: Trace) -> dict:
         "about": trace.about.to_dict(),
         "tokens": list(trace.tokens),
         "gated_mlp": trace.gated_mlp,
+        "parallel": trace.parallel,
+        "support": trace.support,
         "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
     }
 
@@ -135,14 +159,14 @@ def _tensors(trace: Trace) -> dict[str, Tensor]:
     tensors |= {f"attention.{i}": a.rows(0, n) for i, a in enumerate(trace.attention)}
     tensors |= {f"gains.{name}": getattr(trace.gains, name) for name in _GAIN_TENSORS}
     tensors |= {f"weights.{name}": getattr(trace.gains.weights, name) for name in _WEIGHT_TENSORS}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
 def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise TraceFileError(f"{path} is not a file; expected a trace written by Trace.save")
+        raise TraceFileError(f"{path} is not a file; expected a trace written by Trace.save: give its path")
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})[FORMAT])
@@ -155,7 +179,8 @@ def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
 
 
 def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
-    weights = WeightGains(**{name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS})
+    found = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
+    weights = WeightGains(**found, **{name: tensors.get(f"weights.{name}") for name in OPTIONAL})
     gains = Gains(
         weights=weights,
         **{name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS},
@@ -171,4 +196,6 @@ def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
         attention=tuple(KeptAttention(tensors[f"attention.{i}"]) for i in range(n_layers)),
         gains=gains,
         gated_mlp=header["gated_mlp"],
+        parallel=header["parallel"],
+        support={measure: Verdict(*verdict) for measure, verdict in header["support"].items()},
     )

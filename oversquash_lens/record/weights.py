@@ -7,6 +7,7 @@ Operator norms enter bounds, so they come from whole singular- or eigenvalue com
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,23 +16,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import ModelError
-from oversquash_lens.record.layout import HookedModel, LayerWeights, Layout, layer_weights
+from oversquash_lens.record.layout import HookedModel, Layout
+from oversquash_lens.record.parameters import LayerWeights, layer_weights
+from oversquash_lens.record.wide import wide
 
 
 @dataclass(frozen=True)
 class WeightGains:
     """Per layer (and head): how strongly the weights can, and on mean-square average do, pass a signal on.
 
-    With OV_h = diag(γ₁) W_V^h W_O^h: `ov_norm` = ‖OV_h‖₂, `ov_trace` = tr(OV_h)/d, `ov_gram` =
-    tr(OV_h OV_h'ᵀ)/d, `output_gram` = W_O^h W_O^hᵀ. `query_norm`, `key_norm` = ‖diag(γ₁) W‖₂,
-    `key_square` = ‖diag(γ₁) W_K^h‖_F². `mlp_gate_norm` (0 without a gate) and `mlp_in_norm` hold γ₂.
-    `score_scale` is what q·k is multiplied by. `lipschitz` bounds the activation's derivative.
+    With OV_h = diag(γ₁) W_V^h W_O^h diag(γ_post), γ_post the gain of a norm behind attention (1 without one):
+    `ov_trace` = tr(OV_h)/d, `ov_gram` = tr(OV_h OV_h'ᵀ)/d, `output_factor` the
+    triangular R of (W_O^h diag(γ_post))ᵀ = QR: ‖v W_O‖ = ‖v Rᵀ‖, without the squares of a Gram matrix.
+    For bounds: `ov_norm` = ‖diag(γ₁) W_V^h W_O^h‖₂ · max|γ_post|, and `worst_output_factor` that of
+    W_O^h · max|γ_post| (None where it is `output_factor`). `query_norm`, `key_norm` = ‖diag(γ₁) W‖₂, times the largest
+    gain of the queries' and keys' own norm where they have one; `key_square` = ‖diag(γ₁) W_K^h‖_F², that gain inside.
+    `mlp_gate_norm` (0 without a gate) and `mlp_in_norm` hold γ₂, `mlp_out_norm` the largest gain behind the MLP; all
+    0 without an MLP, nan for a mixture of experts. `score_scale` is what q·k is multiplied by.
     """
 
     ov_norm: Float[Tensor, "layer head"]
     ov_trace: Float[Tensor, "layer head"]
     ov_gram: Float[Tensor, "layer head head2"]
-    output_gram: Float[Tensor, "layer head d_head d_head2"]
+    output_factor: Float[Tensor, "layer head rank d_head"]
+    worst_output_factor: Float[Tensor, "layer head rank d_head"] | None
     query_norm: Float[Tensor, "layer head"]
     key_norm: Float[Tensor, "layer head"]
     key_square: Float[Tensor, "layer head"]
@@ -48,17 +56,21 @@ def weight_gains(model: HookedModel, layout: Layout) -> WeightGains:
     """The model's `WeightGains`, computed at the first call and again whenever its weights have changed."""
     mark = _fingerprint(model)
     if model not in _known or _known[model][0] != mark:
-        layers = [_layer_gains(layer_weights(model, layout, i)) for i in range(layout.n_layers)]
-        stacked = {f.name: torch.stack([layer[f.name] for layer in layers]) for f in fields(WeightGains)}
-        _known[model] = (mark, WeightGains(**stacked))
+        layers = [_layer_gains(layer_weights(model, layout, i), layout) for i in range(layout.n_layers)]
+        _known[model] = (mark, WeightGains(**{f.name: _stacked(layers, f.name) for f in fields(WeightGains)}))
     return _known[model][1]
+
+
+def weights_known(model: Any) -> bool:
+    """Whether this model's `WeightGains` were computed before: a first recording takes longer."""
+    return model in _known
 
 
 def _fingerprint(model: HookedModel) -> tuple:
     """Changes when any weight does, also by a `.data` edit, which torch's own version counter does not see."""
     parameters = [p.detach() for p in model.blocks.parameters()]
     wide = torch.promote_types(parameters[0].dtype, torch.float32)
-    sums = torch.stack([_irregular_sum(p.to(wide)) for p in parameters])
+    sums = torch.stack([_irregular_sum(p.to(wide)).cpu() for p in parameters])  # layers may lie on several devices
     if not torch.isfinite(sums).all():
         which = [name for name, _ in model.blocks.named_parameters()][int((~torch.isfinite(sums)).nonzero()[0])]
         raise ModelError(f"the weights blocks.{which} hold NaN or infinite values; expected finite ones: load it again")
@@ -67,36 +79,63 @@ def _fingerprint(model: HookedModel) -> tuple:
 
 def _irregular_sum(weight: Tensor) -> Float[Tensor, ""]:
     """A sum whose terms weigh differently, so that signs, swapped heads and permuted rows change it."""
-    rows = weight.reshape(len(weight), -1)
+    rows = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
     across, down = (
         torch.arange(1, size + 1, device=weight.device).to(weight).sqrt().cos() for size in rows.shape[::-1]
     )
     return (rows @ across) @ down
 
 
-def _layer_gains(w: LayerWeights) -> dict[str, Tensor]:
-    gain1, gain2 = w.attention_gain.double(), w.mlp_gain.double()
-    heads = w.output.shape[0]
-    query, output = gain1[:, None] * w.query.double(), w.output.double()
-    key, value = (gain1[:, None] * each.double() for each in (w.key, w.value))
-    value_gram = einsum(value, value, "a d i, b d j -> a b i j")
-    output_gram = einsum(output, output, "a i d, b j d -> a b i j")
+def _stacked(layers: list[dict[str, Tensor | None]], name: str) -> Tensor | None:
+    parts = [layer[name] for layer in layers]
+    return None if parts[0] is None else torch.stack(parts)
+
+
+def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:
+    gain = wide(w.attention_gain)[:, None]
+    bare, heads = wide(w.output), w.output.shape[0]
+    post = w.attention_post_gain
+    output = bare if post is None else bare * wide(post)
+    query = gain * wide(w.query)
+    value, key = (_per_head(gain * wide(each), heads) for each in (w.value, w.key))
+    # Values are shared by a group of heads: their Gram matrices are computed once per group.
+    grouped = gain * wide(w.value)
+    value_gram = einsum(grouped, grouped, "a d i, b d j -> a b i j")
     value_gram = _per_head(_per_head(value_gram, heads, 0), heads, 1)
+    output_gram = einsum(output, output, "a i d, b j d -> a b i j")
     d_model = query.shape[1]
-    value, key = _per_head(value, heads), _per_head(key, heads)
+    key_inside = key if w.key_gain is None else key * wide(w.key_gain)
     return {
-        "ov_norm": _product_norm(value, output),
+        "ov_norm": _product_norm(value, bare) * _largest(post),
         "ov_trace": einsum(value, output, "h d i, h i d -> h") / d_model,
         "ov_gram": einsum(value_gram, output_gram, "a b i j, a b i j -> a b") / d_model,
-        "output_gram": output_gram.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous(),
-        "query_norm": torch.linalg.svdvals(query)[:, 0],
-        "key_norm": torch.linalg.svdvals(key)[:, 0],
-        "key_square": key.square().sum((1, 2)),
-        "score_scale": torch.tensor(w.score_scale, dtype=torch.float64),
-        "mlp_gate_norm": query.new_zeros(()) if w.mlp_gate is None else _norm(gain2, w.mlp_gate),
-        "mlp_in_norm": _norm(gain2, w.mlp_in),
-        "mlp_out_norm": _norm(gain2.new_ones(w.mlp_out.shape[0]), w.mlp_out),
+        "output_factor": _factor(output),
+        "worst_output_factor": None if post is None else _factor(bare) * _largest(post),
+        "query_norm": torch.linalg.svdvals(query)[:, 0] * _largest(w.query_gain),
+        "key_norm": torch.linalg.svdvals(key)[:, 0] * _largest(w.key_gain),
+        "key_square": key_inside.square().sum((1, 2)),
+        "score_scale": gain.new_tensor(w.score_scale),
+        **_mlp_norms(w, layout),
     }
+
+
+def _mlp_norms(w: LayerWeights, layout: Layout) -> dict[str, Tensor]:
+    names = ("mlp_gate_norm", "mlp_in_norm", "mlp_out_norm")
+    zero = wide(w.output.new_zeros(()))
+    if not layout.dense:
+        return dict.fromkeys(names, zero * float("nan") if layout.experts else zero)
+    gain = wide(w.mlp_gain)
+    found = (
+        zero if w.mlp_gate is None else _norm(gain, w.mlp_gate),
+        _norm(gain, w.mlp_in),
+        _norm(gain.new_ones(w.mlp_out.shape[0]), w.mlp_out) * _largest(w.mlp_post_gain),
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _largest(gain: Float[Tensor, " gain"] | None) -> float:
+    """max|γ|, what a norm's gain can do at most; 1 without a norm."""
+    return 1.0 if gain is None else wide(gain).abs().max().item()
 
 
 def _per_head(grouped: Tensor, heads: int, axis: int = 0) -> Tensor:
@@ -109,12 +148,16 @@ def _product_norm(
 ) -> Float[Tensor, " head"]:
     """‖W_V W_O‖₂ from the triangular factors of both: as exact as the product's own singular values."""
     left = torch.linalg.qr(value, mode="r").R
-    right = torch.linalg.qr(output.mT, mode="r").R
-    return torch.linalg.matrix_norm(left @ right.mT, ord=2)
+    return torch.linalg.matrix_norm(left @ _factor(output).mT, ord=2)
+
+
+def _factor(output: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head rank d_head"]:
+    """R of W_Oᵀ = QR."""
+    return torch.linalg.qr(output.mT, mode="r").R
 
 
 def _norm(gain: Float[Tensor, " rows"], weight: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
     """‖diag(gain) W‖₂ from the eigenvalues of its smaller Gram matrix."""
-    scaled = gain[:, None] * weight.double()
+    scaled = gain[:, None] * wide(weight)
     gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
     return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()

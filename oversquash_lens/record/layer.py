@@ -1,0 +1,394 @@
+"""One layer of a recorded pass: what its hooks saw becomes what is kept of it, checked as soon as it is whole."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from oversquash_lens.errors import GateError, InputError
+from oversquash_lens.record import gate
+from oversquash_lens.record.layout import Layout
+from oversquash_lens.record.nodes import (
+    MlpState,
+    mlp_lipschitz,
+    node_gain,
+    node_gain_by_backward,
+    probe_directions,
+)
+from oversquash_lens.record.parameters import LayerWeights, layer_weights
+from oversquash_lens.record.weights import WeightGains
+from oversquash_lens.record.wide import wide
+
+# What a layer keeps for the Trace; KEPT_PER_LAYER in the order in which it comes about.
+KEPT = (
+    "residual",
+    "attention_scale",
+    "pattern",
+    "value",
+    "query_norm",
+    "key_norm",
+    "query_scale",
+    "key_scale",
+    "attention_post_scale",
+    "mlp_scale",
+    "node_gain",
+    "mlp_lipschitz",
+    "mlp_sigma",
+)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What all layers of one pass share."""
+
+    model: Any  # None once the recording is over
+    layout: Layout
+    weights: WeightGains
+    node_probes: int | None
+    seed: int
+    verify: bool
+
+    def work(self, value: Tensor) -> Tensor:
+        """float64 models stay float64; everything else is accumulated in float32."""
+        return value.double() if self.layout.dtype == torch.float64 else value.float()
+
+
+class LayerRecord:
+    """Takes what the hooks of one layer see, in whatever order the architecture fires them.
+
+    A stage runs when the last of its hooks has fired. `kept` holds what `KEPT` lists; all else is let go.
+    """
+
+    def __init__(self, whole: Whole, index: int) -> None:
+        self.whole, self.index = whole, index
+        self.kept: dict[str, Tensor] = {}
+        self._silent = whole.layout.layer_hooks()
+        self._seen: dict[str, Tensor] = {}
+        self._between: dict[str, Tensor] = {}  # what one stage leaves for the next
+        self._weights: LayerWeights | None = None
+        self._stages = [
+            (stage, {key for key in keys if key in self._silent}) for stage, keys in STAGES if keys[0] in self._silent
+        ]
+
+    def take(self, key: str, value: Tensor) -> None:
+        """One hook of this layer has fired."""
+        if key == "attention_scale" and self._same_again(value):
+            return
+        name = self.name(key)
+        if key not in self._silent:
+            raise GateError(
+                f"{name}: the hook fired a second time; expected one forward pass per recording, and no split "
+                "query/key/value inputs: open a new recording(model) for each pass"
+            )
+        if key in ("residual", "pattern", "query", "z", "middle") and value.shape[0] != 1:
+            raise InputError(
+                f"{name}: a batch of {value.shape[0]} came; expected one prompt at a time: record each by itself"
+            )
+        del self._silent[key]
+        self._seen[key] = _one_prompt(value.detach())
+        for stage, needs in self._stages:
+            if key in needs and needs <= self._seen.keys():
+                with torch.no_grad():
+                    stage(self)
+
+    def name(self, key: str | None = None) -> str:
+        """`layer 7, attn.hook_pattern`: what an error calls this place."""
+        hook = self.whole.layout.layer_hooks().get(key) if key else None
+        return f"layer {self.index}" + (f", {hook}" if hook else "")
+
+    def missing(self) -> str | None:
+        """The first hook, in the order of their firing, that has not fired."""
+        return next(iter(self._silent.values()), None)
+
+    def leave(self, after: Tensor) -> None:
+        """The residual that the next layer reads: this layer's bookkeeping is closed with it."""
+        if self.missing() is not None:
+            raise GateError(self.silence())
+        gate.check_finite(f"layer {self.index}, hook_resid_post", after)
+        layout, rows = self.whole.layout, self._rows(len(after))
+        before, writers = ("middle", ("mlp",)) if layout.sequential else ("residual", ("attention", "mlp"))
+        update = sum(self._between[f"{part}_update"] for part in writers if f"{part}_update" in self._between)
+        name = f"layer {self.index}, {' and '.join(writers)}, hook_resid_post"
+        work = self.whole.work
+        gate.check_sum(name, work(self._between[before][rows]), update, work(after[rows]), layout.dtype)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything that is not kept."""
+        self._between, self._seen, self._weights = {}, {}, None
+
+    def silence(self) -> str:
+        return (
+            f"layer {self.index}: the hook {self.missing()} did not fire before its layer was over; expected it once: "
+            "this model class does not show its own computation there (try attn_implementation='eager')"
+        )
+
+    # ------------------------------------------------------------ stages
+
+    def enter(self) -> None:
+        residual = self._pop("residual")
+        if self.index == 0:  # every other one was looked at when the layer below was left
+            gate.check_finite(self.name("residual"), residual)
+        self.kept["residual"] = self.whole.work(residual[-1]).clone()
+        self._between["residual"] = residual
+        if not self.whole.layout.normed:
+            self._keep_scale("attention_scale", residual.new_ones(len(residual), 1))
+
+    def attention_norm(self) -> None:
+        scale = self._pop("attention_scale")
+        if scale.ndim != 2:
+            raise GateError(
+                f"{self.name('attention_scale')}: the norm's divisor came per head; expected one residual stream for "
+                "queries, keys and values: model.set_use_split_qkv_input(False), model.set_use_attn_in(False)"
+            )
+        self._check_norm("attention_scale", self._needed("residual"), scale[:, 0])
+        self._keep_scale("attention_scale", scale)
+
+    def attend(self) -> None:
+        names = ("query", "key", "value", "scores", "pattern", "z")
+        query, key, value, scores, pattern, z = map(self._pop, names)
+        layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
+        name = self.name("pattern")
+        if pattern.shape[1] != pattern.shape[2]:
+            raise InputError(f"{name}: a pass with a key/value cache came; expected the whole prompt at once")
+        gate.check_pattern(name, pattern, layout.sinks)
+        rows = gate.sampled(len(z), self.whole.verify).to(pattern.device)
+        gate.check_window(name, pattern[:, rows], rows, layout.windows[self.index])
+        if w.sinks is not None:
+            gate.check_sinks(name, pattern[:, rows], scores[:, rows], w.sinks, rows)
+        gate.check_output(self.name("z"), pattern[:, rows], value, z[rows])
+        self._check_projections(query, key, value)
+        query, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
+        key, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
+        self._check_scores(scores, pattern, query, key, rows)
+        self.kept["pattern"] = pattern.clone()  # a user's cache may hold the same memory
+        self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.kept["query_norm"] = query.norm(dim=-1).T.contiguous()
+        self.kept["key_norm"] = key.norm(dim=-1).T.contiguous()
+        self._between["attention_update"] = self._attention_update(z)
+        if layout.mlp == "none":
+            self._no_mlp()
+
+    def middle(self) -> None:
+        middle, work = self._pop("middle"), self.whole.work
+        rows = self._rows(len(middle))
+        before, update = self._needed("residual"), self._needed("attention_update")
+        gate.check_sum(self.name("middle"), work(before[rows]), update, work(middle[rows]), self.whole.layout.dtype)
+        self._between["middle"] = middle
+
+    def mlp(self) -> None:
+        """Whatever the MLP is: its gain at every position, a bound on it, and what it writes."""
+        layout = self.whole.layout
+        x = self._needed("middle" if layout.sequential else "residual")
+        if "mlp_scale" in layout.layer_hooks():
+            scale = self._pop("mlp_scale").reshape(len(x))
+            self._check_norm("mlp_scale", x, scale)
+        else:
+            scale = self._needed("attention_scale", self.kept)
+        self.kept["mlp_scale"] = wide(scale)
+        directions = probe_directions(layout.d_model, self.whole.node_probes, self.whole.seed, self.index)
+        if layout.experts:
+            self._experts(x, directions)
+        else:
+            self._dense_mlp(x, self.whole.work(scale).to(x.device), directions)
+
+    # ------------------------------------------------------------ parts of stages
+
+    def _dense_mlp(self, x: Tensor, scale: Tensor, directions: Tensor) -> None:
+        layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
+        post_scale, post_normalized = None, None
+        if layout.post_norms:
+            post_scale = work(self._pop("mlp_post_scale").reshape(len(x)))
+            post_normalized = work(self._pop("mlp_post_normalized"))
+        state = MlpState(
+            normalized=self._normalized(x, scale),
+            scale=scale,
+            gate=work(self._pop("pre")),
+            up=work(self._pop("pre_linear")) if layout.gated else None,
+            norms=layout.norms,
+            post_scale=post_scale,
+            post_normalized=post_normalized,
+        )
+        rows = self._rows(len(x))
+        post = work(self._pop("post")[rows])
+        gate.check_mlp(self.name("pre"), state, post, w, layout, rows)
+        update = post @ work(w.mlp_out)
+        update = update if w.mlp_out_bias is None else update + work(w.mlp_out_bias)
+        if layout.post_norms:
+            self._check_norm("mlp_post_scale", update, post_scale[rows], at_rows=True)
+            seen = post_normalized[rows]
+            gate.check_same(
+                self.name("mlp_post_normalized"),
+                self._normalized(update, post_scale[rows]),
+                seen,
+                "what the MLP writes, normalised",
+                "hook_normalized",
+                layout.dtype,
+            )
+            update = seen * work(w.mlp_post_gain)
+        self._between["mlp_update"] = update
+        self._keep_gains(state, w, directions)
+
+    def _keep_gains(self, state: MlpState, w: LayerWeights, directions: Tensor) -> None:
+        act, norms, i = self.whole.layout.activation, self.whole.weights, self.index
+        slopes = state.slopes(act)
+        sigma = mlp_lipschitz(slopes, norms.mlp_gate_norm[i], norms.mlp_in_norm[i], norms.mlp_out_norm[i])
+        if state.post_scale is not None:
+            sigma = sigma / wide(state.post_scale)
+        self.kept["node_gain"] = wide(node_gain(state, w, slopes, directions))
+        self.kept["mlp_lipschitz"] = sigma / wide(state.scale)
+        if state.up is None and state.post_scale is None:
+            self.kept["mlp_sigma"] = norms.mlp_in_norm[i] * act.lipschitz * norms.mlp_out_norm[i]
+        else:  # no global constant exists: the largest over this prompt's activations
+            self.kept["mlp_sigma"] = sigma.max()
+
+    def _experts(self, x: Tensor, directions: Tensor) -> None:
+        """A mixture of experts is run again by itself, with its router, and differentiated."""
+        layout, w, rows = self.whole.layout, self._layer_weights(), self._rows(len(x))
+        module = self.whole.model.blocks[self.index].mlp
+        written = self._pop("mlp_out")
+
+        def update(entering: Tensor) -> Tensor:
+            centre = entering.mean(-1, keepdim=True) if layout.centred else 0.0
+            inside = entering - centre
+            if layout.normed:
+                inside = inside / (inside.square().mean(-1, keepdim=True) + layout.eps).sqrt()
+            inside = (inside * w.mlp_gain.to(inside)).to(x.dtype)
+            out = module(inside[None] if w.mlp_norm_bias is None else (inside + w.mlp_norm_bias.to(inside))[None])
+            out = out[0] if isinstance(out, tuple) else out
+            kept["out"] = out.detach().reshape(x.shape)
+            return self.whole.work(out.reshape(x.shape))
+
+        kept: dict[str, Tensor] = {}
+        with _silent(module):
+            self.kept["node_gain"] = wide(node_gain_by_backward(update, self.whole.work(x), directions))
+        gate.check_same(
+            self.name("mlp_out"),
+            self.whole.work(kept["out"][rows]),
+            self.whole.work(written[rows]),
+            "the experts run again",
+            "hook_mlp_out",
+            layout.dtype,
+        )
+        self._between["mlp_update"] = self.whole.work(written[rows])
+        unknown = torch.full_like(self.kept["node_gain"], torch.nan)
+        self.kept |= {"mlp_lipschitz": unknown, "mlp_sigma": unknown[0]}
+
+    def _no_mlp(self) -> None:
+        ones = torch.ones_like(self._needed("attention_scale", self.kept))
+        self.kept |= {"mlp_scale": ones, "node_gain": ones, "mlp_lipschitz": 0 * ones, "mlp_sigma": 0 * ones[0]}
+
+    def _attention_update(self, z: Tensor) -> Tensor:
+        """What attention writes at the rows that the gate follows; keeps the divisor of its own norm."""
+        layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
+        rows = self._rows(len(z))
+        update = work(z[rows]).flatten(1) @ work(w.output).flatten(0, 1)
+        update = update if w.output_bias is None else update + work(w.output_bias)
+        if not layout.post_norms:
+            self.kept["attention_post_scale"] = wide(torch.ones(len(z), device=z.device))
+            return update
+        scale = self._pop("attention_post_scale").reshape(len(z))
+        self._check_norm("attention_post_scale", update, scale[rows], at_rows=True)
+        self._keep_scale("attention_post_scale", scale[:, None])
+        return self._normalized(update, work(scale[rows])) * work(w.attention_post_gain)
+
+    def _check_projections(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        rows, residual = self._rows(len(query)), self._needed("residual")
+        scale = self.whole.work(self._needed("attention_scale", self.kept)[rows])
+        normalized = self._normalized(residual[rows], scale)
+        seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
+        gate.check_projections(self.name(), normalized, self._layer_weights(), seen, self.whole.layout.dtype)
+
+    def _check_scores(self, scores: Tensor, pattern: Tensor, query: Tensor, key: Tensor, rows: Tensor) -> None:
+        layout, scale = self.whole.layout, self.whole.weights.score_scale[self.index].item()
+        if layout.delegated:
+            shown, place = pattern[:, rows], self.name("pattern")
+            gate.check_delegated_scores(place, shown, query, key, scale, layout.rotary_dim, rows, layout.dtype)
+        else:
+            shown = scores.diagonal(dim1=1, dim2=2)[:, rows]
+            bias_at = rows.to(query.dtype) if layout.alibi else None
+            place, cap = self.name("scores"), layout.soft_cap
+            gate.check_scores(place, shown, query[rows], key[rows], scale, cap, bias_at, layout.dtype)
+
+    def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""
+        if gain is None:
+            return x, wide(torch.ones(x.shape[1], x.shape[0], device=x.device))
+        scale = (einsum(x, x, "pos head i, pos head i -> pos head") / x.shape[-1] + self.whole.layout.eps).sqrt()
+        return x / scale[..., None] * gain.to(x), wide(scale).T.contiguous()
+
+    def _normalized(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = self.whole.work(x)
+        centre = x.mean(-1, keepdim=True) if self.whole.layout.centred else 0.0
+        return (x - centre) / scale.to(x)[:, None]
+
+    def _check_norm(self, key: str, x: Tensor, scale: Tensor, at_rows: bool = False) -> None:
+        rows = slice(None) if at_rows else self._rows(len(x))
+        gate.check_norm(self.name(key), x[rows], scale[rows], self.whole.layout)
+
+    def _keep_scale(self, key: str, scale: Tensor) -> None:
+        self.kept[key] = wide(scale[:, 0])
+
+    def _rows(self, n: int) -> Tensor:
+        """Where residual bookkeeping and matrices are followed: the last position, or all of them."""
+        return torch.arange(n, device="cpu") if self.whole.verify else torch.tensor([n - 1], device="cpu")
+
+    def _layer_weights(self) -> LayerWeights:
+        if self._weights is None:
+            self._weights = layer_weights(self.whole.model, self.whole.layout, self.index)
+        return self._weights
+
+    def _pop(self, key: str) -> Tensor:
+        """What a hook saw, the memory given back; the mark that it fired stays."""
+        value = self._seen[key]
+        self._seen[key] = value.new_empty(0)
+        return value
+
+    def _needed(self, key: str, where: dict[str, Tensor] | None = None) -> Tensor:
+        """What an earlier stage left."""
+        where = self._between if where is None else where
+        if key not in where:
+            raise GateError(self.silence())
+        return where[key]
+
+    def _same_again(self, scale: Tensor) -> bool:
+        """HookedTransformer normalises the same residual once each for queries, keys and values."""
+        kept = self.kept.get("attention_scale")
+        return kept is not None and scale.shape[0] == 1 and torch.equal(kept, wide(scale.detach()[0, :, 0]))
+
+
+# A stage and the hooks that it waits for; the first of them tells whether a layer has the stage at all.
+STAGES = (
+    (LayerRecord.enter, ("residual",)),
+    (LayerRecord.attention_norm, ("attention_scale",)),
+    (LayerRecord.attend, ("query", "key", "value", "scores", "pattern", "z", "attention_post_scale")),
+    (LayerRecord.middle, ("middle",)),
+    (LayerRecord.mlp, ("post", "mlp_scale", "pre", "pre_linear", "mlp_post_scale", "mlp_post_normalized")),
+    (LayerRecord.mlp, ("mlp_out", "mlp_scale")),
+)
+
+
+def _one_prompt(value: Tensor) -> Tensor:
+    """Without the batch axis; some classes hand their norms all positions of all prompts in one row."""
+    return value[0] if value.shape[0] == 1 else value
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's hook points call nobody, so running it again goes unseen."""
+    points = [each for each in module.modules() if type(each).__name__ == "HookPoint"]
+    before = [(point._forward_hooks, point._backward_hooks) for point in points]
+    try:
+        for point in points:
+            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for point, (forward, backward) in zip(points, before, strict=True):
+            point._forward_hooks, point._backward_hooks = forward, backward
