@@ -13,7 +13,7 @@ import oversquash_lens
 ROOT = Path(oversquash_lens.__file__).parent
 # Rooms by height: a module may import from rooms below its own, and from its own room.
 HEIGHTS = {"errors": 0, "files": 1, "models": 2, "record": 2, "measure": 3, "render": 4, "paper": 5, "cli": 6}
-MODEL_ROOM = ("models", "embedded", "weights", "sources", "conversion", "gguf_file")
+MODEL_ROOM = ("models", "embedded", "weights", "sources", "conversion", "gguf_file", "gguf_header")
 NEVER_AT_IMPORT = {"transformer_lens", "transformers", "matplotlib", "gguf", "safetensors", "rich", "huggingface_hub"}
 NEVER_AT_ALL = {"pickle", "dill", "joblib", "cloudpickle", "requests"}
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -11,6 +11,8 @@ from typing import Any
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.files import check_writable, write_atomically
 
+MOST_BYTES = 64 << 20  # of a prompt or a file of prompts; what has no end (/dev/zero) must not fill the memory
+
 # The counting prompt of the paper's section 4, one of those whose truth we publish.
 DEFAULT_PROMPT = "How many ones are in the following sequence? " + "1 " * 40 + "Answer:"
 
@@ -39,6 +41,29 @@ def model_command(commands: Any, name: str, run: Any, about: str) -> argparse.Ar
     command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return command
+
+
+def plan_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plan", action="store_true", help="say what memory and time it would take, and stop")
+
+
+def verify_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="check at every position that the hooks describe the model (two passes more)",
+    )
+
+
+def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None) -> bool:
+    """With --plan print the forecast in place of the result; says whether it did."""
+    if not options.plan:
+        return False
+    from oversquash_lens.measure.forecast import forecast
+
+    found = forecast(model, prompt, measure, probes=probes, chat=options.chat, bos=options.bos)
+    print(json.dumps(found.to_dict()) if options.json else found)
+    return True
 
 
 def load(options: argparse.Namespace) -> Any:
@@ -71,17 +96,27 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
 
 def read_text(file: str, option: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {option} {file}: {one_line(error)}; expected a UTF-8 text file") from error
+        with open(Path(file).expanduser(), "rb") as stream:
+            payload = stream.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        raise InputError(
+            f"cannot read {option} {one_line(file, 200)}: {one_line(error)}; expected a UTF-8 text file"
+        ) from error
+    return _text(payload, f"{option} {one_line(file, 200)}")
 
 
 def standard_input() -> str:
     raw = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read(MOST_BYTES) if raw is None else _text(raw.read(MOST_BYTES + 1), "standard input")
+
+
+def _text(payload: bytes, source: str) -> str:
+    if len(payload) > MOST_BYTES:
+        raise InputError(f"{source} holds more than {MOST_BYTES >> 20} MiB; expected a prompt: give a shorter text")
     try:
-        return sys.stdin.read() if raw is None else raw.read().decode("utf-8")
+        return payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
+        raise InputError(f"{source} is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
 
 
 def check_out(options: argparse.Namespace) -> None:

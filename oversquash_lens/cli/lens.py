@@ -6,7 +6,17 @@ import argparse
 import json
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of, read_text
+from oversquash_lens.cli.common import (
+    check_out,
+    deliver,
+    load,
+    plan_option,
+    planned,
+    prompt_command,
+    prompt_of,
+    read_text,
+    verify_option,
+)
 from oversquash_lens.errors import InputError, one_line
 
 VARIANT_NAMES = (
@@ -41,6 +51,9 @@ def add_commands(commands: Any) -> None:
     audit = prompt_command(commands, "audit", run_audit, "every measure beside the measured truth")
     audit.add_argument("--probes", type=int, metavar="K", help="estimate the truth from K probes, not exactly")
     audit.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    for command in (report, bound, audit):
+        plan_option(command)
+        verify_option(command)
     models = commands.add_parser("models", help="which models are cached, and where")
     models.add_argument("--json", action="store_true", help="print JSON")
     models.set_defaults(run=run_models)
@@ -54,19 +67,29 @@ def run_report(options: argparse.Namespace) -> None:
     from oversquash_lens.measure.findings import findings
     from oversquash_lens.render.page import write_page
 
-    found = findings(load(options), prompt, **effort)
+    model = load(options)
+    if planned(options, model, prompt, "report", effort["probes"]):
+        return
+    found = findings(model, prompt, **effort)
     path = write_page(found, options.out)
     print(json.dumps(found.to_dict()) if options.json else f"{found.sentence}\n\n{path}")
 
 
 def _run_reports(options: argparse.Namespace) -> None:
     if any(given is not None for given in (options.prompt, options.prompt_file, options.token_ids)) or options.json:
-        raise InputError("--prompts-file came with one prompt or --json beside it; expected it alone")
+        raise InputError(
+            "--prompts-file came with one prompt or --json beside it; expected it alone: leave the others out"
+        )
     from oversquash_lens.files import check_place
     from oversquash_lens.render.reports import reports
 
     folder = "reports" if options.out == "report.html" else options.out
     prompts, effort = prompts_of(options.prompts_file), _effort(options, None if options.exact else options.probes)
+    if options.plan:
+        model = load(options)
+        for each in prompts:
+            planned(options, model, each if isinstance(each, str) else each[1], "report", effort["probes"])
+        return
     check_place(folder, "index.html")
     print(reports(load(options), prompts, folder, **effort))
 
@@ -75,19 +98,21 @@ def prompts_of(file: str) -> list[str] | list[tuple[str, str]]:
     """Prompts of a file: one a line, or JSON, a list of texts or an object of names and texts."""
     text = read_text(file, "--prompts-file")
     if not text.strip():
-        raise InputError(f"--prompts-file {file} is empty; expected one prompt a line, or JSON")
+        raise InputError(f"--prompts-file {file} is empty; expected one prompt a line, or JSON: write some into it")
     if not file.endswith(".json"):
         return [line for line in text.splitlines() if line.strip()]
     try:
         found = json.loads(text)
     except ValueError as error:
         raise InputError(
-            f"--prompts-file {file} is no JSON ({one_line(error)}); expected a list or an object"
+            f"--prompts-file {file} is no JSON ({one_line(error)}); expected a list or an object: mend it, or name "
+            "the file .txt for one prompt a line"
         ) from error
     texts = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         raise InputError(
-            f"--prompts-file {file} holds other things; expected a list of texts or an object {{name: text}}"
+            f"--prompts-file {file} holds other things; expected a list of texts or an object {{name: text}}: put "
+            "every prompt into quotes"
         )
     return list(found.items()) if isinstance(found, dict) else found
 
@@ -97,7 +122,10 @@ def run_audit(options: argparse.Namespace) -> None:
     prompt, effort = prompt_of(options), _effort(options, options.probes)
     from oversquash_lens.measure.audit import audit
 
-    result = audit(load(options), prompt, **effort)
+    model = load(options)
+    if planned(options, model, prompt, "audit", effort["probes"]):
+        return
+    result = audit(model, prompt, **effort)
     deliver(options, result.to_dict(), str(result))
 
 
@@ -115,7 +143,11 @@ def run_bound(options: argparse.Namespace) -> None:
     from oversquash_lens.measure.mean_field import mean_field_sensitivity
     from oversquash_lens.record.recorder import record
 
-    trace = record(load(options), prompt, chat=options.chat, bos=options.bos, seed=options.seed)
+    model = load(options)
+    if planned(options, model, prompt, "bound"):
+        return
+    how = {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
+    trace = record(model, prompt, **how)
     if options.variant == "mean_field":
         profile = mean_field_sensitivity(trace)
     else:
@@ -140,7 +172,14 @@ def _effort(options: argparse.Namespace, probes: int | None) -> dict[str, Any]:
     """How to record and how hard to measure, as `audit` and `findings` take it."""
     if probes is not None and probes < 1:
         raise InputError(f"--probes {probes} came; expected at least 1")
-    return {"probes": probes, "chat": options.chat, "bos": options.bos, "seed": options.seed, "progress": True}
+    return {
+        "probes": probes,
+        "chat": options.chat,
+        "bos": options.bos,
+        "seed": options.seed,
+        "verify": options.verify,
+        "progress": True,
+    }
 
 
 def _number_or_word(text: str) -> float | str:

@@ -1,0 +1,145 @@
+"""What a run needs of memory and time, forecast against measured.
+
+    python -m benchmarks.forecast [--kind hooked|bridge] [--measures bound truth] [--lengths 256 512 1024 2048 4096]
+
+`bound` is record, every bound and the mean-field estimate: a report without the truth. Each line is a process of its
+own, in which the forecast comes first. Memory is the peak of the resident set less what it was before; time the best of
+`--repeats`. On a machine that others use, too, `--clock cpu` counts the process's own seconds (with one thread,
+OMP_NUM_THREADS=1), for the forecast as for the run. `--layers` cuts the model off, where a long prompt's patterns would
+not fit all layers. What does not fit is not run.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import oversquash_lens as osl
+from benchmarks.prompts import MEETING
+from oversquash_lens.measure.bounds import VARIANTS
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PROBES = 16
+LONGEST_TRUTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", default="auto")
+    parser.add_argument("--measures", nargs="+", default=["bound", "truth"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--one", action="store_true", help="measure one line in this process")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options)))
+        return
+    print(f"{'measure':8} {'n':>5} {'memory: forecast':>17} {'measured':>9} {'ratio':>6}", end="")
+    print(f" {'time: forecast':>15} {'measured':>9} {'ratio':>6}")
+    for measure in options.measures:
+        for n in options.lengths:
+            if measure != "truth" or n <= LONGEST_TRUTH:
+                print(line(measure, n, apart(options, measure, n)), flush=True)
+
+
+def apart(options: argparse.Namespace, measure: str, n: int) -> dict:
+    """One line's numbers from a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.forecast", "--one", "--kind", options.kind, "--measures", measure]
+    command += ["--lengths", str(n), "--repeats", str(options.repeats), "--clock", options.clock]
+    command += ["--layers", str(options.layers)] if options.layers else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.returncode}
+
+
+def line(measure: str, n: int, found: dict) -> str:
+    start = f"{measure:8} {n:5d} "
+    if "failed" in found:
+        return f"{start}failed with exit code {found['failed']}"
+    memory = f"{found['bytes'] / 1e6:14.0f} MB"
+    if "peak" not in found:
+        return f"{start}{memory} not run: {found['available'] / 1e6:.0f} MB are there"
+    ratio = found["bytes"] / found["peak"]
+    end = f"{found['seconds']:13.1f} s {found['took']:7.1f} s {found['seconds'] / found['took']:6.2f}"
+    return f"{start}{memory} {found['peak'] / 1e6:6.0f} MB {ratio:6.2f} {end}"
+
+
+def one(options: argparse.Namespace) -> dict:
+    """Forecast, then run: bytes and seconds of both."""
+    (measure,), (n,), clock = options.measures, options.lengths, CLOCKS[options.clock]
+    model = cut(options.kind, options.layers) if options.layers else osl.load_model(kind=options.kind)
+    ids = torch.tensor(model.tokenizer(MEETING)["input_ids"])
+    step = STEPS[measure]
+    step(model, ids[:8])  # what is done once per model or process is not what is asked
+    said = osl.forecast(model, n, measure, probes=PROBES, clock=clock)
+    numbers = {"bytes": said.bytes, "seconds": said.seconds, "available": said.available}
+    if not said.fits:
+        return numbers
+    tokens = ids.repeat(n // len(ids) + 1)[:n]
+    peak, *took = peak_and_seconds(lambda: step(model, tokens), clock)
+    for _ in range(options.repeats - 1):
+        begun = clock()
+        step(model, tokens)
+        took.append(clock() - begun)
+    return numbers | {"peak": peak, "took": min(took)}
+
+
+def bound(model: Any, tokens: torch.Tensor) -> None:
+    trace = osl.record(model, tokens)
+    for variant in VARIANTS:
+        osl.path_bound(trace, variant)
+    osl.mean_field_sensitivity(trace)
+
+
+STEPS: dict[str, Callable] = {
+    "forward": lambda model, tokens: torch.no_grad()(model)(tokens[None]),
+    "record": lambda model, tokens: osl.record(model, tokens),
+    "bound": bound,
+    "flow": lambda model, tokens: osl.squashing(osl.record(model, tokens)),
+    "truth": lambda model, tokens: osl.measured_sensitivity(model, tokens, probes=PROBES),
+    "audit": lambda model, tokens: osl.audit(model, tokens, probes=PROBES),
+    "report": lambda model, tokens: osl.findings(model, tokens, probes=PROBES),
+}
+
+
+def cut(kind: str, layers: int) -> Any:
+    """The first layers of the embedded model, with its last norm and unembedding."""
+    from oversquash_lens import models
+
+    found = models.load_twin()
+    found.model.set_attn_implementation("eager")
+    found.model.model.layers = found.model.model.layers[:layers]
+    found.model.config.num_hidden_layers = layers
+    loading, model_class = models._loading("float32", "cpu", None, False), models._model_class(kind)
+    if model_class.__name__ == "TransformerBridge":
+        return models._bridge(model_class, found, loading).eval()
+    return models._hooked(model_class, found, loading, False).eval()
+
+
+def peak_and_seconds(step: Callable[[], object], clock: Callable[[], float]) -> tuple[float, float]:
+    """Bytes that the resident set grew by at its largest (Linux), and seconds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before, begun = resident("VmRSS"), clock()
+    step()
+    took = clock() - begun
+    return resident("VmHWM") - before, took
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    main()

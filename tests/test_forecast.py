@@ -1,0 +1,374 @@
+"""Memory and time said before a run: right in what it counts, and nothing is begun that would not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
+
+import oversquash_lens as osl
+from oversquash_lens.errors import InputError
+from oversquash_lens.measure import costs
+from oversquash_lens.measure.forecast import MEASURES, duration
+from oversquash_lens.measure.jacobian import BATCH, MEMORY, _product_bytes
+from oversquash_lens.measure.speed import Speed, measure_speed
+from oversquash_lens.record import room
+from oversquash_lens.record.layout import model_layout
+from oversquash_lens.record.room import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
+from oversquash_lens.record.size import Size, check_recording, kept_bytes, size_of
+
+SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
+    """memory(amount): what there is from now on."""
+    return lambda amount: monkeypatch.setenv(MEMORY_VARIABLE, str(amount))
+
+
+# ---------------------------------------------------------------- what there is
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("1.5 GB", 1.5e9), ("2MiB", 2 << 20), ("800M", 8e8), ("1e9", 1e9), ("3 kib", 3072), ("1TB", 1e12)],
+)
+def test_amounts_as_people_write_them(text: str, size: float, memory: Callable) -> None:
+    assert parse_bytes(text) == size
+    memory(text)
+    assert available_bytes() == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "1.5.2 GB", "GB", "1 PB", "5 i", "1" * 1000 + "x"])
+def test_other_amounts_are_refused(text: str, memory: Callable) -> None:
+    memory(text)
+    with pytest.raises(InputError, match=r"OVERSQUASH_LENS_MEMORY=.* came; expected .*: write 12GB") as raised:
+        available_bytes()
+    assert len(str(raised.value)) < 300
+
+
+def write_cgroup(folder: Path, limit: object, used: int, names: tuple[str, str], stat: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+VERSION_2 = ("memory.max", "memory.current")
+
+
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """cgroups(what /proc/self/cgroup says) -> the folder that stands for /sys/fs/cgroup; 8 GB are free beside."""
+    import psutil
+
+    monkeypatch.delenv(MEMORY_VARIABLE, raising=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
+    monkeypatch.setattr(room, "_process_limits", list)
+    monkeypatch.setattr(room, "_CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(room, "_OWN_CGROUP", tmp_path / "own")
+
+    def cgroups(said: str) -> Path:
+        (tmp_path / "own").write_text(said)
+        return tmp_path / "fs"
+
+    return cgroups
+
+
+def test_the_machine_is_asked_where_there_is_no_container(cgroups: Callable) -> None:
+    assert available_bytes() == 8_000_000_000  # not even the file is there
+    write_cgroup(cgroups("0::/\n"), "max", 5, VERSION_2)
+    assert available_bytes() == 8_000_000_000
+
+
+def test_a_container_leaves_what_its_limit_leaves(cgroups: Callable) -> None:
+    write_cgroup(cgroups("0::/a/b\n") / "a/b", 3_000_000_000, 1_000_000_000, VERSION_2, "anon 7\ninactive_file 250\n")
+    assert available_bytes() == 2_000_000_250
+
+
+def test_the_narrowest_of_nested_containers_counts(cgroups: Callable) -> None:
+    root = cgroups("0::/a/b\n")
+    write_cgroup(root / "a", 2_000_000_000, 1_500_000_000, VERSION_2)
+    write_cgroup(root / "a/b", 3_000_000_000, 1_000_000_000, VERSION_2)
+    assert available_bytes() == 500_000_000
+
+
+def test_containers_of_the_first_version(cgroups: Callable) -> None:
+    root = cgroups("5:cpu:/x\n4:memory:/x\n")
+    write_cgroup(root / "memory", 2**63 - 4096, 9, VERSION_1)
+    assert available_bytes() == 8_000_000_000
+    write_cgroup(root / "memory/x", 900_000_000, 200_000_000, VERSION_1, "total_inactive_file 100\n")
+    assert available_bytes() == 700_000_100
+
+
+def test_a_container_beyond_its_limit_leaves_nothing(cgroups: Callable) -> None:
+    write_cgroup(cgroups("0::/a\n") / "a", 100, 200, VERSION_2)
+    assert available_bytes() == 0
+
+
+def test_the_process_has_a_limit_too(cgroups: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    cgroups("")
+    monkeypatch.setattr(room, "_process_limits", lambda: [123])
+    assert available_bytes() == 123
+
+
+def test_an_accelerator_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MEMORY_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert available_bytes("cuda") == 1400  # what torch holds but does not use is there as well
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def both_kinds() -> list[Any]:
+    made = [bridge(3, "llama")] if has_bridge() else []
+    return made + ([hooked(4, n_heads=4, d_model=16, kv_heads=2)] if has_hooked() else [])
+
+
+def test_a_model_tells_its_shapes() -> None:
+    for model in both_kinds():
+        size, layout = size_of(model), model_layout(model)
+        assert (size.n_layers, size.n_heads, size.d_model) == (layout.n_layers, layout.n_heads, layout.d_model)
+        assert (size.n_kv_heads, size.d_mlp) == (layout.n_kv_heads, layout.d_mlp)
+        assert size.itemsize == layout.dtype.itemsize
+        assert size.matrices == (3 if layout.gated else 2)
+        matrices = [p for name, p in model.blocks.named_parameters() if p.ndim > 1]
+        assert size.layer_weights * size.n_layers == pytest.approx(sum(p.numel() for p in matrices), rel=0.2)
+
+
+def test_a_trace_is_as_large_as_was_said() -> None:
+    for model in both_kinds():
+        trace = osl.record(model, tokens_for(5, 12))
+        patterns = sum(each.pattern.numel() * each.pattern.element_size() for each in trace.attention)
+        said = kept_bytes(size_of(model), 12)["the attention patterns of all layers"]
+        assert patterns <= said <= 1.2 * patterns
+
+
+def test_patterns_grow_with_the_square_and_are_named() -> None:
+    parts = kept_bytes(SMOLLM2, 4096)["the attention patterns of all layers"]
+    assert 30 * 9 * 4096**2 * 4 <= parts <= 1.2 * 30 * 9 * 4096**2 * 4  # 18 GB
+    assert kept_bytes(SMOLLM2, 2048)["the attention patterns of all layers"] * 4 == pytest.approx(parts)
+    half = replace(SMOLLM2, itemsize=2)
+    assert kept_bytes(half, 4096)["the attention patterns of all layers"] * 2 == pytest.approx(parts)
+
+
+def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
+    assert costs.BATCH == BATCH
+    for model in both_kinds():
+        assert costs.product_bytes(size_of(model), 9) == _product_bytes(model_layout(model), 9)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_is_forecast(measure: str) -> None:
+    for model in both_kinds():
+        short, long = (osl.forecast(model, n, measure) for n in (4, 12))
+        assert 0 < short.bytes < long.bytes
+        assert short.seconds > 0
+        assert short.bytes == sum(short.parts.values())
+        assert short.seconds == pytest.approx(sum(short.steps.values()))
+        assert short.verdict == "fits"
+        assert json.loads(json.dumps(short.to_dict()))["sentence"] == short.sentence
+        for said in (*short.parts, *short.steps, short.fullest, short.sentence):
+            assert said in str(short)
+
+
+def test_a_prompt_is_counted_as_it_is_read() -> None:
+    for model in both_kinds():
+        by_ids = osl.forecast(model, tokens_for(5, 7), "record")
+        assert by_ids.n == 7
+        assert by_ids.bytes == osl.forecast(model, 7, "record").bytes
+
+
+def test_the_exact_truth_takes_longer_than_probes() -> None:
+    for model in both_kinds():
+        exact, some = (osl.forecast(model, 8, "truth", probes=probes) for probes in (None, 2))
+        assert exact.seconds > some.seconds
+        assert exact.probes is None
+
+
+def test_norms_of_the_weights_are_reckoned_once() -> None:
+    for model in both_kinds():
+        step = "norms of the weights, once per model"
+        assert step in osl.forecast(model, 8, "record").steps
+        osl.record(model, tokens_for(5, 6))
+        assert step not in osl.forecast(model, 8, "record").steps
+
+
+@pytest.mark.parametrize("came", [0, 1, 10**6, -3])
+def test_lengths_that_the_model_does_not_read_are_refused(came: int) -> None:
+    for model in both_kinds():
+        with pytest.raises(InputError, match=f"^{came} tokens came; expected 2 … "):
+            osl.forecast(model, came)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"measure": "magic"}, "'magic' came; expected one of forward, record"), ({"probes": 0}, "probes=0 came")],
+)
+def test_other_questions_are_refused(options: dict, said: str) -> None:
+    for model in both_kinds():
+        with pytest.raises(InputError, match=said):
+            osl.forecast(model, 8, **options)
+
+
+def test_nothing_of_the_model_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in both_kinds():
+        monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model ran"))
+        for measure in MEASURES:
+            osl.forecast(model, 8, measure)
+
+
+# ---------------------------------------------------------------- how fast
+
+
+def test_speed_is_time_over_work() -> None:
+    """A clock that ticks once per look makes every timed step one second long."""
+    ticks = count()
+    speed = measure_speed(replace(SMOLLM2, d_model=64, d_mlp=96), 32, torch.float32, "cpu", lambda: float(next(ticks)))
+    assert speed == Speed(1 / (32 * 64 * 96), 1 / (9 * 32 * 32), 1 / (144 * 32 * 32), 1 / 64**3)
+
+
+def test_seconds_are_work_times_speed() -> None:
+    work = costs.Work(2, 3, 5, 7) + costs.Work(product=8, layers=1).times(2)
+    assert work.seconds(Speed(1.0, 10.0, 100.0, 1000.0)) == 18 + 30 + 500 + 7000 + 2 * costs.LAYER
+
+
+def test_a_slower_machine_is_forecast_slower() -> None:
+    for model in both_kinds():
+        fast, slow = (osl.forecast(model, 8, "bound", clock=clock(step)) for step in (0.001, 1.0))
+        assert slow.seconds > 100 * fast.seconds
+
+
+def clock(step: float) -> Callable[[], float]:
+    ticks = count()
+    return lambda: step * next(ticks)
+
+
+def test_times_and_sizes_for_people() -> None:
+    assert [duration(s) for s in (0.04, 9.96, 99.4, 99.6, 5990, 7200)] == [
+        "0.0 s",
+        "10 s",
+        "99 s",
+        "2 min",
+        "1.7 h",
+        "2.0 h",
+    ]
+    assert [in_words(b) for b in (0, 999.6, 1e9, 2.5e12)] == ["0 B", "1 kB", "1 GB", "2.5 TB"]
+
+
+# ---------------------------------------------------------------- what is done about it
+
+TOO_MUCH = r"needs about [\d.]+ [MG]B of memory beyond what is in use \(.* of it for .*\), and 1 MB are there; expected"
+
+
+@pytest.mark.parametrize("door", ["audit", "findings"])
+def test_what_would_not_fit_is_refused_with_the_numbers(door: str, memory: Callable) -> None:
+    memory("1MB")
+    for model in both_kinds():
+        model.forward = lambda *_, **__: pytest.fail("the model ran")
+        with pytest.raises(InputError, match=TOO_MUCH) as raised:
+            getattr(osl, door)(model, tokens_for(5, 12), probes=2)
+        assert MEMORY_VARIABLE in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_recording_is_refused_likewise(memory: Callable) -> None:
+    memory("1MB")
+    for model in both_kinds():
+        with pytest.raises(InputError, match=f"recording 12 tokens .* {TOO_MUCH}"):
+            check_recording(model, 12)
+        memory("10GB")
+        check_recording(model, 12)
+        memory("1MB")
+
+
+def test_a_truth_without_room_for_one_product_is_refused(memory: Callable) -> None:
+    memory("1MB")
+    for model in both_kinds():
+        with pytest.raises(
+            InputError, match=r"the truth of 12 tokens needs at least .* for the graph, and 1 MB are there"
+        ):
+            costs.fitting_memory(model, 12, MEMORY)
+
+
+def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Callable) -> None:
+    for model in both_kinds():
+        size, ids = size_of(model), tokens_for(5, 12)
+        memory("10GB")
+        enough = osl.measured_sensitivity(model, ids, probes=9).values
+        assert costs.fitting_memory(model, 12, MEMORY) == MEMORY
+        one = costs.product_bytes(size, 12)
+        memory(sum(costs.tape_bytes(size, 12).values()) + 3 * one)
+        lean = costs.fitting_memory(model, 12, MEMORY)
+        assert one <= lean <= 7 * one
+        assert osl.forecast(model, 12, "truth", probes=64).verdict == "fits, leaner"
+        few = osl.measured_sensitivity(model, ids, probes=9, memory=lean).values
+        assert torch.allclose(few, enough, rtol=1e-5)
+
+
+def test_leaner_never_means_more() -> None:
+    for n in (64, 512, 2048):
+        for spectral in (False, True):
+            sums = [sum(costs.truth_bytes(SMOLLM2, n, 576, m, spectral).values()) for m in (0, 10**8, MEMORY)]
+            assert sums == sorted(sums)
+
+
+def test_the_verdict_says_which_way(memory: Callable) -> None:
+    for model in both_kinds():
+        size = size_of(model)
+        least = sum(costs.truth_bytes(size, 12, 1, 0).values())
+        most = sum(costs.truth_bytes(size, 12, 64, MEMORY).values())
+        for amount, verdict in ((most, "fits"), ((least + most) // 2, "fits, leaner"), (least - 1, "does not fit")):
+            memory(amount)
+            found = osl.forecast(model, 12, "truth", probes=64)
+            assert (found.verdict, found.fits) == (verdict, verdict != "does not fit")
+            assert found.available == amount
+
+
+# ---------------------------------------------------------------- --plan
+
+PROMPT = "--token-ids=1 2 3 4 5 6"
+
+
+@pytest.mark.parametrize("command", ["report", "bound", "audit", "flow"])
+def test_plan_prints_the_forecast_and_does_nothing_else(
+    command: str, on_tiny: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tiny), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    found = on_tiny(command, PROMPT, "--plan")
+    assert found.code == 0
+    assert found.out.startswith(f"{command} of 6 tokens with ")
+    assert "it fits" in found.out
+    assert list(Path.cwd().iterdir()) == []
+    told = json.loads(on_tiny(command, PROMPT, "--plan", "--json").out)
+    assert (told["kind"], told["measure"], told["n"]) == ("forecast", command, 6)
+    assert told["bytes"] == sum(told["parts"].values())
+
+
+def test_plan_of_many_prompts(on_tiny: Callable, smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oversquash_lens.models.load_model", lambda name, **_: smollm2)
+    Path("prompts.txt").write_text("One prompt here.\nAnother, which is longer than that.\n")
+    found = on_tiny("report", "--prompts-file", "prompts.txt", "--plan")
+    assert found.code == 0
+    assert found.out.count("report of ") == 2
+    assert [path.name for path in Path.cwd().iterdir()] == ["prompts.txt"]
+
+
+def test_plan_says_what_would_be_refused(on_tiny: Callable, memory: Callable) -> None:
+    memory("1MB")
+    found = on_tiny("audit", PROMPT, "--plan")
+    assert found.code == 0
+    assert "1 MB are there: it does not fit" in found.out
+    assert on_tiny("audit", PROMPT, "--probes=2").code == 2
