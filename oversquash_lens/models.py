@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ __all__ = ["CachedModel", "cache_folder", "cached_models", "load_model", "load_t
 KINDS = ("auto", "bridge", "hooked")
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 DEVICES = "'cpu', 'cuda', 'cuda:0', 'mps', or None for the best there is"
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
 def load_model(
@@ -91,6 +91,10 @@ def _find(name: str | os.PathLike, loading: Loading) -> Weights:
     """Weights by what the name is: the embedded default, a file, a folder, else a hub name."""
     if name == embedded.NAME:
         return _find_embedded(loading)
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(
+            f"a {type(name).__name__} came as the name of a model; expected a text or a path, such as 'gpt2': give one"
+        )
     text = os.fspath(name)
     path = Path(os.path.expanduser(text))
     if text and os.path.isdir(path):  # os.path says False, not an error, to what can be no path at all
@@ -134,7 +138,7 @@ def _loading(dtype: Any, device: Any, device_map: Any, trust_remote_code: bool) 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise InputError(f"Unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        raise InputError(f"dtype {one_line(repr(dtype), 60)} came; expected one of {', '.join(DTYPES)}")
     return found
 
 
@@ -143,10 +147,10 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"Unknown device {device!r}; expected {DEVICES}.") from error
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {one_line(repr(device), 60)} came; expected {DEVICES}") from error
     if found.type == "meta":
-        raise InputError(f"Device 'meta' holds no numbers; expected {DEVICES}.")
+        raise InputError(f"device 'meta' came, which holds no numbers; expected {DEVICES}")
     return found
 
 
@@ -163,7 +167,10 @@ def _check_held(loading: Loading) -> None:
 
 def _check_options(bridge: bool, device_map: Any, fold_ln: bool) -> None:
     if bridge and fold_ln:
-        raise InputError("fold_ln=True came with a TransformerBridge; use kind='hooked', or fold_ln=False.")
+        raise InputError(
+            "fold_ln=True came with a TransformerBridge; use kind='hooked', or fold_ln=False: it is expected for a "
+            "HookedTransformer only"
+        )
     if device_map is not None and not bridge:
         raise InputError(
             f"device_map={device_map!r} came with a HookedTransformer, which lives on one device; "
@@ -174,7 +181,7 @@ def _check_options(bridge: bool, device_map: Any, fold_ln: bool) -> None:
 def _model_class(kind: str) -> Any:
     """HookedTransformer or TransformerBridge, whichever `kind` asks for and this TransformerLens has."""
     if kind not in KINDS:
-        raise InputError(f"Unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        raise InputError(f"kind {one_line(repr(kind), 60)} came; expected one of {', '.join(KINDS)}")
     if kind != "hooked":
         try:
             from transformer_lens.model_bridge import TransformerBridge
@@ -201,7 +208,7 @@ def _bridge(model_class: Any, found: Weights, loading: Loading) -> Any:
     """TransformerBridge around the very modules of `found.model`."""
     place = {} if loading.device_map is not None else {"device": str(loading.device)}
     try:
-        with _tokenizer_kept(found.tokenizer):
+        with _tokenizer_kept(found.tokenizer), _nothing_else_fetched():
             return model_class.boot_transformers(
                 found.label, hf_model=found.model, tokenizer=found.tokenizer, dtype=loading.dtype, **place
             )
@@ -220,6 +227,11 @@ def _hooked(model_class: Any, found: Weights, loading: Loading, fold_ln: bool) -
         raise ModelError(
             f"{found.label} cannot become a HookedTransformer from local files: {obstacle}. Expected a plain "
             "Llama or Qwen2 model, or a hub name that TransformerLens knows: use kind='bridge'."
+        )
+    if obstacle is not None and getattr(found.model.config, "auto_map", None) and not loading.trust_remote_code:
+        raise ModelError(  # for some names it says trust_remote_code=True by itself
+            f"The hub model {found.hub_name} brings code of its own, which TransformerLens may run to make a "
+            "HookedTransformer; expected trust_remote_code=True from whoever has read it: or use kind='bridge'."
         )
     with _tokenizer_kept(found.tokenizer), _no_deprecations():
         if obstacle is None:
@@ -260,6 +272,21 @@ def _tokenizer_kept(tokenizer: Any) -> Iterator[None]:
             del said["add_bos_token"]
         else:
             said["add_bos_token"] = before
+
+
+@contextmanager
+def _nothing_else_fetched() -> Iterator[None]:
+    """For models that also see or hear, TransformerLens asks the hub for a processor, and where torchvision is
+    missing has pip install it. Text needs neither, and nobody asked for it.
+    """
+    import transformers
+
+    with ExitStack() as undo:
+        for name in ("AutoProcessor", "AutoFeatureExtractor", "AutoImageProcessor"):
+            kind = getattr(transformers, name)
+            undo.callback(setattr, kind, "from_pretrained", kind.__dict__["from_pretrained"])
+            kind.from_pretrained = classmethod(lambda cls, *arguments, **options: None)
+        yield
 
 
 @contextmanager

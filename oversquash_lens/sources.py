@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 
-from oversquash_lens import gguf_file
+from oversquash_lens import gguf_file, gguf_header
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
 HUB_TIMEOUT = 10  # seconds, for the one question whether the hub answers and lets us in
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # weights as a pickle, which is a program: never read
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # how configs call their number of layers
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,7 @@ def from_gguf(path: Path, label: str, loading: Loading) -> Weights:
     """Weights and tokenizer of one GGUF file, dequantised; touches no network."""
     source = {"gguf_file": path.name, "local_files_only": True}
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ValueError(f"it starts with {magic!r}, not with b'GGUF'")
+        gguf_header.check_header(path)
         with gguf_file.read_once(show_progress=_terminal()):
             tokenizer, model = _pretrained(
                 str(path.parent),
@@ -77,18 +77,20 @@ def from_folder(path: Path, label: str, loading: Loading) -> Weights:
         found = sorted(path.glob("*.gguf"))
         hint = f" It holds {found[0].name}: pass that file itself." if found else ""
         raise ModelError(
-            f"The folder {path} holds no model: config.json is missing. Expected config.json, *.safetensors "
-            f"and the tokenizer's files (tokenizer.json …), as save_pretrained writes them.{hint}"
+            f"The folder {one_line(path, 120)} holds no model: config.json is missing. Expected config.json, "
+            "*.safetensors and the tokenizer's files (tokenizer.json …), as save_pretrained writes them: "
+            f"pass the folder that holds these.{hint}"
         )
     try:
+        _check_weights(path)
         tokenizer, model = _pretrained(str(path), loading, {"local_files_only": True})
     except OversquashError:
         raise
     except Exception as error:
+        _raise_if_own_code(path, error)
         raise ModelError(
-            f"The model in the folder {path} could not be loaded ({why(error)}). Expected config.json, "
-            "*.safetensors and the tokenizer's files (tokenizer.json …) of one causal language model: "
-            "get the folder again, or write it with save_pretrained."
+            f"The model in the folder {one_line(path, 80)} could not be loaded ({why(error)}). Expected the "
+            "files of one causal language model, as save_pretrained writes them: get the folder again."
         ) from error
     return Weights(model, tokenizer, label)
 
@@ -107,6 +109,11 @@ def from_hub(name: str, label: str, loading: Loading) -> Weights:
                 "whole. Expected one of the two: go online once, or pass a local folder or a .gguf file."
             ) from error
         _raise_if_refused(name, error)
+        _raise_if_own_code(name, error)
+        if isinstance(error, OSError) and "use_safetensors" in str(error):
+            raise pickled_weights(
+                name, "has no safetensors file on the hub (older ones have pytorch_model.bin)"
+            ) from error
         raise ModelError(
             f"The hub model {name} could not be loaded ({why(error)}). Expected a causal language model with "
             "a tokenizer, both known to this transformers: pass another model, or upgrade transformers."
@@ -168,9 +175,26 @@ def unknown_model(name: str, came: str) -> ModelError:
     )
 
 
+def pickled_weights(source: str, came: str) -> ModelError:
+    """The one error for weights that only a pickle holds, and how to be rid of it."""
+    return ModelError(
+        f"{one_line(source, 200)} {came}; expected *.safetensors, for a pickle can run code when it is read. If you "
+        f"trust where it is from, convert it once: AutoModelForCausalLM.from_pretrained({one_line(source, 200)!r}, "
+        "weights_only=True).save_pretrained(FOLDER), the same with AutoTokenizer, and pass FOLDER."
+    )
+
+
+def _raise_if_own_code(source: Any, error: BaseException) -> None:
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{one_line(source, 200)} can only be loaded by running Python code that comes with it; expected a model "
+            "that transformers knows by itself: read that code, and if you trust it, pass trust_remote_code=True."
+        ) from error
+
+
 def why(error: BaseException) -> str:
     """Kind and first words of another library's error."""
-    return f"{type(error).__name__}: {one_line(error, 200)}".rstrip(": ")
+    return f"{type(error).__name__}: {one_line(error, 120)}".rstrip(": ")
 
 
 def _pretrained(
@@ -181,18 +205,21 @@ def _pretrained(
     for_tokenizer: dict[str, Any] | None = None,
     for_model: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """(tokenizer, model) by transformers, which prefers safetensors where a model has both formats."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(tokenizer, model) by transformers, of safetensors or GGUF alone: a pickle is a program."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     trust = {"trust_remote_code": loading.trust_remote_code}
     placing = {} if loading.device_map is None else {"device_map": loading.device_map}
     with _quiet():
+        if "gguf_file" not in where:  # of these the header is checked already
+            _check_depth(AutoConfig.from_pretrained(source, **where, **trust))
         tokenizer = AutoTokenizer.from_pretrained(source, **where, **trust, **(for_tokenizer or {}))
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=loading.dtype,
             attn_implementation="eager",  # the fused ones give no patterns
             output_loading_info=True,
+            use_safetensors="gguf_file" not in where or None,
             **where,
             **trust,
             **placing,
@@ -209,6 +236,26 @@ def _pretrained(
     if loading.device_map is None:
         model = model.to(loading.device)
     return tokenizer, model.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Safetensors in this very folder: transformers would follow an index out of it, and into a pickle."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for shard in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"{index.name} names {one_line(shard, 80)!r}, expected *.safetensors beside it")
+    pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLED]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise pickled_weights(str(folder), f"holds its weights as a pickle, {one_line(pickled[0], 100)}")
+
+
+def _check_depth(config: Any) -> None:
+    """A loader builds every layer that a config names before it looks for a weight: hours, and all memory."""
+    for name in DEPTHS:
+        depth = getattr(config, name, None)
+        if isinstance(depth, int) and not 0 < depth <= gguf_header.MOST_LAYERS:
+            raise ValueError(f"its config names {name}={depth}, expected 1 … {gguf_header.MOST_LAYERS}")
 
 
 @contextmanager
