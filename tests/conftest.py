@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_summary import bad_days
 from browsing import Opened, chromium
 from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked, tokens_for
 
@@ -179,3 +181,23 @@ def on_tiny(cli: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Callab
 def _models_leave_with_their_module() -> Iterator[None]:
     yield
     gc.collect()  # bridges are cyclic; several SmolLM2 at once would be gigabytes
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the soundness tests and the bad days tried, added up over all test processes."""
+    if days := bad_days(terminalreporter.stats):
+        terminalreporter.write_line(days)
+    found = [
+        json.loads(value)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, value in report.user_properties
+        if name == "soundness"
+    ]
+    if found:
+        from soundness import Tally
+
+        tally = Tally()
+        for figures in found:
+            tally.merge(figures)
+        terminalreporter.write_line(str(tally))
