@@ -1,5 +1,10 @@
 """What can go wrong, by kind. Every message says what came, what was expected and what to do next."""
 
+from __future__ import annotations
+
+import operator
+from typing import Any
+
 
 class OversquashError(Exception):
     """Base of everything this package raises on purpose; the command line turns it into exit code 2."""
@@ -29,3 +34,19 @@ def one_line(text: object, limit: int = 300) -> str:
     """
     line = " ".join(str(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def whole_number(name: str, came: Any, least: int = 1, otherwise: str = "") -> int:
+    """`came` as a whole number of at least `least`; an InputError for all else, also for True and False.
+
+    >>> whole_number("probes", 3)
+    3
+    """
+    try:
+        found = least - 1 if isinstance(came, bool) else operator.index(came)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        shown = one_line(repr(came), 60)
+        raise InputError(f"{name}={shown} came; expected at least {least}{otherwise}, as a whole number")
+    return found

@@ -4,52 +4,127 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, one_line
+
+_DRAFT = ".oversquash-lens-"  # what the name of a file begins with while it is written
+_DAY = 86_400  # seconds
 
 
-def check_writable(path: str | os.PathLike) -> Path:
+def check_writable(path: Any) -> Path:
     """The absolute path, if a file can be put there; asked before long work whose result goes there."""
-    target = Path(path).expanduser().absolute()
+    target = _absolute(path)
     folder = target.parent
-    if target.is_dir():
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except NotADirectoryError:
+        raise InputError(f"the folder {folder} does not exist; expected one that does: give another path") from None
+    except (OSError, ValueError) as error:  # a name too long, a NUL byte, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{one_line(repr(str(path)), 80)} cannot be a file here ({why}); expected a path that this system can "
+            "write: give another one"
+        ) from error
+    if stat.S_ISDIR(mode):
         raise InputError(f"{target} is a folder; expected a file name: give {target / 'NAME'}")
     if not folder.is_dir():
-        raise InputError(f"the folder {folder} does not exist; make it first, or give another path")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"the folder {folder} cannot be written to; give a path in one that can")
+        raise InputError(
+            f"the folder {folder} does not exist; expected one that does: make it first, or give another path"
+        )
+    if not os.access(folder if stat.S_ISREG(mode) else target, os.W_OK):
+        raise InputError(
+            f"the folder {folder} cannot be written to; expected one that can: give another path, or mend its rights"
+        )
     return target
 
 
-def check_place(folder: str | os.PathLike, file: str) -> Path:
+def check_place(folder: Any, file: str) -> Path:
     """Where the file will lie, if it can be put there; makes the folder. Asked before long work."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file):
-        raise InputError(f"the file name {file!r} came; expected letters, digits, '.', '-' and '_' only")
-    place = Path(folder).expanduser().absolute()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", file):
+        raise InputError(
+            f"the file name {one_line(repr(file), 80)} came; expected letters, digits, '.', '-' and '_' only, at most "
+            "200 of them: give another name"
+        )
+    place = _absolute(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {place} cannot be made ({error.strerror}); give another one") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"the folder {one_line(place, 120)} cannot be made ({why}); expected one that can be written to: give "
+            "another one"
+        ) from error
     return check_writable(place / file)
 
 
-def write_atomically(path: str | os.PathLike, payload: bytes) -> Path:
-    """Put `payload` at `path`, whole or not at all; returns the absolute path."""
+@contextmanager
+def folder_for(folder: Any, file: str) -> Iterator[Path]:
+    """The folder that `file` will lie in, for work whose results go there; if it leaves nothing, nothing stays."""
+    known = _absolute(folder).exists()
+    place = check_place(folder, file).parent
+    try:
+        yield place
+    finally:
+        if not known:
+            with suppress(OSError):  # it is not empty: that is as it should be
+                place.rmdir()
+
+
+def write_atomically(path: Any, payload: bytes) -> Path:
+    """Put `payload` at `path`, whole or not at all; returns the absolute path.
+
+    A link is followed. What is no file (a device, a pipe) is written to, never replaced.
+    """
     target = check_writable(path)
-    draft = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(payload)
+        else:
+            _replace(Path(os.path.realpath(target)), payload)
+    except OSError as error:
+        raise InputError(
+            f"{target} could not be written ({error.strerror or error}); expected room and rights for it there: make "
+            "room or mend the rights, or give another path"
+        ) from error
+    return target
+
+
+def _replace(target: Path, payload: bytes) -> None:
+    _sweep(target.parent)
+    draft = target.with_name(f"{_DRAFT}{uuid4().hex}.tmp")
     try:
         with draft.open("xb") as file:
             file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave the name without the content
         os.replace(draft, target)
-    except OSError as error:
-        raise InputError(
-            f"{target} could not be written ({error.strerror or error}); make room or mend the rights there, or "
-            "give another path"
-        ) from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-    return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left behind more than a day ago."""
+    for left in folder.glob(f"{_DRAFT}*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _DAY:
+                left.unlink()
+
+
+def _absolute(path: Any) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except (TypeError, RuntimeError) as error:  # no path at all, or ~nobody
+        raise InputError(
+            f"{one_line(repr(path), 60)} of type {type(path).__name__} came as a path; expected a text or a "
+            "pathlib.Path: give the name of a file or folder"
+        ) from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from oversquash_lens.cli import lens, paper, what_if, where
 from oversquash_lens.cli.common import DEFAULT_PROMPT
@@ -19,9 +20,29 @@ __all__ = ["DEFAULT_PROMPT", "VARIANT_NAMES", "build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all of this package does."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", int, _number(int, "a whole number such as 8"))
+        self.register("type", float, _number(float, "a number such as 0.5"))
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
+        said = one_line(message, 200)
+        if "expected" not in said:
+            said += "; expected what its help lists"
+        print(f"{self.prog}: {said} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _number(kind: type, expected: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{one_line(repr(text), 60)} came; expected {expected}") from None
+
+    return read
 
 
 def main(arguments: list[str] | None = None) -> int:

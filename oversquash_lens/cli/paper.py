@@ -49,6 +49,7 @@ def _add_collapse(commands: Any) -> None:
     collapse.add_argument("--no-floor", action="store_true", help="do not measure what rounding alone makes")
     collapse.add_argument("--out", metavar="FILE", help="write the result as JSON")
     collapse.add_argument("--figure", metavar="FILE", help="draw it: .png, .pdf or .svg")
+    collapse.add_argument("--curves", metavar="FILE", help="append each format's curve (.jsonl), and go on from there")
 
 
 def _add_tasks(commands: Any) -> None:
@@ -83,13 +84,15 @@ def run_collapse(options: argparse.Namespace) -> None:
         raise InputError(f"family {options.family!r} came; expected one of {', '.join(FAMILY_NAMES)}")
     check_out(options)
     _check_figure(options.figure)
-    from oversquash_lens.measure.collapse import collapse_curve
+    if options.curves is not None:
+        check_writable(options.curves)
     from oversquash_lens.measure.precision import number_format
+    from oversquash_lens.paper.kept_curves import kept_curve
 
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)
-    floor = not options.no_floor
-    curve = collapse_curve(model, _family(model, options), lengths, dtypes, noise_floor=floor, progress=True)
+    keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
+    curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
     if options.figure:
         from oversquash_lens.render.figures import collapse, save
 
@@ -112,6 +115,8 @@ def run_tasks(options: argparse.Namespace) -> None:
     from oversquash_lens.paper.speakers import Sampling, Speaker
     from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 
+    if options.kind != "auto":
+        raise InputError(f"--kind {options.kind!r} came; expected none: answers come from the model without hooks")
     task = find_task(options.task)
     if options.cot not in NEW_TOKENS:
         raise InputError(f"--cot {options.cot} came; expected one of {', '.join(NEW_TOKENS)}")
@@ -169,7 +174,7 @@ def _check_figure(path: str | None) -> None:
         return
     target = Path(path)
     if target.suffix not in FIGURE_FILES:
-        raise InputError(f"--figure {path} came; expected a file that ends in {', '.join(FIGURE_FILES)}")
+        raise InputError(f"--figure {path} came; expected a file that ends in one of {', '.join(FIGURE_FILES)}")
     check_writable(path)
     check_place(target.parent, target.name)
 

@@ -7,7 +7,7 @@ repeated end in representations whose distance goes to 0. docs/theory.md, sectio
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.measure.family import Ids, as_family
+from oversquash_lens.measure.family import Family, Ids, as_family
 from oversquash_lens.measure.pair_run import PairRun
 from oversquash_lens.measure.paths import json_numbers
 from oversquash_lens.measure.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.record.about import About
-from oversquash_lens.record.layout import HookedModel, Layout, describe, model_layout
+from oversquash_lens.record.layout import HookedModel, describe, model_layout
 
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")
@@ -110,7 +110,10 @@ class CollapseCurve:
     def _held(self, dtype: Any) -> NumberFormat:
         fmt = number_format(dtype)
         if fmt not in self.formats:
-            raise InputError(f"dtype {fmt.name!r} came; this curve holds {', '.join(self.l1)}")
+            raise InputError(
+                f"dtype {fmt.name!r} came; this curve holds {', '.join(self.l1)}, expected one of these: measure the "
+                "other one too (dtypes=)"
+            )
         return fmt
 
     def to_dict(self) -> dict:
@@ -153,8 +156,7 @@ def collapse_curve(
         raise InputError("no dtypes came; expected at least one, such as 'float32'")
     chosen = as_family(family)
     lengths = _check_lengths(lengths)
-    pairs = chosen.pairs(lengths)
-    _check_reach(model, layout, chosen.name, lengths, pairs)
+    pairs = readable_pairs(model, chosen, lengths)
     floor_at = _floor_lengths(noise_floor, lengths)
     runs: dict[NumberFormat, list[NumberFormat]] = {}
     for one in formats:
@@ -182,6 +184,7 @@ def collapse_curve(
 
 
 def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:
+    lengths = lengths if isinstance(lengths, Iterable) else [lengths]
     try:
         found = tuple(map(operator.index, lengths))
     except TypeError:
@@ -207,24 +210,29 @@ def _among(lengths: Sequence[int], asked: Sequence[int]) -> Sequence[int]:
     return asked
 
 
-def _check_reach(
-    model: HookedModel, layout: Layout, name: str, lengths: Sequence[int], pairs: Sequence[tuple[Ids, Ids]]
-) -> None:
-    reach = [max(map(len, pair)) for pair in pairs]
-    if max(reach) > layout.n_ctx:
-        fits = [str(k) for k, tokens in zip(lengths, reach, strict=True) if tokens <= layout.n_ctx]
-        raise InputError(
-            f"family {name!r}: length {lengths[reach.index(max(reach))]} makes {max(reach)} tokens; this model reads "
-            f"at most n_ctx = {layout.n_ctx}: "
-            + (f"{fits[-1]} is the longest that fits" if fits else "none came that fits")
-        )
-    ids = set().union(*(ids for pair in pairs for ids in pair))
-    for odd in (min(ids), max(ids)):
-        if not 0 <= odd < model.cfg.d_vocab:
+def readable_pairs(model: HookedModel, family: Family, lengths: Sequence[int]) -> list[tuple[Ids, Ids]]:
+    """The family's pairs; made one by one, so that the first that this model cannot read is also the last made."""
+    n_ctx = model_layout(model).n_ctx
+    pairs: list[tuple[Ids, Ids]] = []
+    for k in lengths:
+        (pair,) = family.pairs([k])
+        reach = max(map(len, pair))
+        if reach > n_ctx:
+            fits = "none came that fits, give shorter ones"
+            if pairs:
+                fits = f"{lengths[len(pairs) - 1]} is the longest that fits, leave out those beyond"
             raise InputError(
-                f"family {name!r}: token id {odd} came; expected ids in 0 … {model.cfg.d_vocab - 1}, this model's "
-                "vocabulary"
+                f"family {family.name!r}: length {k} makes {reach} tokens; this model reads at most n_ctx = "
+                f"{n_ctx}: {fits}"
             )
+        for odd in {min(map(min, pair)), max(map(max, pair))}:
+            if not 0 <= odd < model.cfg.d_vocab:
+                raise InputError(
+                    f"family {family.name!r}: token id {odd} came; expected ids in 0 … {model.cfg.d_vocab - 1}, this "
+                    "model's vocabulary"
+                )
+        pairs.append(pair)
+    return pairs
 
 
 def _begins(model: HookedModel, pairs: Sequence[tuple[Ids, Ids]]) -> bool:

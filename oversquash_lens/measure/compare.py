@@ -26,15 +26,21 @@ class Comparison:
     max_log10_ratio: float
 
 
-def compare(first: Profile, second: Profile) -> Comparison:
+def compare(first: Profile | object, second: Profile | object) -> Comparison:
     """Rank correlation and log₁₀ ratios of two profiles or truths over the same tokens, also across models.
 
     Refuses (InputError) to set a y with its final gain against one whose gain was folded away and is not known.
     """
+    for profile in (first, second):
+        if not isinstance(profile, Profile):
+            raise InputError(
+                f"a {type(profile).__name__} came; expected two results of path_bound, mean_field_sensitivity or "
+                "measured_sensitivity: call one of them first"
+            )
     if first.tokens != second.tokens:
         raise InputError(
             f"profiles over {len(first.tokens)} and {len(second.tokens)} tokens came, or of other texts; expected "
-            "the same tokens in both"
+            "the same tokens in both: measure one prompt twice"
         )
     _refuse_mixed_gains(first, second)
     logs = _log_shape(first), _log_shape(second)

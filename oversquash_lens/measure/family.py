@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.record.prefixes import Ids
 
 
@@ -28,14 +28,22 @@ class Family:
         return [self._checked(k) for k in lengths]
 
     def _checked(self, k: int) -> tuple[Ids, Ids]:
+        if not callable(self.pair):
+            raise InputError(
+                f"family {self.name!r}: {one_line(repr(self.pair), 60)} came as pair; expected a function that "
+                "gives two token lists for a length: give one"
+            )
         pair = self.pair(k)
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise InputError(f"family {self.name!r}: pair({k}) gave a {type(pair).__name__}; expected two token lists")
+            raise InputError(
+                f"family {self.name!r}: pair({k}) gave a {type(pair).__name__}; expected two token lists: let it "
+                "return a tuple of both"
+            )
         first, second = (_ids(self.name, k, one) for one in pair)
         if first == second:
             raise InputError(
                 f"family {self.name!r}: its two prompts of length {k} are equal ({len(first)} tokens); expected two "
-                "that differ"
+                "that differ: change one of them"
             )
         return first, second
 
@@ -55,7 +63,7 @@ def as_family(family: Any, *, step: int = 1) -> Family:
         return Family("two prompts", lambda k: family, "pair")
     raise InputError(
         f"a {type(family).__name__} came as the family; expected a Family, a function length -> token ids, or a tuple "
-        "of two prompts' token ids"
+        "of two prompts' token ids: see oversquash_lens.families for ready ones"
     )
 
 
@@ -73,7 +81,8 @@ def _ids(name: str, k: int, ids: Any) -> Ids:
         found = tuple(map(operator.index, values))
     except TypeError as error:
         raise InputError(
-            f"family {name!r}: a {type(ids).__name__} came as a prompt of length {k}; expected token ids, whole numbers"
+            f"family {name!r}: a {type(ids).__name__} came as a prompt of length {k}; expected token ids, whole "
+            "numbers: make them with model.tokenizer"
         ) from error
     if len(found) < 2:
         raise InputError(f"family {name!r}: a prompt of {len(found)} tokens came for length {k}; expected at least 2")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.measure.precision import number_format
 
 
@@ -25,11 +25,13 @@ def total_variation(p: Float[Tensor, "*batch n"], q: Float[Tensor, "*batch n"]) 
     >>> total_variation(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0]))
     tensor(1.)
     """
+    _check_alike(p, q)
     return (p - q).abs().sum(-1)
 
 
 def softmax_total_variation(x: Float[Tensor, "*batch n"], x_star: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     """Total variation of softmax(x) and softmax(x*), computed in float64 (Lemma B.2, Proposition B.4)."""
+    _check_alike(x, x_star)
     return total_variation(x.double().softmax(-1), x_star.double().softmax(-1))
 
 
@@ -66,6 +68,7 @@ def last_weights(scores: Float[Tensor, "*batch n"]) -> LastWeights:
     >>> last_weights(torch.zeros(3)).after
     tensor([0.5000, 0.3333, 0.2500], dtype=torch.float64)
     """
+    _check_alike(scores, scores)
     x = scores.double()
     log_sum = x.logcumsumexp(-1)
     spread = x.cummax(-1).values - x.cummin(-1).values
@@ -91,8 +94,8 @@ def total_variation_bound(x: Float[Tensor, " n"], x_star: Float[Tensor, " n"]) -
     >>> total_variation_bound(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == alternating_total_variation(2)
     True
     """
+    _check_alike(x, x_star)
     x, x_star = x.double(), x_star.double()
-    _check_length(len(x))
     difference = x - x_star
     sharp = 2 * math.tanh((difference.max() - difference.min()).item() / 4)
     weight = largest_weight(len(x), (x_star.max() - x_star.min()).item())
@@ -125,7 +128,8 @@ def ratio_representation(
     then differ by what precedes them; the last token of a single layer sees all of the others either way.
     float64, pre-norm (RMS) with a plain MLP; the weights depend on the seed and the sizes alone.
     """
-    if not (digits.isascii() and digits.isdigit()) or n_layers < 1 or d_model < 1 or d_model % n_heads:
+    sizes = min(n_layers, d_model, n_heads)
+    if not (digits.isascii() and digits.isdigit()) or sizes < 1 or d_model % n_heads:
         raise InputError(
             f"digits={digits!r}, n_layers={n_layers}, d_model={d_model}, n_heads={n_heads} came; expected digits such "
             "as '1100', at least one layer, and heads that divide d_model"
@@ -133,10 +137,10 @@ def ratio_representation(
     source = torch.Generator().manual_seed(seed)
 
     def drawn(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
-        return torch.randn(rows, columns, generator=source, dtype=torch.float64) / math.sqrt(d_model)
+        return torch.randn(rows, columns, generator=source, dtype=torch.float64, device="cpu") / math.sqrt(d_model)
 
     v = drawn(10, d_model)[[int(digit) for digit in digits]] * math.sqrt(d_model)
-    hidden = torch.full((len(v), len(v)), causal).triu(1)
+    hidden = torch.full((len(v), len(v)), causal, device="cpu").triu(1)
     for _ in range(n_layers):
         query, key, value, output = (drawn(d_model, d_model) for _ in range(4))
         q, k, u = (_heads(_normed(v) @ weight, n_heads) for weight in (query, key, value))
@@ -186,5 +190,16 @@ def averaging_counting_limit(v0: Float[Tensor, " d_model"], v1: Float[Tensor, " 
 
 
 def _check_length(n: int) -> None:
-    if n < 1:
-        raise InputError(f"n={n} came; expected at least one score")
+    whole_number("n", n)
+
+
+def _check_alike(p: Any, q: Any) -> None:
+    """Two tensors of one shape, with something in them."""
+    if not all(isinstance(each, Tensor) for each in (p, q)):
+        came = next(type(each).__name__ for each in (p, q) if not isinstance(each, Tensor))
+        raise InputError(f"a {came} came; expected a torch.Tensor: wrap the numbers in torch.tensor(…)")
+    if p.shape != q.shape or not p.numel():
+        raise InputError(
+            f"tensors of the shapes {tuple(p.shape)} and {tuple(q.shape)} came; expected both of one shape, at least "
+            "one number each"
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.files import check_place
+from oversquash_lens.files import folder_for
 from oversquash_lens.paper.setting import LENGTHS, Options, Setting
 from oversquash_lens.render.chart import Chart
 from oversquash_lens.render.gallery import write_chart, write_index
@@ -88,15 +88,15 @@ def reproduce(
     if not set(options) <= known:
         raise InputError(f"options {sorted(set(options) - known)} came; expected some of {', '.join(sorted(known))}")
     chosen = chosen_figures([names] if isinstance(names, str | int) else names)
-    folder = check_place(out, "index.html").parent
-    setting = Setting(Options(model=model, **options), folder)
+    asked = Options(model=model, **options)
     for name in LENGTHS.keys() & chosen:
-        setting.lengths(name)
-    made = []
-    for name in chosen:
-        chart = FIGURES[name].chart(setting)
-        made.append(Reproduced(name, chart, write_chart(chart, folder)))
-        write_index(folder)
-        if done is not None:
-            done(made[-1])
+        asked.lengths(name)
+    with folder_for(out, "index.html") as folder:
+        setting, made = Setting(asked, folder), []
+        for name in chosen:
+            chart = FIGURES[name].chart(setting)
+            made.append(Reproduced(name, chart, write_chart(chart, folder)))
+            write_index(folder)
+            if done is not None:
+                done(made[-1])
     return tuple(made)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.measure.family import Family, Ids
 from oversquash_lens.paper.prompts import COPY_NUMBER, HOW_MANY_ONES
 from oversquash_lens.record.prefixes import common
@@ -45,8 +45,8 @@ def separated(
     """
     if counted_from not in ("left", "right"):
         raise InputError(f"counted_from={counted_from!r} came; expected 'left' or 'right'")
-    if every < 1 or step < 1:
-        raise InputError(f"every={every}, step={step} came; expected both to be at least 1")
+    if not all(type(each) is int and each >= 1 for each in (every, step)):
+        raise InputError(f"every={every!r}, step={step!r} came; expected both to be at least 1")
     spell = _Spelling(model, question, separator, bos)
 
     def breaks(k: int) -> Collection[int]:
@@ -85,6 +85,7 @@ def alternating(model: Any, *, question: str = HOW_MANY_ONES, step: int = 1, bos
 
     With `step=1` the two end in different digits; with `step=2` only the count differs.
     """
+    whole_number("step", step)
     spell = _Spelling(model, question, "", bos)
     spell.check([(i + 1) % 2 for i in range(PROBE)])
 
@@ -129,6 +130,11 @@ def word_list(
 
 def followed_by(model: Any, family: Family, text: str) -> Family:
     """The same pairs with `text` behind, such as " Answer:": outside B.3, the repeated token is not the last."""
+    if not isinstance(family, Family):
+        raise InputError(
+            f"a {type(family).__name__} came as the family; expected a Family: make one with a function of "
+            "oversquash_lens.families"
+        )
     tail = text_ids(model, text, bos=False)
 
     def pair(k: int) -> tuple[Ids, Ids]:
@@ -149,6 +155,8 @@ class _Spelling:
     """Digits and separators after a question, token by token, exactly as the tokenizer writes the whole text."""
 
     def __init__(self, model: Any, question: str, separator: str, bos: bool | None) -> None:
+        if not isinstance(question, str):
+            raise InputError(f"question={question!r} came; expected a text such as 'How many ones are there?'")
         begun = f"{question} 1"
         self.model, self.question, self.separator, self.bos = model, question, separator, bos
         self.first = [_continuation(model, question, f" {digit}", bos) for digit in range(10)]

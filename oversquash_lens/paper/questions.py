@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.prompts import EXAMPLES, Examples
 
@@ -103,8 +103,8 @@ def find_task(task: str | Task) -> Task:
     """A task by its name, or the user's own."""
     if isinstance(task, Task):
         return task
-    if task not in TASKS:
-        raise InputError(f"task {task!r} came; expected one of {', '.join(TASKS)}, or a Task")
+    if not isinstance(task, str) or task not in TASKS:
+        raise InputError(f"task {one_line(repr(task), 60)} came; expected one of {', '.join(TASKS)}, or a Task")
     return TASKS[task]
 
 
@@ -129,11 +129,10 @@ class Question:
 def questions(task: str | Task, lengths: Sequence[int] | None, cot: str, samples: int) -> list[Question]:
     """`samples` questions at each length, shortest first; None takes the lengths of the paper's figure."""
     task = find_task(task)
-    if samples < 1:
-        raise InputError(f"samples={samples} came; expected at least 1")
-    chosen = task.lengths if lengths is None else tuple(lengths)
-    if not chosen or len(set(chosen)) != len(chosen) or not all(isinstance(each, int) for each in chosen):
-        raise InputError(f"lengths {chosen} came; expected whole numbers, each once")
+    whole_number("samples", samples)
+    chosen = task.lengths if lengths is None else tuple(lengths) if isinstance(lengths, Iterable) else (lengths,)
+    if not chosen or len(set(chosen)) != len(chosen) or not all(type(each) is int for each in chosen):
+        raise InputError(f"lengths {one_line(chosen, 60)} came; expected whole numbers, each once: give at least one")
     found = []
     for length in sorted(chosen):
         for sample in range(samples):

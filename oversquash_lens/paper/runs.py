@@ -105,10 +105,11 @@ class AnswerFile:
 
     def _check(self, number: int, made_under: Any, key: Key) -> None:
         if made_under != self.settings:
+            there = one_line(_differing(made_under, self.settings), 90)
+            asked = one_line(_differing(self.settings, made_under), 90)
             raise InputError(
-                f"{self.path} holds results of {_differing(made_under, self.settings)}, these are of "
-                f"{_differing(self.settings, made_under)}; expected the same settings: give another file, or run with "
-                "the old settings"
+                f"{self.path} holds results of {there}, these are of {asked}; expected the same settings: give another "
+                "file, or run with the old settings"
             )
         if key in self.answers:
             raise InputError(
@@ -142,11 +143,14 @@ def _torn(line: bytes) -> bool:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, unbuffered and at its start, while nobody else runs into it."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a device or a pipe; expected a file that can be read again: give another one")
     try:
         file = path.open("a+b", buffering=0)
     except OSError as error:
         raise InputError(
-            f"{path} could not be opened ({error.strerror}); mend the rights there, or give another file"
+            f"{path} could not be opened ({error.strerror}); mend the rights there, or give another file: one to read "
+            "and to write is expected"
         ) from error
     with file, _locked(file, path):
         file.seek(0)

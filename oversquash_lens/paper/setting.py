@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.measure.family import Family
 from oversquash_lens.measure.precision import number_format
 from oversquash_lens.paper.published import FIGURE_5_LENGTHS, FIGURE_12
@@ -69,9 +69,22 @@ class Options:
         for each in self.dtypes:
             number_format(each)
         Sampling(self.temperature)
-        for name in ("samples", "probes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} came; expected at least 1")
+        whole_number("samples", self.samples)
+        whole_number("probes", self.probes)
+        if self.longest is not None:
+            whole_number("longest", self.longest, least=0)
+
+    def lengths(self, figure: str) -> tuple[int, ...]:
+        """The figure's lengths, or its quick ones, up to `longest`."""
+        full, quick = LENGTHS[figure]
+        chosen = quick if self.quick else full
+        kept = tuple(k for k in chosen if self.longest is None or k <= self.longest)
+        if not kept:
+            raise InputError(
+                f"a longest length of {self.longest} came; expected at least {chosen[0]}, the shortest of figure "
+                f"{figure}"
+            )
+        return kept
 
 
 class Setting:
@@ -89,8 +102,9 @@ class Setting:
         given = self.options.model
         if hasattr(given, "hook_dict"):
             return given
-        self._say(f"loading {given or NAME} …")
-        return load_model(given or NAME, kind=self.options.kind, **self._loading())
+        name = NAME if given is None else given
+        self._say(f"loading {name} …")
+        return load_model(name, kind=self.options.kind, **self._loading())
 
     @cached_property
     def speaker(self) -> Any:
@@ -100,8 +114,9 @@ class Setting:
 
         given = self.options.model
         if not hasattr(given, "hook_dict"):
-            self._say(f"loading {given or NAME} without hooks …")
-            given = load_twin(given or NAME, **self._loading())
+            name = NAME if given is None else given
+            self._say(f"loading {name} without hooks …")
+            given = load_twin(name, **self._loading())
         return Speaker(given, chat=self.options.chat)
 
     @property
@@ -109,16 +124,7 @@ class Setting:
         return self.model.cfg.model_name
 
     def lengths(self, figure: str) -> tuple[int, ...]:
-        """The figure's lengths, or its quick ones, up to `longest`."""
-        full, quick = LENGTHS[figure]
-        chosen = quick if self.options.quick else full
-        longest = self.options.longest
-        kept = tuple(k for k in chosen if longest is None or k <= longest)
-        if not kept:
-            raise InputError(
-                f"a longest length of {longest} came; expected at least {chosen[0]}, the shortest of figure {figure}"
-            )
-        return kept
+        return self.options.lengths(figure)
 
     def readable(self, lengths: Sequence[int], *made: Family) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Of these lengths those whose prompts the model can read, in every family, and a note on those left out.

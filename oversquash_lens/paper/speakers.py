@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.paper.engines import engine_for, numbers
 from oversquash_lens.paper.likelihood import Continuations, Trunk
 from oversquash_lens.paper.sampling import GREEDY, Pick, Sampling
@@ -73,8 +73,8 @@ class Speaker:
         batch_size: int = BATCH,
         memory: int = MEMORY,
     ) -> None:
-        if batch_size < 1 or memory < 1:
-            raise InputError(f"batch_size={batch_size}, memory={memory} came; expected at least 1 each")
+        whole_number("batch_size", batch_size)
+        whole_number("memory", memory)
         self.engine = engine_for(model.model if isinstance(model, Weights) else model)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if self.tokenizer is None:
@@ -96,7 +96,7 @@ class Speaker:
     def render(self, prompt: str) -> str:
         """The text that the model reads, up to where its reply begins."""
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"the prompt {prompt!r} came; expected a text")
+            raise InputError(f"the prompt {prompt!r} came; expected a text: give one that asks something")
         if not self.chat:
             return f"{prompt}\n"
         turn = [{"role": "user", "content": prompt}]
@@ -144,7 +144,9 @@ class Speaker:
 
         draws = [0] * len(prompts) if draws is None else draws
         if len(draws) != len(prompts):
-            raise InputError(f"{len(draws)} draws came with {len(prompts)} prompts; expected one for each")
+            raise InputError(
+                f"{len(draws)} draws came with {len(prompts)} prompts; expected one for each: give as many"
+            )
         found: dict[int, Reply] = {}
         with tqdm(total=len(prompts), desc=self.label, unit="reply", disable=not progress, leave=False) as bar:
             for batch in self.batches(prompts, sampling):

@@ -186,6 +186,10 @@ def run_task(
     with it after a crash, batch for batch as it would have been.
     """
     task = find_task(task)
+    if not isinstance(speaker, Answering):
+        raise InputError(
+            f"a {type(speaker).__name__} came as the speaker; expected one that answers: wrap a model, Speaker(model)"
+        )
     if cot not in NEW_TOKENS:
         raise InputError(f"cot={cot!r} came; expected one of {', '.join(NEW_TOKENS)}")
     sampling = sampling or Sampling(max_new_tokens=NEW_TOKENS[cot])

@@ -59,7 +59,10 @@ def profile(profile: PathProfile | object, value: str = "share") -> matplotlib.f
         raise InputError(f"a {type(profile).__name__} came; expected a PathProfile: call path_bound or the like first")
     _check_value(value)
     if value == "log10" and math.isnan(profile.log_constant):
-        raise InputError(f"{profile.kind!r} has no log10 values, as its constant C is unspecified; draw value='share'")
+        raise InputError(
+            f"value='log10' came for {profile.kind!r}, whose constant C is unspecified; expected a kind that has one: "
+            "draw value='share'"
+        )
     row = profile.share if value == "share" else profile.log_values / math.log(10)
     name = NAMES.get(profile.kind, profile.kind)
     gloss = GLOSSES.get(profile.kind, "")
@@ -167,7 +170,7 @@ def save(figure: Chart | Any, folder: str | os.PathLike, name: str, formats: Seq
         raise InputError(f"formats {', '.join(sorted(unknown))} came; expected some of {', '.join(FORMATS)}")
     drawn = chart(figure) if isinstance(figure, Chart) else figure
     if not hasattr(drawn, "savefig"):
-        raise InputError(f"a {type(figure).__name__} came; expected a Chart or a matplotlib Figure")
+        raise InputError(f"a {type(figure).__name__} came; expected a Chart or a matplotlib Figure: draw one first")
     payloads = [_as_bytes(drawn, kind, name) for kind in formats]
     return [write_atomically(target, payload) for target, payload in zip(targets, payloads, strict=True)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,15 @@ def report(
     the file appears whole or not at all.
     """
     target = check_writable(path)
+    check_options(options)
     return write_page(findings(model, prompt, probes=probes, chat=chat, bos=bos, **options), target, title=title)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """What `report` and `reports` pass on, by name; asked before the model runs."""
+    known = [name for name in signature(findings).parameters if name not in ("model", "prompt")]
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"options {unknown} came; expected some of {', '.join(known)}")
 
 
 def write_page(found: Findings, path: str | os.PathLike, *, title: str | None = None) -> Path:

@@ -18,7 +18,7 @@ from oversquash_lens.measure.findings import Findings, findings
 from oversquash_lens.render.document import cell, document, head_row, plain, table
 from oversquash_lens.render.headline import estimate_row
 from oversquash_lens.render.html import escape
-from oversquash_lens.render.page import write_page
+from oversquash_lens.render.page import check_options, write_page
 
 HEADING = "What the last token hears, prompt by prompt"
 LONGEST_BEGINNING = 90  # characters of a prompt in the index
@@ -49,6 +49,7 @@ def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str |
     InputError says so. Every file appears whole or not at all, the index anew after each prompt.
     """
     named = _named(prompts)
+    check_options(options)
     target = check_place(folder, "index.html")
     entries: list[Entry] = []
     for number, (name, prompt) in enumerate(named, 1):
@@ -67,14 +68,15 @@ def _named(prompts: Any) -> list[tuple[str | None, Any]]:
         prompts = list(prompts.items())
     if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
         raise InputError(
-            f"prompts of type {type(prompts).__name__} came; expected a list of texts, or of (name, prompt) pairs"
+            f"prompts of type {type(prompts).__name__} came; expected a list of texts, or of (name, prompt) pairs: put "
+            "a single one into a list"
         )
     named = [
         tuple(each) if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) else (None, each)
         for each in prompts
     ]
     if not named:
-        raise InputError("no prompt came; expected a list of texts, or of (name, prompt) pairs")
+        raise InputError("no prompt came; expected a list of texts, or of (name, prompt) pairs: give at least one")
     return named
 
 
