@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from einops import einsum
-from torch import Tensor, nn
+from torch import Tensor
 
 from oversquash_lens.errors import GateError, InputError
 from oversquash_lens.record import gate
-from oversquash_lens.record.layout import Layout
-from oversquash_lens.record.nodes import (
-    MlpState,
-    mlp_lipschitz,
-    node_gain,
-    node_gain_by_backward,
-    probe_directions,
-)
+from oversquash_lens.record.mlp import dense_mlp, experts, no_mlp
 from oversquash_lens.record.parameters import LayerWeights, layer_weights
-from oversquash_lens.record.weights import WeightGains
+from oversquash_lens.record.whole import Whole
 from oversquash_lens.record.wide import wide
 
-# What a layer keeps for the Trace; KEPT_PER_LAYER in the order in which it comes about.
+# What a layer keeps for the Trace, in the order in which it comes about.
 KEPT = (
     "residual",
     "attention_scale",
@@ -42,22 +29,6 @@ KEPT = (
     "mlp_lipschitz",
     "mlp_sigma",
 )
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What all layers of one pass share."""
-
-    model: Any  # None once the recording is over
-    layout: Layout
-    weights: WeightGains
-    node_probes: int | None
-    seed: int
-    verify: bool
-
-    def work(self, value: Tensor) -> Tensor:
-        """float64 models stay float64; everything else is accumulated in float32."""
-        return value.double() if self.layout.dtype == torch.float64 else value.float()
 
 
 class LayerRecord:
@@ -99,9 +70,7 @@ class LayerRecord:
                     stage(self)
 
     def name(self, key: str | None = None) -> str:
-        """`layer 7, attn.hook_pattern`: what an error calls this place."""
-        hook = self.whole.layout.layer_hooks().get(key) if key else None
-        return f"layer {self.index}" + (f", {hook}" if hook else "")
+        return self.whole.name(self.index, key)
 
     def missing(self) -> str | None:
         """The first hook, in the order of their firing, that has not fired."""
@@ -112,7 +81,7 @@ class LayerRecord:
         if self.missing() is not None:
             raise GateError(self.silence())
         gate.check_finite(f"layer {self.index}, hook_resid_post", after)
-        layout, rows = self.whole.layout, self._rows(len(after))
+        layout, rows = self.whole.layout, self.whole.rows(len(after))
         before, writers = ("middle", ("mlp",)) if layout.sequential else ("residual", ("attention", "mlp"))
         update = sum(self._between[f"{part}_update"] for part in writers if f"{part}_update" in self._between)
         name = f"layer {self.index}, {' and '.join(writers)}, hook_resid_post"
@@ -174,11 +143,11 @@ class LayerRecord:
         self.kept["key_norm"] = key.norm(dim=-1).T.contiguous()
         self._between["attention_update"] = self._attention_update(z)
         if layout.mlp == "none":
-            self._no_mlp()
+            self.kept |= no_mlp(self._needed("attention_scale", self.kept))
 
     def middle(self) -> None:
         middle, work = self._pop("middle"), self.whole.work
-        rows = self._rows(len(middle))
+        rows = self.whole.rows(len(middle))
         before, update = self._needed("residual"), self._needed("attention_update")
         gate.check_sum(self.name("middle"), work(before[rows]), update, work(middle[rows]), self.whole.layout.dtype)
         self._between["middle"] = middle
@@ -192,103 +161,20 @@ class LayerRecord:
             self._check_norm("mlp_scale", x, scale)
         else:
             scale = self._needed("attention_scale", self.kept)
-        self.kept["mlp_scale"] = wide(scale)
-        directions = probe_directions(layout.d_model, self.whole.node_probes, self.whole.seed, self.index)
+        weights = self._layer_weights()
         if layout.experts:
-            self._experts(x, directions)
+            found = experts(self.whole, self.index, weights, x, self._pop("mlp_out"))
         else:
-            self._dense_mlp(x, self.whole.work(scale).to(x.device), directions)
+            found = dense_mlp(self.whole, self.index, weights, x, scale, self._pop)
+        self.kept |= {"mlp_scale": wide(scale), **found.kept}
+        self._between["mlp_update"] = found.update
 
     # ------------------------------------------------------------ parts of stages
-
-    def _dense_mlp(self, x: Tensor, scale: Tensor, directions: Tensor) -> None:
-        layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
-        post_scale, post_normalized = None, None
-        if layout.post_norms:
-            post_scale = work(self._pop("mlp_post_scale").reshape(len(x)))
-            post_normalized = work(self._pop("mlp_post_normalized"))
-        state = MlpState(
-            normalized=self._normalized(x, scale),
-            scale=scale,
-            gate=work(self._pop("pre")),
-            up=work(self._pop("pre_linear")) if layout.gated else None,
-            norms=layout.norms,
-            post_scale=post_scale,
-            post_normalized=post_normalized,
-        )
-        rows = self._rows(len(x))
-        post = work(self._pop("post")[rows])
-        gate.check_mlp(self.name("pre"), state, post, w, layout, rows)
-        update = post @ work(w.mlp_out)
-        update = update if w.mlp_out_bias is None else update + work(w.mlp_out_bias)
-        if layout.post_norms:
-            self._check_norm("mlp_post_scale", update, post_scale[rows], at_rows=True)
-            seen = post_normalized[rows]
-            gate.check_same(
-                self.name("mlp_post_normalized"),
-                self._normalized(update, post_scale[rows]),
-                seen,
-                "what the MLP writes, normalised",
-                "hook_normalized",
-                layout.dtype,
-            )
-            update = seen * work(w.mlp_post_gain)
-        self._between["mlp_update"] = update
-        self._keep_gains(state, w, directions)
-
-    def _keep_gains(self, state: MlpState, w: LayerWeights, directions: Tensor) -> None:
-        act, norms, i = self.whole.layout.activation, self.whole.weights, self.index
-        slopes = state.slopes(act)
-        sigma = mlp_lipschitz(slopes, norms.mlp_gate_norm[i], norms.mlp_in_norm[i], norms.mlp_out_norm[i])
-        if state.post_scale is not None:
-            sigma = sigma / wide(state.post_scale)
-        self.kept["node_gain"] = wide(node_gain(state, w, slopes, directions))
-        self.kept["mlp_lipschitz"] = sigma / wide(state.scale)
-        if state.up is None and state.post_scale is None:
-            self.kept["mlp_sigma"] = norms.mlp_in_norm[i] * act.lipschitz * norms.mlp_out_norm[i]
-        else:  # no global constant exists: the largest over this prompt's activations
-            self.kept["mlp_sigma"] = sigma.max()
-
-    def _experts(self, x: Tensor, directions: Tensor) -> None:
-        """A mixture of experts is run again by itself, with its router, and differentiated."""
-        layout, w, rows = self.whole.layout, self._layer_weights(), self._rows(len(x))
-        module = self.whole.model.blocks[self.index].mlp
-        written = self._pop("mlp_out")
-
-        def update(entering: Tensor) -> Tensor:
-            centre = entering.mean(-1, keepdim=True) if layout.centred else 0.0
-            inside = entering - centre
-            if layout.normed:
-                inside = inside / (inside.square().mean(-1, keepdim=True) + layout.eps).sqrt()
-            inside = (inside * w.mlp_gain.to(inside)).to(x.dtype)
-            out = module(inside[None] if w.mlp_norm_bias is None else (inside + w.mlp_norm_bias.to(inside))[None])
-            out = out[0] if isinstance(out, tuple) else out
-            kept["out"] = out.detach().reshape(x.shape)
-            return self.whole.work(out.reshape(x.shape))
-
-        kept: dict[str, Tensor] = {}
-        with _silent(module):
-            self.kept["node_gain"] = wide(node_gain_by_backward(update, self.whole.work(x), directions))
-        gate.check_same(
-            self.name("mlp_out"),
-            self.whole.work(kept["out"][rows]),
-            self.whole.work(written[rows]),
-            "the experts run again",
-            "hook_mlp_out",
-            layout.dtype,
-        )
-        self._between["mlp_update"] = self.whole.work(written[rows])
-        unknown = torch.full_like(self.kept["node_gain"], torch.nan)
-        self.kept |= {"mlp_lipschitz": unknown, "mlp_sigma": unknown[0]}
-
-    def _no_mlp(self) -> None:
-        ones = torch.ones_like(self._needed("attention_scale", self.kept))
-        self.kept |= {"mlp_scale": ones, "node_gain": ones, "mlp_lipschitz": 0 * ones, "mlp_sigma": 0 * ones[0]}
 
     def _attention_update(self, z: Tensor) -> Tensor:
         """What attention writes at the rows that the gate follows; keeps the divisor of its own norm."""
         layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
-        rows = self._rows(len(z))
+        rows = self.whole.rows(len(z))
         update = work(z[rows]).flatten(1) @ work(w.output).flatten(0, 1)
         update = update if w.output_bias is None else update + work(w.output_bias)
         if not layout.post_norms:
@@ -297,12 +183,12 @@ class LayerRecord:
         scale = self._pop("attention_post_scale").reshape(len(z))
         self._check_norm("attention_post_scale", update, scale[rows], at_rows=True)
         self._keep_scale("attention_post_scale", scale[:, None])
-        return self._normalized(update, work(scale[rows])) * work(w.attention_post_gain)
+        return self.whole.normalized(update, work(scale[rows])) * work(w.attention_post_gain)
 
     def _check_projections(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        rows, residual = self._rows(len(query)), self._needed("residual")
+        rows, residual = self.whole.rows(len(query)), self._needed("residual")
         scale = self.whole.work(self._needed("attention_scale", self.kept)[rows])
-        normalized = self._normalized(residual[rows], scale)
+        normalized = self.whole.normalized(residual[rows], scale)
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
         gate.check_projections(self.name(), normalized, self._layer_weights(), seen, self.whole.layout.dtype)
 
@@ -324,21 +210,12 @@ class LayerRecord:
         scale = (einsum(x, x, "pos head i, pos head i -> pos head") / x.shape[-1] + self.whole.layout.eps).sqrt()
         return x / scale[..., None] * gain.to(x), wide(scale).T.contiguous()
 
-    def _normalized(self, x: Tensor, scale: Tensor) -> Tensor:
-        x = self.whole.work(x)
-        centre = x.mean(-1, keepdim=True) if self.whole.layout.centred else 0.0
-        return (x - centre) / scale.to(x)[:, None]
-
     def _check_norm(self, key: str, x: Tensor, scale: Tensor, at_rows: bool = False) -> None:
-        rows = slice(None) if at_rows else self._rows(len(x))
+        rows = slice(None) if at_rows else self.whole.rows(len(x))
         gate.check_norm(self.name(key), x[rows], scale[rows], self.whole.layout)
 
     def _keep_scale(self, key: str, scale: Tensor) -> None:
         self.kept[key] = wide(scale[:, 0])
-
-    def _rows(self, n: int) -> Tensor:
-        """Where residual bookkeeping and matrices are followed: the last position, or all of them."""
-        return torch.arange(n, device="cpu") if self.whole.verify else torch.tensor([n - 1], device="cpu")
 
     def _layer_weights(self) -> LayerWeights:
         if self._weights is None:
@@ -378,17 +255,3 @@ STAGES = (
 def _one_prompt(value: Tensor) -> Tensor:
     """Without the batch axis; some classes hand their norms all positions of all prompts in one row."""
     return value[0] if value.shape[0] == 1 else value
-
-
-@contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's hook points call nobody, so running it again goes unseen."""
-    points = [each for each in module.modules() if type(each).__name__ == "HookPoint"]
-    before = [(point._forward_hooks, point._backward_hooks) for point in points]
-    try:
-        for point in points:
-            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
-        yield
-    finally:
-        for point, (forward, backward) in zip(points, before, strict=True):
-            point._forward_hooks, point._backward_hooks = forward, backward

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, ModelError
+from oversquash_lens.record import structure
 from oversquash_lens.record.about import About, software_versions
-from oversquash_lens.record.activations import ACTIVATIONS, Activation
+from oversquash_lens.record.activations import Activation
 from oversquash_lens.record.norms import folded_final_gain, is_folded, norm_gain
 
 
@@ -163,11 +164,11 @@ def model_layout(model: Any) -> Layout:
             "load one with oversquash_lens.load_model()"
         )
     hooks = model.hook_dict  # a bridge builds it anew at every look
-    _refuse_unknown_structure(model, hooks)
+    structure.refuse_unknown_structure(model, hooks)
     cfg, block = model.cfg, model.blocks[0]
     folded = is_folded(model)
     restore = folded_final_gain(model) if folded else None
-    weight, mlp = block.attn.W_O, _mlp_kind(block)
+    weight, mlp = block.attn.W_O, structure.mlp_kind(block)
     layout = Layout(
         n_layers=len(model.blocks),
         n_heads=weight.shape[0],
@@ -175,22 +176,22 @@ def model_layout(model: Any) -> Layout:
         d_model=weight.shape[2],
         d_mlp=block.mlp.W_out.shape[0] if mlp in ("plain", "gated") else 0,
         n_ctx=cfg.n_ctx,
-        norms=_norms(model, hooks),
-        parallel=_parallel(model, hooks),
-        shared_norm=_parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
+        norms=structure.norms(model, hooks),
+        parallel=structure.parallel(model, hooks),
+        shared_norm=structure.parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
         post_norms="blocks.0.ln1_post.hook_scale" in hooks,
         qk_norm=any(f"blocks.0.attn.{name}.hook_scale" in hooks for name in ("q_norm", "k_norm")),
         mlp=mlp,
         # A bridge's plain attention hands everything to the module that it wraps; its other kinds compute themselves.
         delegated=type(block.attn).__name__ == "AttentionBridge",
-        rotary_dim=getattr(_config(model), "rotary_dim", None) or 0,
-        alibi=bool(getattr(_config(model), "alibi", False)) or getattr(_config(model), "model_type", "") == "bloom",
-        score_factor=_score_factor(model),
-        soft_cap=_soft_cap(model),
-        windows=tuple(_window(model, layer) for layer in range(len(model.blocks))),
-        sinks=per_head_sinks(block) is not None,
+        rotary_dim=structure.rotary_dim(model),
+        alibi=structure.alibi(model),
+        score_factor=structure.score_factor(model),
+        soft_cap=structure.soft_cap(model),
+        windows=tuple(structure.window(model, layer) for layer in range(len(model.blocks))),
+        sinks=structure.per_head_sinks(block) is not None,
         eps=float(getattr(cfg, "eps", None) or 1e-5),
-        activation=_activation(model) if mlp in ("plain", "gated") else None,
+        activation=structure.activation(model) if mlp in ("plain", "gated") else None,
         dtype=weight.dtype,
         folded=folded,
         final_gain=norm_gain(getattr(model, "ln_final", None), model) if restore is None else restore,
@@ -218,114 +219,10 @@ def describe(model: HookedModel, layout: Layout) -> About:
     )
 
 
-def per_head_sinks(block: Any) -> Float[Tensor, " head"] | None:
-    """Each head's score of nothing at all, a parameter where attention may look away (gpt-oss)."""
-    sinks = getattr(getattr(block.attn, "original_component", block.attn), "sinks", None)
-    return sinks.detach() if isinstance(sinks, Tensor) else None
-
-
-def has_weight(module: Any, name: str) -> bool:
-    return isinstance(getattr(module, name, None), Tensor)
-
-
-def _name(model: HookedModel) -> str:
-    return getattr(model.cfg, "model_name", None) or "this model"
-
-
-def _refuse_unknown_structure(model: HookedModel, hooks: dict[str, Any]) -> None:
-    """What would make the recorded hooks tell another story than the theory's equations."""
-    cfg, block = model.cfg, model.blocks[0]
-    normed = "blocks.0.ln1.hook_scale" in hooks
-    architecture = str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or "")
-    reasons = {
-        "no attention in its first block": not hasattr(block, "attn") or not has_weight(block.attn, "W_O"),
-        "attention that is not causal": getattr(cfg, "attention_dir", "causal") != "causal",
-        "norms behind attention and MLP only": "olmo2" in architecture.lower() or "olmo3" in architecture.lower(),
-        "norms in some places only": normed != ("ln_final.hook_scale" in hooks),
-        "queries and keys normalised across heads": _norms_across_heads(block),
-        "blocks that differ in kind": len({_mlp_kind(each) for each in model.blocks if hasattr(each, "attn")}) > 1
-        or not all(hasattr(each, "attn") for each in model.blocks),
-    }
-    found = [reason for reason, applies in reasons.items() if applies]
-    if found:
-        raise ModelError(
-            f"{_name(model)} has {' and '.join(found)}; expected a causal decoder that normalises what attention and "
-            "MLP read, or nothing (GPT-2, NeoX, Llama, Qwen, Gemma, Mixtral, …): its measures would not hold, so "
-            "they are refused"
-        )
-
-
 def _refuse_missing_hooks(model: HookedModel, layout: Layout, hooks: dict[str, Any]) -> None:
     missing = [name for name in layout.layer_hooks().values() if f"blocks.0.{name}" not in hooks]
     if missing:
         raise ModelError(
-            f"{_name(model)} has no hook {missing[0]!r} in its blocks; expected TransformerLens' standard hooks: load "
-            "the model with attn_implementation='eager'"
+            f"{structure.model_name(model)} has no hook {missing[0]!r} in its blocks; expected TransformerLens' "
+            "standard hooks: load the model with attn_implementation='eager'"
         )
-
-
-def _mlp_kind(block: Any) -> str:
-    mlp = getattr(block, "mlp", None)
-    if mlp is None:
-        return "none"
-    if has_weight(mlp, "W_gate") and has_weight(mlp, "W_in"):
-        return "gated"
-    return "plain" if has_weight(mlp, "W_in") else "experts"
-
-
-def _norms(model: HookedModel, hooks: dict[str, Any]) -> str:
-    if "blocks.0.ln1.hook_scale" not in hooks:
-        return "none"
-    return "rms" if "RMS" in str(getattr(model.cfg, "normalization_type", "LN") or "LN") else "layer"
-
-
-def _parallel(model: HookedModel, hooks: dict[str, Any]) -> bool:
-    return hasattr(model.blocks[0], "mlp") and "blocks.0.hook_resid_mid" not in hooks
-
-
-def _norms_across_heads(block: Any) -> bool:
-    norm = getattr(block.attn, "q_norm", None) if hasattr(block, "attn") else None
-    weight = getattr(norm, "w", None) if norm is not None else None
-    weight = getattr(norm, "weight", None) if weight is None else weight
-    return weight is not None and weight.numel() != block.attn.W_Q.shape[2]
-
-
-def _soft_cap(model: HookedModel) -> float | None:
-    """c of c·tanh(score / c); None where scores are not capped."""
-    own = getattr(getattr(model.blocks[0].attn, "original_component", None), "attn_logit_softcapping", None)
-    cap = own if own is not None else getattr(model.cfg, "attn_scores_soft_cap", None)
-    return float(cap) if cap is not None and cap > 0 else None
-
-
-def _window(model: HookedModel, layer: int) -> int | None:
-    component = getattr(model.blocks[layer].attn, "original_component", None)
-    if component is not None:
-        window = getattr(component, "sliding_window", None)
-        return window if isinstance(window, int) and window > 0 else None
-    kinds = getattr(model.cfg, "attn_types", None)
-    local = getattr(model.cfg, "use_local_attn", False) and kinds is not None and kinds[layer] == "local"
-    return model.cfg.window_size if local else None
-
-
-def _activation(model: HookedModel) -> Activation:
-    """A bridge's own word for it is not always true; what it wraps knows better."""
-    config = _config(model)
-    words = (
-        getattr(config, word, None) for word in ("hidden_activation", "hidden_act", "activation_function", "activation")
-    )
-    name = next((word for word in words if isinstance(word, str)), None) or getattr(model.cfg, "act_fn", None)
-    name = "gelu_new" if getattr(config, "model_type", "") == "bloom" else name  # it has no word for its own
-    if name not in ACTIVATIONS:
-        raise ModelError(f"activation {name!r} came; expected one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
-
-
-def _config(model: HookedModel) -> Any:
-    """transformers' config of what a bridge wraps; None for a HookedTransformer."""
-    return getattr(getattr(model, "original_model", None), "config", None)
-
-
-def _score_factor(model: HookedModel) -> float:
-    """Rotations that stretch what they turn (YaRN) do so to queries and keys both."""
-    inner = getattr(getattr(model, "original_model", None), "model", None)
-    return float(getattr(getattr(inner, "rotary_emb", None), "attention_scaling", None) or 1.0) ** 2

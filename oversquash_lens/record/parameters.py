@@ -8,8 +8,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.record.layout import HookedModel, Layout, per_head_sinks
+from oversquash_lens.record.layout import HookedModel, Layout
 from oversquash_lens.record.norms import norm_bias, norm_gain
+from oversquash_lens.record.structure import per_head_sinks
 
 
 @dataclass(frozen=True)

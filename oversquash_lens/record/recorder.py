@@ -15,7 +15,7 @@ from oversquash_lens.errors import GateError, whole_number
 from oversquash_lens.record import gate
 from oversquash_lens.record.attention import KeptAttention
 from oversquash_lens.record.hooks import Hook, NamedHook, attached
-from oversquash_lens.record.layer import KEPT, LayerRecord, Whole
+from oversquash_lens.record.layer import KEPT, LayerRecord
 from oversquash_lens.record.layout import HookedModel, describe, model_layout
 from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.norms import norm_bias, norm_gain
@@ -25,6 +25,7 @@ from oversquash_lens.record.support import layout_support
 from oversquash_lens.record.trace import Gains, Trace
 from oversquash_lens.record.verify import verify_pass
 from oversquash_lens.record.weights import weight_gains
+from oversquash_lens.record.whole import Whole
 from oversquash_lens.record.wide import wide
 
 NODE_PROBES = 2  # a node gain then is off by 0.02 in log10 (rms, SmolLM2), a tenth of what the estimate itself is

@@ -1,0 +1,44 @@
+"""What all layers of one recorded pass share, and how they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oversquash_lens.record.layout import Layout
+from oversquash_lens.record.weights import WeightGains
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One pass: of which model, in what structure, with how many probes of each node, checked at how many positions."""
+
+    model: Any  # None once the recording is over
+    layout: Layout
+    weights: WeightGains
+    node_probes: int | None
+    seed: int
+    verify: bool
+
+    def work(self, value: Tensor) -> Tensor:
+        """float64 models stay float64; everything else is accumulated in float32."""
+        return value.double() if self.layout.dtype == torch.float64 else value.float()
+
+    def normalized(self, x: Float[Tensor, "row d"], scale: Float[Tensor, " row"]) -> Float[Tensor, "row d"]:
+        """What a norm of this model makes of x, its gain left out."""
+        x = self.work(x)
+        centre = x.mean(-1, keepdim=True) if self.layout.centred else 0.0
+        return (x - centre) / scale.to(x)[:, None]
+
+    def rows(self, n: int) -> Int[Tensor, " row"]:
+        """Where residual bookkeeping and matrices are followed: the last position, or all of them."""
+        return torch.arange(n, device="cpu") if self.verify else torch.tensor([n - 1], device="cpu")
+
+    def name(self, layer: int, key: str | None = None) -> str:
+        """`layer 7, attn.hook_pattern`: what an error calls a place."""
+        hook = self.layout.layer_hooks().get(key) if key else None
+        return f"layer {layer}" + (f", {hook}" if hook else "")
