@@ -86,7 +86,7 @@ def read_alone(
         kept["y"] = _restored(y[0, -1], layout).clone()
 
     hooks = [(f"blocks.{layout.n_layers - 1}.{LAYER_HOOKS['z']}", keep_heads)]
-    with torch.no_grad(), attached(model, hooks), _listening(model.ln_final, keep_prediction_input):
+    with torch.no_grad(), attached(model, hooks), _listening(_last_module(model), keep_prediction_input):
         run_trunk(model, ids, batch=batch)
     return kept["y"], kept["heads"]
 
@@ -189,7 +189,7 @@ class _Reader:
             (f"blocks.{layers[-1]}.{LAYER_HOOKS['z']}", keeper(self.heads)),
             *self._attention_hooks([one for one in wanted if self.compared[one[0]]]),
         ]
-        with attached(self.model, hooks), _listening(self.model.ln_final, keep_prediction_input):
+        with attached(self.model, hooks), _listening(_last_module(self.model), keep_prediction_input):
             yield
 
     def _attention_hooks(self, wanted: list[Wanted]) -> list[NamedHook]:
@@ -253,6 +253,11 @@ def _check_row(layer: int, row: Float[Tensor, "head src"]) -> None:
             f"layer {layer}: an attention row sums to 1 ± {off[wrong].max().item():.2g}; expected 1: this hook does "
             "not show the softmax that the model uses"
         )
+
+
+def _last_module(model: HookedModel) -> Any:
+    """What hands on the unembedding's input at all positions: the final norm, or the last block where there is none."""
+    return model.ln_final if hasattr(model, "ln_final") else model.blocks[-1]
 
 
 @contextmanager
