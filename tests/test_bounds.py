@@ -41,7 +41,7 @@ from small_models import (
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.paths import log_path_products
-from oversquash_lens.record.layout import ACTIVATIONS
+from oversquash_lens.record.activations import ACTIVATIONS
 
 TIGHT = 1e-12  # relative; float64 against float64
 # A Llama on Bridge is rotated in float32, so ‖q‖ and ‖k‖ change by that much between projection and score.

@@ -113,5 +113,5 @@ def test_few_paths_are_all_of_them() -> None:
 def test_bad_k_is_refused() -> None:
     flow = osl.flow(osl.record(hooked(9), tokens_for(9, 5)))
     for function in (osl.heaviest_edges, osl.heaviest_paths):
-        with pytest.raises(InputError, match="k=0 came; expected a whole number of at least 1"):
+        with pytest.raises(InputError, match="k=0 came; expected at least 1, as a whole number"):
             function(flow, 0)

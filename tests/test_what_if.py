@@ -19,8 +19,8 @@ from oversquash_lens.measure.bounds import CALIBRATED, VARIANTS, path_bound
 from oversquash_lens.measure.mean_field import mean_field_sensitivity
 from oversquash_lens.measure.what_if import MEASURES, Change, Outcome, WhatIf, what_if
 from oversquash_lens.record import edits
+from oversquash_lens.record.activations import ACTIVATIONS
 from oversquash_lens.record.hooks import attached
-from oversquash_lens.record.layout import ACTIVATIONS
 from oversquash_lens.record.recorder import record
 
 # Its norms, softmax and rotations are float32 inside.

@@ -21,6 +21,9 @@ from oversquash_lens.render.trust import assumed, audited
 TITLE = "What the last token hears"
 SECTIONS = (by_token, by_depth, by_head, by_route, by_path, by_layer, audited, assumed, in_numbers)
 
+# What `findings` can be told, by name.
+OPTIONS = tuple(name for name in signature(findings).parameters if name not in ("model", "prompt"))
+
 
 def report(
     model: Any,
@@ -46,9 +49,8 @@ def report(
 
 def check_options(options: Mapping[str, Any]) -> None:
     """What `report` and `reports` pass on, by name; asked before the model runs."""
-    known = [name for name in signature(findings).parameters if name not in ("model", "prompt")]
-    if unknown := sorted(set(options) - set(known)):
-        raise InputError(f"options {unknown} came; expected some of {', '.join(known)}")
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise InputError(f"options {unknown} came; expected some of {', '.join(OPTIONS)}")
 
 
 def write_page(found: Findings, path: str | os.PathLike, *, title: str | None = None) -> Path:
