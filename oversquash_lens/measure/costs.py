@@ -25,9 +25,9 @@ MAPS = 8  # copies of a block of rows, all heads, that an estimate works with
 
 # Time, in attentions of one layer (what Speed times) per [head, dest, src] of it.
 FORWARD = 1.2
-CHECKS = 0.5
-BOUNDS = 1.5
-ESTIMATE = 1.5
+CHECKS = 0.7
+BOUNDS = 2.2
+ESTIMATE = 2.0
 FLOW = 2.0
 BACKWARD = 2.5
 EIGENVALUES = 3  # of a matrix, in products of it with itself
