@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 
 import oversquash_lens as osl
+from benchmarks.lens_vs_forward import plain, seconds
 from benchmarks.prompts import MEETING
 from oversquash_lens.record import gate
 from oversquash_lens.record.layer import LayerRecord
@@ -85,17 +86,6 @@ def one_length(model, tokens: torch.Tensor, repeats: int) -> str:
     ratios = [statistics.median(a / b for a, b in zip(each[1:], forward[1:], strict=True)) for each in (record, full)]
     checks = f"{statistics.median(share[1:]):.1f} {max(share[1:]):.1f}"
     return f"{len(tokens):5d} {plain_time:7.2f} s {ratios[0]:8.2f} {checks:>8} {ratios[1]:8.2f}"
-
-
-def plain(model, tokens: torch.Tensor) -> None:
-    with torch.no_grad():
-        model(tokens[None])
-
-
-def seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure import costs
 from oversquash_lens.measure.forecast import MEASURES, duration
-from oversquash_lens.measure.jacobian import BATCH, MEMORY, _product_bytes
+from oversquash_lens.measure.jacobian import BATCH, MEMORY, differentiate
 from oversquash_lens.measure.speed import Speed, measure_speed
 from oversquash_lens.record import room
 from oversquash_lens.record.layout import model_layout
+from oversquash_lens.record.prompt import tokenize
 from oversquash_lens.record.room import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
 from oversquash_lens.record.size import Size, check_recording, kept_bytes, size_of
 
@@ -167,7 +168,11 @@ def test_patterns_grow_with_the_square_and_are_named() -> None:
 def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
     assert costs.BATCH == BATCH
     for model in both_kinds():
-        assert costs.product_bytes(size_of(model), 9) == _product_bytes(model_layout(model), 9)
+        layout = model_layout(model)
+        widest = max(4 * layout.n_heads * 9 * 9, 4 * 9 * layout.d_mlp)
+        expected = (widest + 6 * 9 * layout.d_model) * layout.dtype.itemsize
+        tape = differentiate(model, layout, tokenize(model, tokens_for(5, 9)))
+        assert costs.product_bytes(size_of(model), 9) == tape.bytes_per_product == expected
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -55,6 +55,11 @@ def verify_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def recording_options(options: argparse.Namespace) -> dict[str, Any]:
+    """How to record, as every door that records takes it."""
+    return {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
+
+
 def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None) -> bool:
     """With --plan print the forecast in place of the result; says whether it did."""
     if not options.plan:

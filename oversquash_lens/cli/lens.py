@@ -15,6 +15,7 @@ from oversquash_lens.cli.common import (
     prompt_command,
     prompt_of,
     read_text,
+    recording_options,
     verify_option,
 )
 from oversquash_lens.errors import InputError, one_line
@@ -146,8 +147,7 @@ def run_bound(options: argparse.Namespace) -> None:
     model = load(options)
     if planned(options, model, prompt, "bound"):
         return
-    how = {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
-    trace = record(model, prompt, **how)
+    trace = record(model, prompt, **recording_options(options))
     if options.variant == "mean_field":
         profile = mean_field_sensitivity(trace)
     else:
@@ -172,14 +172,7 @@ def _effort(options: argparse.Namespace, probes: int | None) -> dict[str, Any]:
     """How to record and how hard to measure, as `audit` and `findings` take it."""
     if probes is not None and probes < 1:
         raise InputError(f"--probes {probes} came; expected at least 1")
-    return {
-        "probes": probes,
-        "chat": options.chat,
-        "bos": options.bos,
-        "seed": options.seed,
-        "verify": options.verify,
-        "progress": True,
-    }
+    return {"probes": probes, **recording_options(options), "progress": True}
 
 
 def _number_or_word(text: str) -> float | str:

@@ -6,7 +6,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, prompt_command, prompt_of, verify_option
+from oversquash_lens.cli.common import (
+    check_out,
+    deliver,
+    load,
+    prompt_command,
+    prompt_of,
+    recording_options,
+    verify_option,
+)
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import InputError, one_line
 
@@ -38,11 +46,8 @@ def run_what_if(options: argparse.Namespace) -> None:
         *edits,
         variant=options.variant,
         probes=None if options.exact else options.probes,
-        chat=options.chat,
-        bos=options.bos,
-        seed=options.seed,
-        verify=options.verify,
         progress=True,
+        **recording_options(options),
     )
     deliver(options, result.to_dict(), str(result))
 

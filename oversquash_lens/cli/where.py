@@ -13,6 +13,7 @@ from oversquash_lens.cli.common import (
     planned,
     prompt_command,
     prompt_of,
+    recording_options,
     verify_option,
 )
 from oversquash_lens.cli.lens import VARIANT_NAMES
@@ -49,8 +50,7 @@ def run_flow(options: argparse.Namespace) -> None:
     model = load(options)
     if planned(options, model, prompt, "flow"):
         return
-    how = {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
-    trace = record(model, prompt, **how)
+    trace = record(model, prompt, **recording_options(options))
     source = None if options.source is None else position_of(options.source, trace.tokens)
     squashed = squashing(trace, options.variant) if source is None else None
     found = squashed.flow if squashed else flow(trace, options.variant, source)

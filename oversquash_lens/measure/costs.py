@@ -14,7 +14,7 @@ from oversquash_lens.measure.speed import Speed
 from oversquash_lens.record.room import MEMORY_VARIABLE, available_bytes, check_room, in_words
 from oversquash_lens.record.size import BASE, Size, device_of, kept_bytes, record_bytes, size_of
 
-BATCH = 64  # backward products at a time, at most: measure/jacobian.py
+BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
 # What autograd keeps of one layer: multiples of its activations, and of its [head, dest, src].
 TAPE = {"bridge": (1, 1), "hooked": (2, 3)}
 ALIVE = 0.4  # of the memory set aside for a batch of backward products, what they are seen to take
@@ -35,7 +35,7 @@ LAYER = 0.006  # seconds of Python per layer gone through: hooks, checks, one ca
 
 
 def product_bytes(size: Size, n: int) -> int:
-    """What one backward product is allowed for, as `measured_sensitivity` reckons it."""
+    """About what one backward product keeps alive at its widest: attention of one layer, or its MLP."""
     widest = max(4 * size.n_heads * n * n, 4 * n * (size.d_mlp or 4 * size.d_model))
     return (widest + 6 * n * size.d_model) * size.itemsize
 
@@ -96,7 +96,7 @@ def fitting_memory(model: Any, n: int, memory: int, *, spectral: bool = False) -
     """
     size, there = size_of(model), available_bytes(device_of(model))
     fixed = sum(tape_bytes(size, n).values())
-    least = fixed + sum(truth_bytes(size, n, 1, 0, spectral).values()) - sum(tape_bytes(size, n).values())
+    least = sum(truth_bytes(size, n, 1, 0, spectral).values())
     if least > there:
         raise InputError(
             f"the truth of {n} tokens needs at least {in_words(least)} of memory beyond what is in use, "

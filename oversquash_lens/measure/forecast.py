@@ -15,13 +15,12 @@ from typing import Any
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.measure import costs
 from oversquash_lens.measure.costs import Work
+from oversquash_lens.measure.jacobian import MEMORY
 from oversquash_lens.measure.speed import measure_speed
 from oversquash_lens.record.prompt import Prompt, tokenize
 from oversquash_lens.record.room import available_bytes, in_words
 from oversquash_lens.record.size import BASE, Size, device_of, kept_bytes, logits_bytes, record_bytes, size_of
 from oversquash_lens.record.weights import weights_known
-
-MEMORY = 1 << 30  # as measure/jacobian.py sets aside for a batch of backward products
 
 Bytes = Mapping[str, int]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, ModelError, whole_number
-from oversquash_lens.measure.costs import fitting_memory
+from oversquash_lens.measure.costs import BATCH, fitting_memory, product_bytes
 from oversquash_lens.measure.paths import json_numbers
 from oversquash_lens.record import gate
 from oversquash_lens.record.about import About
@@ -27,6 +27,7 @@ from oversquash_lens.record.hooks import NamedHook, attached
 from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, Layout, describe, model_layout
 from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
+from oversquash_lens.record.size import size_of
 from oversquash_lens.record.support import layout_support, refuse_unsupported
 from oversquash_lens.record.verify import patterns_are_used
 
@@ -34,7 +35,6 @@ NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")
 MEMORY = 1 << 30  # bytes that one batch of backward products may take
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
-BATCH = 64  # products at a time even where memory allows more: no faster beyond, and the progress bar moves
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt
     gate.check_finite("the unembedding's input", output)
     if layout.restore_gain is not None:
         output = output * layout.restore_gain.to(output)
-    return Tape(output, caught["leaf"], _product_bytes(layout, len(tokenized.ids)))
+    return Tape(output, caught["leaf"], product_bytes(size_of(model), len(tokenized.ids)))
 
 
 def exact_norms(
@@ -261,9 +261,3 @@ def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: Tokeni
             f"{model.cfg.model_name}: halving its attention patterns changes nothing; expected hook_pattern to be "
             "what the model uses: freezing attention is not possible with this model class"
         )
-
-
-def _product_bytes(layout: Layout, n: int) -> int:
-    """About what one vector-Jacobian product keeps alive at its widest: attention of one layer, or its MLP."""
-    attention, mlp = 4 * layout.n_heads * n * n, 4 * n * (layout.d_mlp or 4 * layout.d_model)
-    return (max(attention, mlp) + 6 * n * layout.d_model) * layout.dtype.itemsize

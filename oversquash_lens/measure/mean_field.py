@@ -57,7 +57,9 @@ class MeanSquareEdges(SplitEdges):
 
     def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
         rows = attention_rows(self.trace, layer, start, stop)
-        return self._whole(rows, self._key_side(rows, layer, start).sum(0), layer, start)
+        return self._whole(
+            rows, self._key_side(rows, layer, start).sum(0), self._divisor(rows, layer, start), layer, start
+        )
 
     def parts(self, layer: int, start: int, stop: int) -> Parts:
         """What heads add to or take from one another and the residual stream is shared out in proportion to what
@@ -65,10 +67,11 @@ class MeanSquareEdges(SplitEdges):
         """
         rows = attention_rows(self.trace, layer, start, stop)
         key_side = self._key_side(rows, layer, start)
-        edges = self._whole(rows, key_side.sum(0), layer, start)
+        divisor = self._divisor(rows, layer, start)
+        edges = self._whole(rows, key_side.sum(0), divisor, layer, start)
         gram = self.trace.gains.weights.ov_gram[layer].to(rows)
         alone = torch.addcmul(key_side, rows * rows, gram.diagonal()[:, None, None])
-        alone /= self._divisor(rows, layer, start)
+        alone /= divisor
         own = self._own(rows, layer, start)
         total = alone.sum(0)
         total.diagonal(offset=start).add_(own)
@@ -76,14 +79,19 @@ class MeanSquareEdges(SplitEdges):
         return Parts(alone.mul_(ratio), own * ratio.diagonal(offset=start))
 
     def _whole(
-        self, rows: Float[Tensor, "head dest src"], key_side: Float[Tensor, "dest src"], layer: int, start: int
+        self,
+        rows: Float[Tensor, "head dest src"],
+        key_side: Float[Tensor, "dest src"],
+        divisor: Float[Tensor, "dest src"],
+        layer: int,
+        start: int,
     ) -> Float[Tensor, "dest src"]:
         stop, gains = rows.shape[2], self.trace.gains
         looking_at_itself = rows.diagonal(offset=start, dim1=1, dim2=2)
         interference = einsum(looking_at_itself, gains.weights.ov_trace[layer].to(rows), "head dest, head -> dest")
         interference /= (gains.attention_scale * gains.attention_post_scale)[layer, start:stop].to(rows)
         value_side = _value_side(rows, gains.weights.ov_gram[layer].to(rows))
-        edges = (value_side + key_side) / self._divisor(rows, layer, start)
+        edges = (value_side + key_side) / divisor
         edges.diagonal(offset=start).add_(self._own(rows, layer, start) + 2 * interference)
         return edges.clamp(min=0)  # a mean square, whatever rounding says
 

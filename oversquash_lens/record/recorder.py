@@ -167,7 +167,7 @@ class Recorder:
         y, last = self._whole.work(y[-1]), self._needed("last")
         if not self.layout.normed:
             self._kept["final_scale"] = torch.ones((), dtype=torch.float64, device="cpu")
-        own = (last - last.mean() if self.layout.centred else last) / self._needed("final_scale").to(last)
+        own = self._whole.normalized(last[None], self._needed("final_scale")[None])[0]
         norm = getattr(self._model, "ln_final", None)
         gain, bias = norm_gain(norm, self._model), norm_bias(norm)
         own = own * gain.to(own) + (0.0 if bias is None else bias.to(own))

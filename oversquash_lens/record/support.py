@@ -43,11 +43,11 @@ def layout_support(layout: Layout) -> dict[str, Verdict]:
     }
 
 
-def refuse_unsupported(layout_support: dict[str, Verdict], measure: str, model: str) -> None:
+def refuse_unsupported(supported: dict[str, Verdict], measure: str, model: str) -> None:
     """Raise the ModelError that says why, where a measure is refused."""
-    verdict = layout_support[measure]
+    verdict = supported[measure]
     if verdict.state == "refused":
-        others = ", ".join(name for name, other in layout_support.items() if other.state != "refused")
+        others = ", ".join(name for name, other in supported.items() if other.state != "refused")
         raise ModelError(
             f"{measure} was asked of {model}: refused, because {verdict.why}; expected a model without that: ask for "
             f"one of {others} instead"
