@@ -33,19 +33,30 @@ def one_line(error: BaseException) -> str:
 # ---------------------------------------------------------------- hooks
 
 
+@pytest.mark.parametrize("attention", ["kept", "recomputed"])
 @pytest.mark.parametrize("key", LAYER_HOOKS)
 def test_a_hook_that_never_fires_is_found_out(
-    key: str, fresh: tuple[Model, Tokens], monkeypatch: pytest.MonkeyPatch, count_hooks: Callable
+    key: str,
+    attention: str,
+    fresh: tuple[Model, Tokens],
+    monkeypatch: pytest.MonkeyPatch,
+    count_hooks: Callable,
 ) -> None:
     model, tokens = fresh
-    has_it = key in model_layout(model).layer_hooks()
+    has_it = key in model_layout(model).layer_hooks(attention)
     monkeypatch.setitem(LAYER_HOOKS, key, NEVER_FIRES)
     before = count_hooks(model)
-    if not has_it:  # the architecture has no such hook: nobody waits for it
-        osl.record(model, tokens)
+
+    def recorded() -> osl.Trace:
+        with osl.recording(model, attention=attention) as recorder, torch.no_grad():
+            model(tokens)
+        return recorder.trace()
+
+    if not has_it:  # the architecture has no such hook, or the route does not need it: nobody waits for it
+        assert recorded().n_positions == 6
         return
     with pytest.raises(GateError) as caught:
-        osl.record(model, tokens)
+        recorded()
     assert f"layer 0: the hook {NEVER_FIRES} did not fire" in one_line(caught.value)
     assert count_hooks(model) == before
 

@@ -137,7 +137,7 @@ def test_path_products_are_the_bound_without_its_constant(name: str, variant: st
     store: dict = {}
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=osl.attention_path_hooks(model, store))
-    trace = osl.record(model, tokens)
+    trace = osl.record(model, tokens, attention="kept")
     products = osl.path_products(store, variant=variant)
     assert products.dtype == torch.float64
     assert products.shape == (model.cfg.n_layers + 1, tokens.shape[1])
@@ -350,7 +350,7 @@ def test_the_models_own_reset_does_not_end_a_recording(fresh: tuple[Model, Token
         model.reset_hooks()
         model(tokens)
         model.reset_hooks()
-    assert torch.equal(recorder.trace().last_residuals, osl.record(model, tokens).last_residuals)
+    assert torch.equal(recorder.trace().last_residuals, osl.record(model, tokens, attention="kept").last_residuals)
     assert count_hooks(model) == before
 
 

@@ -133,14 +133,16 @@ def check_scores(
 ) -> None:
     """q·k·scale on the diagonal, where rotations and relative positions cancel; queries and keys as they enter it.
 
-    `bias_at`: positions, where an ALiBi counted from the first one leaves a bias in proportion to them.
+    `bias_at`: positions from the first on, where ALiBi leaves a bias in proportion to them, and where it is counted
+    from beyond the prompt (HookedTransformer's after a longer one) one for all, which changes no pattern.
     """
     key = repeat(key, "row kv d -> row (kv heads) d", heads=query.shape[1] // key.shape[1])
     own = einsum(query.float(), key.float(), "row head d, row head d -> head row") * scale
     own = own if soft_cap is None else soft_cap * torch.tanh(own / soft_cap)
     scores = scores.float()
     if bias_at is not None:
-        own = own + (scores - own)[:, -1:] * bias_at / bias_at[-1]
+        first, last = (scores - own)[:, :1], (scores - own)[:, -1:]
+        own = own + first + (last - first) * bias_at / bias_at[-1]
     check_same(name, own, scores, "q · k · scale", "the score", dtype or query.dtype)
 
 
@@ -150,29 +152,15 @@ def check_delegated_scores(
     query: Float[Tensor, "pos head d_head"],
     key: Float[Tensor, "pos kv_head d_head"],
     scale: float,
-    rotary_dim: int,
     rows: Int[Tensor, " row"],
     dtype: torch.dtype,
 ) -> None:
-    """softmax(q·k·scale) = pattern, where the scores are out of sight: positions turned as GPT-J turns them."""
-    query, key = (_turned(each.float(), rotary_dim) for each in (query, key))
+    """softmax(q·k·scale) = pattern, where the scores are out of sight; queries and keys as they meet in them."""
     key = repeat(key, "pos kv d -> pos (kv heads) d", heads=query.shape[1] // key.shape[1])
     scores = einsum(query[rows], key, "row head d, src head d -> head row src") * scale
     ahead = torch.arange(len(key), device=rows.device) > rows[:, None]
     own = scores.masked_fill(ahead, -torch.inf).softmax(-1)
     check_same(name, own, pattern.float(), "softmax(q · k · scale)", "hook_pattern", dtype)
-
-
-def _turned(x: Float[Tensor, "pos head d_head"], rotary_dim: int) -> Float[Tensor, "pos head d_head"]:
-    """Neighbouring pairs of the first `rotary_dim` coordinates turned by the position, at base 10000."""
-    if not rotary_dim:
-        return x
-    place = torch.arange(0, rotary_dim, 2, device=x.device, dtype=x.dtype)
-    position = torch.arange(len(x), device=x.device, dtype=x.dtype)
-    angle = position[:, None, None] * 10000.0 ** (-place / rotary_dim)
-    even, odd = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
-    pairs = torch.stack((even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()), -1)
-    return torch.cat((pairs.flatten(-2), x[..., rotary_dim:]), -1)
 
 
 def check_norm(name: str, x: Float[Tensor, "row d"], scale: Float[Tensor, " row"], layout: Layout) -> None:

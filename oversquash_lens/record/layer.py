@@ -8,6 +8,8 @@ from torch import Tensor
 
 from oversquash_lens.errors import GateError, InputError
 from oversquash_lens.record import gate
+from oversquash_lens.record.attending import ATTENDING, Heads
+from oversquash_lens.record.attention import AttentionRows
 from oversquash_lens.record.mlp import dense_mlp, experts, no_mlp
 from oversquash_lens.record.parameters import LayerWeights, layer_weights
 from oversquash_lens.record.whole import Whole
@@ -17,7 +19,6 @@ from oversquash_lens.record.wide import wide
 KEPT = (
     "residual",
     "attention_scale",
-    "pattern",
     "value",
     "query_norm",
     "key_norm",
@@ -34,16 +35,17 @@ KEPT = (
 class LayerRecord:
     """Takes what the hooks of one layer see, in whatever order the architecture fires them.
 
-    A stage runs when the last of its hooks has fired. `kept` holds what `KEPT` lists; all else is let go.
+    A stage runs when the last of its hooks has fired. `kept` holds what `KEPT` lists, `attention` the rows; all else is
+    let go.
     """
 
     def __init__(self, whole: Whole, index: int) -> None:
         self.whole, self.index = whole, index
         self.kept: dict[str, Tensor] = {}
-        self._silent = whole.layout.layer_hooks()
+        self.attention: AttentionRows | None = None
+        self._silent = whole.hooks()
         self._seen: dict[str, Tensor] = {}
         self._between: dict[str, Tensor] = {}  # what one stage leaves for the next
-        self._weights: LayerWeights | None = None
         self._stages = [
             (stage, {key for key in keys if key in self._silent}) for stage, keys in STAGES if keys[0] in self._silent
         ]
@@ -91,7 +93,7 @@ class LayerRecord:
 
     def close(self) -> None:
         """Let go of everything that is not kept."""
-        self._between, self._seen, self._weights = {}, {}, None
+        self._between, self._seen = {}, {}
 
     def silence(self) -> str:
         return (
@@ -121,26 +123,16 @@ class LayerRecord:
         self._keep_scale("attention_scale", scale)
 
     def attend(self) -> None:
-        names = ("query", "key", "value", "scores", "pattern", "z")
-        query, key, value, scores, pattern, z = map(self._pop, names)
+        query, key, value, z = map(self._pop, ("query", "key", "value", "z"))
         layout, w, work = self.whole.layout, self._layer_weights(), self.whole.work
-        name = self.name("pattern")
-        if pattern.shape[1] != pattern.shape[2]:
-            raise InputError(f"{name}: a pass with a key/value cache came; expected the whole prompt at once")
-        gate.check_pattern(name, pattern, layout.sinks)
-        rows = gate.sampled(len(z), self.whole.verify).to(pattern.device)
-        gate.check_window(name, pattern[:, rows], rows, layout.windows[self.index])
-        if w.sinks is not None:
-            gate.check_sinks(name, pattern[:, rows], scores[:, rows], w.sinks, rows)
-        gate.check_output(self.name("z"), pattern[:, rows], value, z[rows])
+        entering, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
+        met, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
+        attending = ATTENDING[self.whole.route]
+        self.attention = attending(self.whole, self.index, w, Heads(entering, met, value, z), self._pop)
         self._check_projections(query, key, value)
-        query, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
-        key, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
-        self._check_scores(scores, pattern, query, key, rows)
-        self.kept["pattern"] = pattern.clone()  # a user's cache may hold the same memory
         self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        self.kept["query_norm"] = query.norm(dim=-1).T.contiguous()
-        self.kept["key_norm"] = key.norm(dim=-1).T.contiguous()
+        self.kept["query_norm"] = entering.norm(dim=-1).T.contiguous()
+        self.kept["key_norm"] = met.norm(dim=-1).T.contiguous()
         self._between["attention_update"] = self._attention_update(z)
         if layout.mlp == "none":
             self.kept |= no_mlp(self._needed("attention_scale", self.kept))
@@ -156,7 +148,7 @@ class LayerRecord:
         """Whatever the MLP is: its gain at every position, a bound on it, and what it writes."""
         layout = self.whole.layout
         x = self._needed("middle" if layout.sequential else "residual")
-        if "mlp_scale" in layout.layer_hooks():
+        if "mlp_scale" in self.whole.hooks():
             scale = self._pop("mlp_scale").reshape(len(x))
             self._check_norm("mlp_scale", x, scale)
         else:
@@ -192,17 +184,6 @@ class LayerRecord:
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
         gate.check_projections(self.name(), normalized, self._layer_weights(), seen, self.whole.layout.dtype)
 
-    def _check_scores(self, scores: Tensor, pattern: Tensor, query: Tensor, key: Tensor, rows: Tensor) -> None:
-        layout, scale = self.whole.layout, self.whole.weights.score_scale[self.index].item()
-        if layout.delegated:
-            shown, place = pattern[:, rows], self.name("pattern")
-            gate.check_delegated_scores(place, shown, query, key, scale, layout.rotary_dim, rows, layout.dtype)
-        else:
-            shown = scores.diagonal(dim1=1, dim2=2)[:, rows]
-            bias_at = rows.to(query.dtype) if layout.alibi else None
-            place, cap = self.name("scores"), layout.soft_cap
-            gate.check_scores(place, shown, query[rows], key[rows], scale, cap, bias_at, layout.dtype)
-
     def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""
         if gain is None:
@@ -218,9 +199,8 @@ class LayerRecord:
         self.kept[key] = wide(scale[:, 0])
 
     def _layer_weights(self) -> LayerWeights:
-        if self._weights is None:
-            self._weights = layer_weights(self.whole.model, self.whole.layout, self.index)
-        return self._weights
+        whole = self.whole
+        return whole.once("weights", self.index, lambda: layer_weights(whole.model, whole.layout, self.index))
 
     def _pop(self, key: str) -> Tensor:
         """What a hook saw, the memory given back; the mark that it fired stays."""
@@ -241,11 +221,13 @@ class LayerRecord:
         return kept is not None and scale.shape[0] == 1 and torch.equal(kept, wide(scale.detach()[0, :, 0]))
 
 
+# What tells how queries and keys meet; each route listens to some of it.
+MEETING = ("cos", "sin", "turned_query", "turned_key", "scale", "log_normaliser", "scores", "pattern")
 # A stage and the hooks that it waits for; the first of them tells whether a layer has the stage at all.
 STAGES = (
     (LayerRecord.enter, ("residual",)),
     (LayerRecord.attention_norm, ("attention_scale",)),
-    (LayerRecord.attend, ("query", "key", "value", "scores", "pattern", "z", "attention_post_scale")),
+    (LayerRecord.attend, ("query", "key", "value", *MEETING, "z", "attention_post_scale")),
     (LayerRecord.middle, ("middle",)),
     (LayerRecord.mlp, ("post", "mlp_scale", "pre", "pre_linear", "mlp_post_scale", "mlp_post_normalized")),
     (LayerRecord.mlp, ("mlp_out", "mlp_scale")),

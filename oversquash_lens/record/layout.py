@@ -41,6 +41,10 @@ LAYER_HOOKS = {
     "query": "attn.hook_q",
     "key": "attn.hook_k",
     "value": "attn.hook_v",
+    "cos": "attn.hook_cos",
+    "sin": "attn.hook_sin",
+    "turned_query": "attn.hook_rot_q",
+    "turned_key": "attn.hook_rot_k",
     "scores": "attn.hook_attn_scores",
     "pattern": "attn.hook_pattern",
     "z": "attn.hook_z",
@@ -67,6 +71,21 @@ ONLY_IF = {
     "mlp_post_normalized": "post_norms",
     "mlp_out": "experts",
 }
+# How attention is recorded: "kept" keeps the pattern; "recomputed" what makes it anew, in the class's own pass; "fused"
+# the same, in a pass of our own that makes no pattern (oversquash_lens.record.fused).
+ROUTES = ("kept", "recomputed", "fused")
+# Where a layer shows queries and keys as they meet in the score: before any turn ("none"), in hooks behind it
+# ("shown"), before it and beside the tables that turn them ("tables"), before it only, turned as GPT-J does ("pairs").
+ROTATIONS = ("none", "shown", "tables", "pairs", "unknown")
+# Which route listens to what only some do, and with which rotation.
+ONLY_ON = {
+    "cos": (("recomputed",), ("tables",)),
+    "sin": (("recomputed",), ("tables",)),
+    "turned_query": (("recomputed",), ("shown",)),
+    "turned_key": (("recomputed",), ("shown",)),
+    "scores": (("kept",), ROTATIONS),
+    "pattern": (("kept", "recomputed"), ROTATIONS),
+}
 FINAL_HOOKS = {
     "last": "blocks.{last}.hook_resid_post",
     "final_scale": "ln_final.hook_scale",
@@ -84,7 +103,8 @@ class Layout:
     that enters the layer; `shared_norm`: through one norm. `post_norms`: what attention and MLP write is normalised.
     `qk_norm`: queries and keys are, head by head. `delegated`: the attention is computed out of the hooks' sight,
     which show the scores only after the softmax; `rotary_dim` then says how much of a head its positions turn.
-    `alibi`: scores carry a bias that grows with the position. `windows`: how many positions each layer sees, None for
+    `rotation`: one of `ROTATIONS`. `alibi`: scores carry a bias that grows with the position, counted from the first;
+    `biased`: wherever it is counted from. `windows`: how many positions each layer sees, None for
     all. `score_factor`: what stretched rotations multiply scores by (YaRN).
     """
 
@@ -102,7 +122,9 @@ class Layout:
     mlp: str
     delegated: bool
     rotary_dim: int
+    rotation: str
     alibi: bool
+    biased: bool
     score_factor: float
     soft_cap: float | None
     windows: tuple[int | None, ...]
@@ -143,9 +165,16 @@ class Layout:
     def own_mlp_norm(self) -> bool:
         return self.mlp != "none" and self.normed and not self.shared_norm
 
-    def layer_hooks(self) -> dict[str, str]:
-        """Key -> name inside `blocks.{layer}.` of the hooks that a layer of this model has."""
-        return {key: name for key, name in LAYER_HOOKS.items() if key not in ONLY_IF or getattr(self, ONLY_IF[key])}
+    def layer_hooks(self, route: str = "kept") -> dict[str, str]:
+        """Key -> name inside `blocks.{layer}.` of the hooks that a route listens to in a layer of this model."""
+        return {key: name for key, name in LAYER_HOOKS.items() if self._has(key) and self._heard(key, route)}
+
+    def _has(self, key: str) -> bool:
+        return key not in ONLY_IF or getattr(self, ONLY_IF[key])
+
+    def _heard(self, key: str, route: str) -> bool:
+        routes, rotations = ONLY_ON.get(key, (ROUTES, ROTATIONS))
+        return route in routes and self.rotation in rotations
 
     def final_hooks(self) -> dict[str, str]:
         found = {key: name.format(last=self.n_layers - 1) for key, name in FINAL_HOOKS.items()}
@@ -185,7 +214,9 @@ def model_layout(model: Any) -> Layout:
         # A bridge's plain attention hands everything to the module that it wraps; its other kinds compute themselves.
         delegated=type(block.attn).__name__ == "AttentionBridge",
         rotary_dim=structure.rotary_dim(model),
+        rotation=structure.rotation(model, hooks),
         alibi=structure.alibi(model),
+        biased=structure.biased(model),
         score_factor=structure.score_factor(model),
         soft_cap=structure.soft_cap(model),
         windows=tuple(structure.window(model, layer) for layer in range(len(model.blocks))),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oversquash_lens.record import gate
-from oversquash_lens.record.nodes import MlpState, mlp_lipschitz, node_gain, node_gain_by_backward, probe_directions
+from oversquash_lens.record.nodes import MlpState, layer_probes, mlp_lipschitz, node_gain_by_backward, probe_directions
 from oversquash_lens.record.parameters import LayerWeights
 from oversquash_lens.record.whole import Whole
 from oversquash_lens.record.wide import wide
@@ -69,15 +69,19 @@ def _normalised_update(
 
 def _gains(whole: Whole, layer: int, w: LayerWeights, state: MlpState) -> dict[str, Tensor]:
     act, norms = whole.layout.activation, whole.weights
-    slopes = state.slopes(act)
-    directions = probe_directions(whole.layout.d_model, whole.node_probes, whole.seed, layer)
     in_norm, out_norm = norms.mlp_in_norm[layer], norms.mlp_out_norm[layer]
-    sigma = mlp_lipschitz(slopes, norms.mlp_gate_norm[layer], in_norm, out_norm)
+    probes = whole.once("probes", layer, lambda: layer_probes(state, w, whole.node_probes, whole.seed, layer))
+    gains, sigmas = [], []
+    for block in state.blocks():
+        slopes = block.slopes(act)
+        gains.append(probes.gain(block, slopes))
+        sigmas.append(mlp_lipschitz(slopes, norms.mlp_gate_norm[layer], in_norm, out_norm))
+    sigma = torch.cat(sigmas)
     if state.post_scale is not None:
         sigma = sigma / wide(state.post_scale)
     everywhere = state.up is None and state.post_scale is None
     return {
-        "node_gain": wide(node_gain(state, w, slopes, directions)),
+        "node_gain": wide(torch.cat(gains)),
         "mlp_lipschitz": sigma / wide(state.scale),
         # Where no global constant exists: the largest over this prompt's activations.
         "mlp_sigma": in_norm * act.lipschitz * out_norm if everywhere else sigma.max(),

@@ -11,8 +11,9 @@ taken away; a norm of what the MLP writes multiplies J from the right by (I - ô
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum
@@ -27,6 +28,8 @@ from oversquash_lens.record.wide import wide
 Slopes = list[Float[Tensor, "pos d_mlp"]]  # [c, a] of a gated MLP, [c] of a plain one
 
 CHUNK = 1 << 24  # elements of [probe, pos, d_mlp] held at a time
+BLOCK = 1 << 18  # elements of [pos, d_mlp] at a time where a cache holds them; an accelerator takes CHUNK
+PAIRS = 72  # pairs of directions that tell as much of ‖J‖_F² as one direction does through the whole MLP
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class MlpState:
     norms: str
     post_scale: Float[Tensor, " pos"] | None = None
     post_normalized: Float[Tensor, "pos d_model"] | None = None
+
+    def blocks(self) -> Iterator[MlpState]:
+        """The same, some positions at a time."""
+        n, step = len(self.gate), BLOCK if self.gate.device.type == "cpu" else CHUNK
+        step = max(1, step // self.gate.shape[1])
+        for start in range(0, n, step):
+            part = {key: value[start : start + step] for key, value in vars(self).items() if isinstance(value, Tensor)}
+            yield replace(self, **part)
 
     def slopes(self, activation: Activation) -> Slopes:
         """[c, a] of a gated MLP, [c] of a plain one: how the output of each neuron follows its inputs."""
@@ -77,37 +88,94 @@ def probe_directions(d_model: int, probes: int | None, seed: int, layer: int) ->
     return torch.linalg.qr(gaussian).Q.T * d_model**0.5
 
 
-def node_gain(state: MlpState, w: LayerWeights, slopes: Slopes, directions: Tensor) -> Float[Tensor, " pos"]:
-    """‖I + J‖_F²/d_model at every position (docs/theory.md, section 4), from probes that all positions share."""
-    dtype = state.gate.dtype
-    directions = directions.to(state.gate)
-    pushed, offsets = _pushed(w, directions, dtype, state.norms == "layer")
-    along, radial = _projection(state, slopes, directions, offsets)
-    w_out, total = w.mlp_out.to(dtype), torch.zeros_like(state.scale)
-    step = max(1, CHUNK // state.gate.numel())
-    for start in range(0, len(directions), step):
-        part = slice(start, start + step)
-        hidden = pushed[0][part, None] * slopes[0]
-        for push, slope in zip(pushed[1:], slopes[1:], strict=True):
-            hidden.addcmul_(push[part, None], slope)
-        if radial is not None:
-            hidden.addcmul_(along[part, :, None], radial, value=-1)
-        out = (hidden @ w_out) / state.scale[:, None]
-        out = _through_post_norm(out, state, w) + directions[part, None]
-        total += out.square().sum((0, 2))
-    return total / (len(directions) * directions.shape[1])
+class Directions:
+    """ω(I + J) in full. The mean of its square is exact where the ω are a whole basis."""
+
+    def __init__(self, state: MlpState, w: LayerWeights, directions: Float[Tensor, "probe d_model"]) -> None:
+        self.w, self.directions = w, directions.to(state.gate)
+        self.pushed = _pushed(w, self.directions, state.norms == "layer")
+        self.offsets = _offsets(w, state.gate.dtype)
+        self.w_out = w.mlp_out.to(state.gate)
+
+    def gain(self, state: MlpState, slopes: Slopes) -> Float[Tensor, " pos"]:
+        """‖I + J‖_F²/d_model at every position (docs/theory.md, section 4)."""
+        directions, total = self.directions, torch.zeros_like(state.scale)
+        if state.norms != "none":
+            radial = _radial(state, slopes, self.offsets)
+            along = einsum(state.normalized, directions, "pos d, probe d -> probe pos") / directions.shape[1]
+        step = max(1, CHUNK // state.gate.numel())
+        for start in range(0, len(directions), step):
+            part = slice(start, start + step)
+            hidden = self.pushed[0][part, None] * slopes[0]
+            for push, slope in zip(self.pushed[1:], slopes[1:], strict=True):
+                hidden.addcmul_(push[part, None], slope)
+            if state.norms != "none":
+                hidden.addcmul_(along[part, :, None], radial, value=-1)
+            out = (hidden @ self.w_out) / state.scale[:, None]
+            out = _through_post_norm(out, state, self.w) + directions[part, None]
+            total += out.square().sum((0, 2))
+        return total / (len(directions) * directions.shape[1])
 
 
-def _projection(
-    state: MlpState, slopes: Slopes, directions: Tensor, offsets: list
-) -> tuple[Float[Tensor, "probe pos"] | None, Float[Tensor, "pos d_mlp"] | None]:
-    """What the norm's projection takes away: how much of each direction, times which change of the neurons."""
-    if state.norms == "none":
-        return None, None
-    along = einsum(state.normalized, directions, "pos d, probe d -> probe pos") / directions.shape[1]
-    inner = [state.gate] if state.up is None else [state.gate, state.up]
-    inner = [x - offset for x, offset in zip(inner, offsets, strict=True)]
-    return along, sum(x * slope for x, slope in zip(inner, slopes, strict=True))
+class Pairs:
+    """ωJη for every pair of some ω and some η: its mean square is an unbiased estimate of ‖J‖_F², that of ωJω of tr J.
+
+    ‖I + J‖_F² = d_model + 2 tr J + ‖J‖_F². What a pair makes of each neuron is known beforehand, so all positions and
+    all pairs together are one matrix product.
+    """
+
+    def __init__(
+        self,
+        state: MlpState,
+        w: LayerWeights,
+        entering: Float[Tensor, "into d_model"],
+        leaving: Float[Tensor, "out d_model"],
+    ) -> None:
+        self.entering, self.leaving = entering.to(state.gate), leaving.to(state.gate)
+        directions = torch.cat([self.leaving, self.entering])
+        self.out, back = (w.mlp_out.to(state.gate) @ directions.T).split([len(leaving), len(entering)], dim=1)
+        pushed = [push.T for push in _pushed(w, self.entering, state.norms == "layer")]
+        self.pairs = [(push[:, :, None] * self.out[:, None]).flatten(1) for push in pushed]
+        self.traces = [(push * back).mean(1) for push in pushed]
+        self.offsets = _offsets(w, state.gate.dtype)
+
+    def gain(self, state: MlpState, slopes: Slopes) -> Float[Tensor, " pos"]:
+        """‖I + J‖_F²/d_model at every position (docs/theory.md, section 4)."""
+        d_model = state.normalized.shape[1]
+        products = sum(slope @ pairs for slope, pairs in zip(slopes, self.pairs, strict=True))
+        products = products.view(-1, len(self.entering), len(self.leaving))
+        trace = sum(slope @ each for slope, each in zip(slopes, self.traces, strict=True))
+        if state.norms != "none":
+            out = _radial(state, slopes, self.offsets) @ self.out / d_model
+            products.addcmul_((state.normalized @ self.entering.T)[:, :, None], out[:, None], value=-1)
+            trace = trace - (out * (state.normalized @ self.leaving.T)).mean(1)
+        diagonal = 1 + trace / (d_model * state.scale)
+        square = products.square().mean((1, 2)) / (d_model * state.scale.square())
+        return torch.maximum(2 * diagonal - 1 + square, diagonal.square())  # ‖M‖_F² ≥ (tr M)²/d_model for every M
+
+
+def layer_probes(state: MlpState, w: LayerWeights, probes: int | None, seed: int, layer: int) -> Directions | Pairs:
+    """Probes that all positions share, drawn anew for each layer and multiplied into its weights once.
+
+    Pairs of directions, at a quarter of the cost of whole ones, unless every direction is asked for; a norm of what
+    the MLP writes turns each position's another way, so there whole ones are taken, too.
+    """
+    d_model = state.normalized.shape[1]
+    if probes is None or probes >= d_model or state.post_scale is not None:
+        return Directions(state, w, probe_directions(d_model, probes, seed, layer))
+    return Pairs(state, w, *pair_directions(d_model, probes, seed, layer))
+
+
+def pair_directions(d_model: int, probes: int, seed: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Directions in and directions out, orthogonal among themselves; `PAIRS` pairs of them for each probe."""
+    each = math.ceil((PAIRS * probes) ** 0.5)
+    return tuple(probe_directions(d_model, each, seed, place) for place in (layer, ~layer))
+
+
+def _radial(state: MlpState, slopes: Slopes, offsets: list[Tensor]) -> Float[Tensor, "pos d_mlp"]:
+    """How the neurons follow the one direction that the norm takes away, the position's own."""
+    radial = (state.gate - offsets[0]).mul_(slopes[0])
+    return radial if state.up is None else radial.addcmul_(state.up - offsets[1], slopes[1])
 
 
 def _through_post_norm(
@@ -140,16 +208,21 @@ def node_gain_by_backward(
     return total / (len(directions) * directions.shape[1])
 
 
-def _pushed(w: LayerWeights, directions: Tensor, dtype: torch.dtype, centred: bool) -> tuple[list, list]:
-    """ω diag(γ₂) W for gate and in (multiplied once per layer, not per position), and the matching offsets."""
-    gain = w.mlp_gain.to(dtype)
-    scaled = (directions - directions.mean(1, keepdim=True) if centred else directions) * gain
-    if w.mlp_gate is None:
-        return [scaled @ w.mlp_in.to(dtype)], [w.mlp_in_offset.to(dtype)]
-    return (
-        [scaled @ w.mlp_gate.to(dtype), scaled @ w.mlp_in.to(dtype)],
-        [w.mlp_gate_offset.to(dtype), w.mlp_in_offset.to(dtype)],
-    )
+def _pushed(
+    w: LayerWeights, directions: Float[Tensor, "probe d_model"], centred: bool
+) -> list[Float[Tensor, "probe d_mlp"]]:
+    """ω diag(γ₂) W for gate and in: multiplied once per layer, not per position."""
+    scaled = (directions - directions.mean(1, keepdim=True) if centred else directions) * w.mlp_gain.to(directions)
+    return [scaled @ matrix.to(directions) for matrix in _entering(w)]
+
+
+def _entering(w: LayerWeights) -> list[Float[Tensor, "d_model d_mlp"]]:
+    return [w.mlp_in] if w.mlp_gate is None else [w.mlp_gate, w.mlp_in]
+
+
+def _offsets(w: LayerWeights, dtype: torch.dtype) -> list[Float[Tensor, " d_mlp"]]:
+    found = [w.mlp_in_offset] if w.mlp_gate is None else [w.mlp_gate_offset, w.mlp_in_offset]
+    return [each.to(dtype) for each in found]
 
 
 def mlp_lipschitz(

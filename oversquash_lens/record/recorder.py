@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import GateError, whole_number
-from oversquash_lens.record import gate
-from oversquash_lens.record.attention import KeptAttention
+from oversquash_lens.record.ending import Ending
+from oversquash_lens.record.fused import fused_attention
 from oversquash_lens.record.hooks import Hook, NamedHook, attached
 from oversquash_lens.record.layer import KEPT, LayerRecord
-from oversquash_lens.record.layout import HookedModel, describe, model_layout
+from oversquash_lens.record.layout import HookedModel, Layout, describe, model_layout
 from oversquash_lens.record.nodes import random_source
-from oversquash_lens.record.norms import norm_bias, norm_gain
+from oversquash_lens.record.passes import last_logits_only, without_cache
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize, tokenized_ids
+from oversquash_lens.record.route import choose_route, own_route, patterns_fit
 from oversquash_lens.record.size import check_recording
 from oversquash_lens.record.support import layout_support
 from oversquash_lens.record.trace import Gains, Trace
@@ -40,18 +41,20 @@ def record(
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    attention: str = "auto",
 ) -> Trace:
     """Run one prompt through a HookedTransformer or TransformerBridge and keep what the measures need.
 
     `prompt` is a text or token ids [pos] / [1, pos]; `chat` applies the chat template; `bos` None leaves BOS to
-    the tokenizer. `node_probes` directions estimate each MLP's mean-square gain (unbiased; None is exact and
-    costs d_model of them), drawn anew per layer from `seed`. That the hooks describe the model is always checked
-    at the last position and some others; `verify` checks all of them and, in two passes more, that recording
-    changes nothing and the patterns shown are the ones used. Raises InputError for a prompt or model that cannot
-    be used, GateError where the hooks do not describe the model.
+    the tokenizer. `node_probes` (each worth 72 pairs of directions) estimate each MLP's mean-square gain (unbiased;
+    None is exact and costs d_model directions), drawn anew per layer from `seed`. That the hooks describe the model is
+    always checked at the last position and some others; `verify` checks all of them and, in two passes more, that
+    recording changes nothing and the patterns shown are the ones used. `attention`: "kept" keeps every pattern, memory
+    that grows as pos²; "recomputed" what makes them anew; "auto" as `oversquash_lens.record.route.choose_route` says.
+    Raises InputError for a prompt or model that cannot be used, GateError where the hooks do not describe the model.
     """
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    return record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
+    return record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify, attention=attention)
 
 
 def record_tokens(
@@ -61,30 +64,59 @@ def record_tokens(
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    attention: str = "auto",
 ) -> Trace:
     """`record` for a prompt that is already tokenized and checked."""
-    check_recording(model, len(tokenized.ids))
-    with recording(model, node_probes=node_probes, seed=seed, verify=verify) as recorder, torch.no_grad():
-        output = model(tokenized.batch(model))
+    n, layout = len(tokenized.ids), model_layout(model)
+    route = choose_route(model, layout, n, attention)
+    check_recording(model, n, route, verify=verify)
+    try:
+        return record_on(model, tokenized, Recorder(model, node_probes, seed, verify, route, layout))
+    except GateError:
+        if attention != "auto" or route == "kept" or not patterns_fit(model, n):
+            raise
+    # Rows made anew do not describe this model: its own patterns may, or say better what is wrong.
+    return record_on(model, tokenized, Recorder(model, node_probes, seed, verify))
+
+
+def record_on(model: HookedModel, tokenized: TokenizedPrompt, recorder: Recorder) -> Trace:
+    """One pass on the recorder's route, and with `verify` two more."""
+    ids, verify = tokenized.batch(model), recorder.verify
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if not verify:
+            stack.enter_context(last_logits_only(model))
+        stack.enter_context(_listening(model, recorder))
+        if recorder.route == "fused":
+            stack.enter_context(fused_attention(model, recorder.tell))
+        output = model(ids, **without_cache(model))
     if verify:
-        verify_pass(model, recorder.layout, tokenized.batch(model), output)
+        verify_pass(model, recorder.layout, ids, output)
     return recorder.trace(tokenized)
 
 
 @contextmanager
 def recording(
-    model: Any, *, node_probes: int | None = NODE_PROBES, seed: int = 0, verify: bool = False
+    model: Any,
+    *,
+    node_probes: int | None = NODE_PROBES,
+    seed: int = 0,
+    verify: bool = False,
+    attention: str = "kept",
 ) -> Iterator[Recorder]:
     """Record the one forward pass made inside the `with`; `recorder.trace()` then gives the Trace.
 
     Composes with your own hooks, whenever they were added: what is recorded is what the model goes on to use.
     Removes only its own hooks, also after an exception, and keeps no reference to the model. `verify` checks every
-    position, not a few.
+    position, not a few. `attention`: "kept" or "recomputed", as for `record`; the pass is always the class's own.
     """
-    if node_probes is not None:
-        whole_number("node_probes", node_probes, otherwise=", or None for the exact gain")
-    random_source(seed)  # a seed that is none is refused before the model runs
-    recorder = Recorder(model, node_probes, seed, verify)
+    route = own_route(model_layout(model), model, attention)
+    with _listening(model, Recorder(model, node_probes, seed, verify, route)) as recorder:
+        yield recorder
+
+
+@contextmanager
+def _listening(model: HookedModel, recorder: Recorder) -> Iterator[Recorder]:
     try:
         with attached(model, recorder.hooks()):
             handles = [
@@ -103,14 +135,31 @@ def recording(
 class Recorder:
     """Collects one pass, layer by layer, checks it as it goes, and forgets the model when closed."""
 
-    def __init__(self, model: HookedModel, node_probes: int | None, seed: int, verify: bool = False) -> None:
-        self.layout = model_layout(model)
+    def __init__(
+        self,
+        model: HookedModel,
+        node_probes: int | None,
+        seed: int,
+        verify: bool = False,
+        route: str = "kept",
+        layout: Layout | None = None,
+        beside: Recorder | None = None,
+    ) -> None:
+        """`layout`: the model's, where the pass follows at once; otherwise it is read again when one begins.
+
+        `beside`: the recorder of another prompt in the same pass, whose reading of the weights this one takes over.
+        """
+        if node_probes is not None:
+            whole_number("node_probes", node_probes, otherwise=", or None for the exact gain")
+        random_source(seed)  # a seed that is none is refused before the model runs
+        self.layout = model_layout(model) if layout is None else layout
         self.about = describe(model, self.layout)
         self._model: HookedModel | None = model
-        self._node_probes, self._seed, self._verify = node_probes, seed, verify
+        self._node_probes, self._seed, self.verify, self.route = node_probes, seed, verify, route
+        self._at_once, self._beside = layout is not None, beside
         self._whole: Whole | None = None
         self._layers: list[LayerRecord] = []
-        self._kept: dict[str, Tensor] = {}
+        self._ending: Ending | None = None
         self._tokenized: TokenizedPrompt | None = None
 
     def begin(self, embed: Any, inputs: tuple) -> None:
@@ -119,13 +168,17 @@ class Recorder:
         if not (isinstance(ids, Tensor) and ids.ndim == 2 and self._model is not None) or self._layers:
             return
         self._tokenized = tokenized_ids(self._model, ids[0].detach().cpu().clone())
-        self.layout = model_layout(self._model)  # not when the recording began
-        weights = weight_gains(self._model, self.layout)
-        self._whole = Whole(self._model, self.layout, weights, self._node_probes, self._seed, self._verify)
+        self.layout = self.layout if self._at_once else model_layout(self._model)
+        self._whole = self._read_weights() if self._beside is None else self._beside._whole
         self._layers = [LayerRecord(self._whole, i) for i in range(self.layout.n_layers)]
+        self._ending = Ending(self._whole)
+
+    def _read_weights(self) -> Whole:
+        weights = weight_gains(self._model, self.layout)
+        return Whole(self._model, self.layout, weights, self._node_probes, self._seed, self.verify, self.route)
 
     def hooks(self) -> list[NamedHook]:
-        inside = self.layout.layer_hooks().items()
+        inside = self.layout.layer_hooks(self.route).items()
         pairs = [
             (f"blocks.{i}.{name}", self._in_layer(key, i)) for i in range(self.layout.n_layers) for key, name in inside
         ]
@@ -140,13 +193,16 @@ class Recorder:
 
         return take
 
+    def tell(self, layer: int, key: str, value: Tensor) -> None:
+        """What no hook shows, told by fused attention."""
+        self._in_layer(key, layer)(value)
+
     def _behind(self, key: str) -> Hook:
         def take(value: Tensor, hook: Any = None) -> None:
             self._check_begun()
-            if key in self._kept:
-                raise GateError(f"{key}: the hook fired a second time; expected one forward pass per recording")
-            with torch.no_grad():
-                BEHIND[key](self, value.detach()[0])
+            if key == "last" and key not in self._ending.kept:
+                self._layers[-1].leave(value.detach()[0])
+            self._ending.take(key, value.detach()[0])
 
         return take
 
@@ -154,52 +210,17 @@ class Recorder:
         if self._whole is None:
             raise GateError("no token ids were seen; expected a forward pass that starts from token ids")
 
-    def _last(self, residual: Tensor) -> None:
-        self._layers[-1].leave(residual)
-        self._kept["last"] = self._whole.work(residual[-1]).clone()
-
-    def _final_scale(self, scale: Tensor) -> None:
-        gate.check_norm("ln_final.hook_scale", self._needed("last")[None], scale[-1:, 0], self.layout)
-        self._kept["final_scale"] = wide(scale[-1, 0])
-
-    def _prediction_input(self, y: Tensor) -> None:
-        gate.check_finite("the unembedding's input", y[-1])
-        y, last = self._whole.work(y[-1]), self._needed("last")
-        if not self.layout.normed:
-            self._kept["final_scale"] = torch.ones((), dtype=torch.float64, device="cpu")
-        own = self._whole.normalized(last[None], self._needed("final_scale")[None])[0]
-        norm = getattr(self._model, "ln_final", None)
-        gain, bias = norm_gain(norm, self._model), norm_bias(norm)
-        own = own * gain.to(own) + (0.0 if bias is None else bias.to(own))
-        gate.check_same("unembed.hook_in", own, y, "ln_final of the last residual", "hook_in", self.layout.dtype)
-        self._kept["unembedded"] = y
-        restore = self.layout.restore_gain
-        self._kept["prediction_input"] = y.clone() if restore is None else y * restore.to(y)
-
     def end(self, unembed: Any, inputs: tuple, logits: Tensor) -> None:
-        """Forward hook of the unembedding: its logits are those of the y that was recorded."""
-        if self._model is None or "unembedded" not in self._kept:
-            return
-        with torch.no_grad():
-            table, bias = self._model.W_U, getattr(self._model, "b_U", None)
-            own = self._kept["unembedded"].to(table) @ table
-            own = own if bias is None else own + bias
-            name = "the unembedding"
-            gate.check_same(name, own, logits.detach()[0, -1], "y · W_U + b_U", "its logits", self.layout.dtype)
-
-    def _needed(self, key: str) -> Tensor:
-        if key not in self._kept:
-            raise GateError(
-                f"the hook {self.layout.final_hooks().get(key, key)} did not fire before the unembedding; expected one "
-                "whole forward pass of all layers inside the recording"
-            )
-        return self._kept[key]
+        """Forward hook of the unembedding."""
+        if self._model is not None and self._ending is not None and "unembedded" in self._ending.kept:
+            self._ending.check_logits(logits)
 
     def close(self) -> None:
         """Forget the model, and all that is not kept."""
-        self._model = None
+        self._model = self._beside = None
         if self._whole is not None:
-            self._whole = replace(self._whole, model=None)
+            self._whole = replace(self._whole, model=None, made={})
+            self._ending.whole = self._whole
         for layer in self._layers:
             layer.close()
             layer.whole = self._whole
@@ -208,11 +229,11 @@ class Recorder:
         """The recorded pass. Raises GateError if there was none, or if a hook did not fire."""
         tokenized, layout = tokenized or self._tokenized, self.layout
         self._check_whole(tokenized)
-        gain = wide(layout.final_gain)
+        gain, ending = wide(layout.final_gain), self._ending.kept
         gains = Gains(
             weights=self._whole.weights,
             **{key: self._stack(key) for key in STACKED},
-            final_scale=self._kept["final_scale"].item(),
+            final_scale=ending["final_scale"].item(),
             final_gain_max=gain.abs().max().item(),
             final_gain_square=gain.square().mean().item(),
             node_probes=min(self._node_probes or layout.d_model, layout.d_model),
@@ -223,9 +244,9 @@ class Recorder:
             about=replace(self.about, bos=tokenized.bos, chat=tokenized.chat),
             tokens=tokenized.tokens,
             token_ids=tokenized.ids,
-            last_residuals=torch.stack([*residuals, self._kept["last"]]),
-            prediction_input=self._kept["prediction_input"],
-            attention=tuple(KeptAttention(layer.kept["pattern"]) for layer in self._layers),
+            last_residuals=torch.stack([*residuals, ending["last"]]),
+            prediction_input=ending["prediction_input"],
+            attention=tuple(layer.attention for layer in self._layers),
             gains=gains,
             gated_mlp=layout.gated,
             parallel=layout.parallel,
@@ -235,7 +256,7 @@ class Recorder:
     def _check_whole(self, tokenized: TokenizedPrompt | None) -> None:
         """Every hook has fired."""
         silent = [layer.silence() for layer in self._layers if layer.missing() is not None]
-        silent += [f"{name} did not fire" for key, name in self.layout.final_hooks().items() if key not in self._kept]
+        silent += [f"{name} did not fire" for name in (self._ending.missing() if self._ending else ())]
         if not self._layers or tokenized is None:
             silent = ["no forward pass was seen"]
         if silent:
@@ -248,10 +269,4 @@ class Recorder:
         return torch.stack([layer.kept[key] for layer in self._layers])
 
 
-# What is made of the hooks behind the last layer.
-BEHIND = {
-    "last": Recorder._last,
-    "final_scale": Recorder._final_scale,
-    "prediction_input": Recorder._prediction_input,
-}
-STACKED = tuple(key for key in KEPT if key not in ("residual", "pattern"))
+STACKED = tuple(key for key in KEPT if key != "residual")

@@ -11,9 +11,10 @@ from typing import Any
 
 from oversquash_lens.record.room import check_room
 
-BASE = 100_000_000  # bytes that libraries take for themselves once anything runs: buffers, threads, code
+BASE = 50_000_000  # bytes that libraries take for themselves once anything runs: buffers, threads, code
 SCRAP = 0.15  # of what is kept, lost between the blocks of the heap
-AT_WORK = 6  # copies of one layer's [head, dest, src] while it is recorded and checked
+# Copies of one layer's [head, dest, src] while it is recorded and checked.
+AT_WORK = {"kept": 6, "recomputed": 5, "fused": 0}
 LINEAR = 12  # vectors of d_model, and half as many of d_mlp, that one position keeps in one layer at work
 
 
@@ -75,10 +76,14 @@ def size_of(model: Any) -> Size:
     )
 
 
-def kept_bytes(size: Size, n: int) -> dict[str, int]:
-    """What a Trace of n tokens holds."""
+def kept_bytes(size: Size, n: int, route: str = "kept") -> dict[str, int]:
+    """What a Trace of n tokens holds, by the route (layout.ROUTES) that it was recorded on."""
     wide = max(4, size.itemsize)
-    per_position = size.n_kv_heads * (size.d_head + 1) * wide + size.n_heads * wide + 5 * 8
+    heads = size.n_heads * size.d_head * (wide if size.itemsize >= 4 else 0)  # what they read, kept where it is exact
+    per_position = size.n_kv_heads * (size.d_head + 1) * wide + heads + size.n_heads * wide + 5 * 8
+    if route != "kept":
+        per_position += (size.n_heads + size.n_kv_heads) * size.d_head * size.itemsize + size.n_heads * wide
+        return {"queries, keys and values of all layers": round((1 + SCRAP) * size.n_layers * n * per_position)}
     patterns = size.n_layers * size.scores(n)
     return {
         "the attention patterns of all layers": round((1 + SCRAP) * patterns),
@@ -86,17 +91,18 @@ def kept_bytes(size: Size, n: int) -> dict[str, int]:
     }
 
 
-def record_bytes(size: Size, n: int) -> dict[str, int]:
+def record_bytes(size: Size, n: int, route: str = "kept", *, verify: bool = False) -> dict[str, int]:
     """The most that recording n tokens holds at once, by what holds it, beyond the model itself.
 
-    All layers are kept when the last one is at work, and again when the logits are made; the larger of the two counts.
+    All layers are kept when the last one is at work, and again when the unembedding is, which makes the logits of the
+    last position alone but with `verify`; the larger of the two counts.
     """
     wide = max(4, size.itemsize) / size.itemsize
-    working = {"one layer at work": round((AT_WORK * size.scores(n) + 2 * size.position(n)) * wide)}
-    unembedding = {"the logits": logits_bytes(size, n)}
-    return (
-        kept_bytes(size, n) | max(working, unembedding, key=lambda each: sum(each.values())) | {"the libraries": BASE}
-    )
+    copies = 1 if route == "fused" else 2
+    working = {"one layer at work": round((AT_WORK[route] * size.scores(n) + copies * size.position(n)) * wide)}
+    ending = {"the logits": 2 * logits_bytes(size, n)} if verify else {"the unembedding": size.unembedding}
+    last = max(working, ending, key=lambda each: sum(each.values()))
+    return kept_bytes(size, n, route) | last | {"the libraries": BASE}
 
 
 def logits_bytes(size: Size, n: int) -> int:
@@ -104,10 +110,11 @@ def logits_bytes(size: Size, n: int) -> int:
     return round(1.5 * size.logits(n)) + size.unembedding
 
 
-def check_recording(model: Any, n: int) -> None:
+def check_recording(model: Any, n: int, route: str = "kept", *, verify: bool = False) -> None:
     """Refuse a recording that would not fit, with the numbers, before it begins."""
     name = getattr(model.cfg, "model_name", None) or "this model"
-    check_room(record_bytes(size_of(model), n), device_of(model), f"recording {n} tokens with {name}")
+    needed = record_bytes(size_of(model), n, route, verify=verify)
+    check_room(needed, device_of(model), f"recording {n} tokens with {name}")
 
 
 def device_of(model: Any) -> Any:

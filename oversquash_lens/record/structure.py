@@ -10,6 +10,7 @@ from torch import Tensor
 from oversquash_lens.errors import ModelError
 from oversquash_lens.record.activations import ACTIVATIONS, Activation
 
+_WHOLE_MODEL = object()  # of a layer that says nothing of its own window
 # What transformers' configs call an MLP's activation.
 ACTIVATION_WORDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -85,13 +86,16 @@ def soft_cap(model: Any) -> float | None:
 
 
 def window(model: Any, layer: int) -> int | None:
+    """How many positions a layer sees, itself included; None for all of them."""
     component = getattr(model.blocks[layer].attn, "original_component", None)
-    if component is not None:
-        window = getattr(component, "sliding_window", None)
-        return window if isinstance(window, int) and window > 0 else None
-    kinds = getattr(model.cfg, "attn_types", None)
-    local = getattr(model.cfg, "use_local_attn", False) and kinds is not None and kinds[layer] == "local"
-    return model.cfg.window_size if local else None
+    if component is None:
+        kinds = getattr(model.cfg, "attn_types", None)
+        local = getattr(model.cfg, "use_local_attn", False) and kinds is not None and kinds[layer] == "local"
+        return model.cfg.window_size if local else None
+    found = getattr(component, "sliding_window", _WHOLE_MODEL)
+    if found is _WHOLE_MODEL:  # Mistral, Mixtral, Phi-3: all layers see as far as the config says
+        found = getattr(wrapped_config(model), "sliding_window", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def activation(model: Any) -> Activation:
@@ -119,6 +123,29 @@ def score_factor(model: Any) -> float:
 def rotary_dim(model: Any) -> int:
     """How many coordinates of a head GPT-J's way of rotating turns; 0 where a config has no word for it."""
     return getattr(wrapped_config(model), "rotary_dim", None) or 0
+
+
+def rotation(model: Any, hooks: dict[str, Any]) -> str:
+    """Where queries and keys are to be had as they meet in the score: one of layout.ROTATIONS."""
+    attn = model.blocks[0].attn
+    kinds = {kind.__name__ for kind in type(attn).__mro__}
+    if type(model).__name__ == "HookedTransformer":
+        known = {"rotary": "shown", "standard": "none", "alibi": "none"}
+        scaled = getattr(model.cfg, "use_logn_attn", False)  # queries are scaled behind the hook
+        return "unknown" if scaled else known.get(model.cfg.positional_embedding_type, "unknown")
+    if "JointQKVPositionEmbeddingsAttentionBridge" in kinds:
+        return "tables"
+    if "PositionEmbeddingsAttentionBridge" in kinds:
+        return "shown" if "blocks.0.attn.hook_rot_q" in hooks else "none"
+    if type(attn).__name__ == "AttentionBridge" and rotary_dim(model):
+        return "pairs"
+    turned = getattr(model.cfg, "positional_embedding_type", None) == "rotary"
+    return "unknown" if turned else "none"
+
+
+def biased(model: Any) -> bool:
+    """Whether scores carry ALiBi's bias, wherever it is counted from."""
+    return alibi(model) or getattr(model.cfg, "positional_embedding_type", None) == "alibi"
 
 
 def alibi(model: Any) -> bool:

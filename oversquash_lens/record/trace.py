@@ -14,12 +14,13 @@ from torch import Tensor
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.files import write_atomically
 from oversquash_lens.record.about import About
-from oversquash_lens.record.attention import AttentionRows, KeptAttention
+from oversquash_lens.record.attention import AttentionRows, KeptAttention, RecomputedAttention
 from oversquash_lens.record.support import Verdict
 from oversquash_lens.record.weights import WeightGains
 
 FORMAT = "oversquash-lens-trace"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READ = (2, 3)  # version 2 knew kept patterns only
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,14 @@ class Trace:
         path = Path(path).expanduser()
         header, tensors = _read(path)
         version = header.get("version") if isinstance(header, dict) else header
-        if version != FORMAT_VERSION or not isinstance(header, dict):
+        if version not in READ or not isinstance(header, dict):
             raise TraceFileError(
-                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION}, which this "
-                f"oversquash-lens reads: record the prompt again, or use the release that wrote it"
+                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION} (or {READ[0]}), which "
+                f"this oversquash-lens reads: record the prompt again, or use the release that wrote it"
             )
         try:
             return _assemble(header, tensors)
-        except (KeyError, TypeError, InputError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
             raise TraceFileError(
                 f"{path} lacks a part of a trace ({one_line(error)}); expected a file written by Trace.save: "
                 "record the prompt again"
@@ -137,6 +138,9 @@ def check_trace(came: Any) -> None:
 
 _GAIN_TENSORS = [f.name for f in fields(Gains) if f.name not in ("weights",) and "Tensor" in str(f.type)]
 _GAIN_NUMBERS = [f.name for f in fields(Gains) if f.name not in ("weights", *_GAIN_TENSORS)]
+_ROW_TENSORS = [f.name for f in fields(RecomputedAttention) if "Tensor" in str(f.type)]
+_ROW_OPTIONAL = [f.name for f in fields(RecomputedAttention) if f.name in _ROW_TENSORS and "None" in str(f.type)]
+_ROW_NUMBERS = [f.name for f in fields(RecomputedAttention) if f.name not in _ROW_TENSORS]
 _WEIGHT_TENSORS = [f.name for f in fields(WeightGains)]
 OPTIONAL = [f.name for f in fields(WeightGains) if "None" in str(f.type)]
 
@@ -149,6 +153,7 @@ def _header(trace: Trace) -> dict:
         "gated_mlp": trace.gated_mlp,
         "parallel": trace.parallel,
         "support": trace.support,
+        "attention": [{name: getattr(a, name, None) for name in _ROW_NUMBERS} for a in trace.attention],
         "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
     }
 
@@ -156,7 +161,11 @@ def _header(trace: Trace) -> dict:
 def _tensors(trace: Trace) -> dict[str, Tensor]:
     n = trace.n_positions
     tensors = {name: getattr(trace, name) for name in ("token_ids", "last_residuals", "prediction_input")}
-    tensors |= {f"attention.{i}": a.rows(0, n) for i, a in enumerate(trace.attention)}
+    for i, attention in enumerate(trace.attention):
+        if isinstance(attention, RecomputedAttention):
+            tensors |= {f"attention.{i}.{name}": getattr(attention, name) for name in _ROW_TENSORS}
+        else:
+            tensors |= {f"attention.{i}": attention.rows(0, n), f"attention.{i}.mixed": attention.mixed}
     tensors |= {f"gains.{name}": getattr(trace.gains, name) for name in _GAIN_TENSORS}
     tensors |= {f"weights.{name}": getattr(trace.gains.weights, name) for name in _WEIGHT_TENSORS}
     return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
@@ -178,6 +187,18 @@ def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
         ) from error
 
 
+def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> AttentionRows:
+    name = f"attention.{layer}"
+    if name in tensors:
+        return KeptAttention(tensors[name], tensors.get(f"{name}.mixed"))
+    parts = {part: tensors[f"{name}.{part}"] for part in _ROW_TENSORS if part not in _ROW_OPTIONAL}
+    parts |= {part: tensors.get(f"{name}.{part}") for part in _ROW_OPTIONAL}
+    numbers = header["attention"][layer]
+    if not all(isinstance(number, int | float | None) for number in numbers.values()):
+        raise TypeError(f"{name} with a header that holds more than numbers")
+    return RecomputedAttention(**parts, **numbers)
+
+
 def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
     found = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
     weights = WeightGains(**found, **{name: tensors.get(f"weights.{name}") for name in OPTIONAL})
@@ -193,7 +214,7 @@ def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
         token_ids=tensors["token_ids"],
         last_residuals=tensors["last_residuals"],
         prediction_input=tensors["prediction_input"],
-        attention=tuple(KeptAttention(tensors[f"attention.{i}"]) for i in range(n_layers)),
+        attention=tuple(_attention(header, tensors, i) for i in range(n_layers)),
         gains=gains,
         gated_mlp=header["gated_mlp"],
         parallel=header["parallel"],

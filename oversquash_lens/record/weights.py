@@ -6,7 +6,7 @@ Operator norms enter bounds, so they come from whole singular- or eigenvalue com
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -56,8 +56,7 @@ def weight_gains(model: HookedModel, layout: Layout) -> WeightGains:
     """The model's `WeightGains`, computed at the first call and again whenever its weights have changed."""
     mark = _fingerprint(model)
     if model not in _known or _known[model][0] != mark:
-        layers = [_layer_gains(layer_weights(model, layout, i), layout) for i in range(layout.n_layers)]
-        _known[model] = (mark, WeightGains(**{f.name: _stacked(layers, f.name) for f in fields(WeightGains)}))
+        _known[model] = (mark, _every_layer(model, layout))
     return _known[model][1]
 
 
@@ -86,9 +85,16 @@ def _irregular_sum(weight: Tensor) -> Float[Tensor, ""]:
     return (rows @ across) @ down
 
 
-def _stacked(layers: list[dict[str, Tensor | None]], name: str) -> Tensor | None:
-    parts = [layer[name] for layer in layers]
-    return None if parts[0] is None else torch.stack(parts)
+def _every_layer(model: HookedModel, layout: Layout) -> WeightGains:
+    """Into memory set aside at once: small results between large passing ones keep the heap from reusing theirs."""
+    found: dict[str, Tensor | None] = {}
+    for i in range(layout.n_layers):
+        for name, value in _layer_gains(layer_weights(model, layout, i), layout).items():
+            if i == 0:
+                found[name] = None if value is None else value.new_empty((layout.n_layers, *value.shape))
+            if value is not None:
+                found[name][i] = value
+    return WeightGains(**found)
 
 
 def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:

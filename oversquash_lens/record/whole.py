@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from oversquash_lens.record.layout import Layout
 from oversquash_lens.record.weights import WeightGains
+
+Made = TypeVar("Made")
+# What fused attention was given and gave, for want of hooks.
+TOLD = ("turned_query", "turned_key", "scale", "log_normaliser")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,14 @@ class Whole:
     node_probes: int | None
     seed: int
     verify: bool
+    route: str = "kept"  # one of layout.ROUTES
+    made: dict[str, tuple[int, Any]] = field(default_factory=dict)  # see `once`
+
+    def once(self, what: str, layer: int, make: Callable[[], Made]) -> Made:
+        """What is made of one layer's weights alone, kept until another layer's is: the prompts of a batch share it."""
+        if self.made.get(what, (None,))[0] != layer:
+            self.made[what] = (layer, make())
+        return self.made[what][1]
 
     def work(self, value: Tensor) -> Tensor:
         """float64 models stay float64; everything else is accumulated in float32."""
@@ -38,7 +51,12 @@ class Whole:
         """Where residual bookkeeping and matrices are followed: the last position, or all of them."""
         return torch.arange(n, device="cpu") if self.verify else torch.tensor([n - 1], device="cpu")
 
+    def hooks(self) -> dict[str, str]:
+        """Key -> name of what is waited for in each layer: hooks, and what fused attention tells without one."""
+        told = dict.fromkeys(TOLD, "of fused attention") if self.route == "fused" else {}
+        return self.layout.layer_hooks(self.route) | told
+
     def name(self, layer: int, key: str | None = None) -> str:
         """`layer 7, attn.hook_pattern`: what an error calls a place."""
-        hook = self.layout.layer_hooks().get(key) if key else None
+        hook = self.hooks().get(key) if key else None
         return f"layer {layer}" + (f", {hook}" if hook else "")
