@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from oversquash_lens.measure.audit import Audit, AuditRow
-from oversquash_lens.measure.edges import MixedEdges
+from oversquash_lens.measure.edges import Parts
 from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
@@ -67,6 +68,20 @@ def truth(tokens: tuple[str, ...] = TOKENS, exact: bool = True, seed: int = 1) -
     )
 
 
+@dataclass(frozen=True)
+class HandMadeEdges:
+    """Edges kept as whole matrices."""
+
+    heads: torch.Tensor  # [layer, head, dest, src]
+    own: torch.Tensor  # [layer]
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts:
+        return Parts(self.heads[layer, :, start:stop, :stop].clone(), self.own[layer].expand(stop - start))
+
+    def rows(self, layer: int, start: int, stop: int) -> torch.Tensor:
+        return self.parts(layer, start, stop).together(start)
+
+
 def flow_result(
     tokens: tuple[str, ...] = TOKENS,
     n_layers: int = 3,
@@ -104,7 +119,7 @@ def flow_result(
         residual_at=up[:-1] * part,
         log_above=down.log(),
         log_below=up.log(),
-        edges=MixedEdges(lambda layer, start, stop: attention[layer, :, start:stop, :stop], factor, own[:, None]),
+        edges=HandMadeEdges(heads, own),
         about=about(),
         notes=("assumed by nobody",),
     )

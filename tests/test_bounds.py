@@ -6,6 +6,7 @@ That the sound ones hold on models of every kind is shown in test_soundness.py.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.paths import log_path_products
 from oversquash_lens.record.activations import ACTIVATIONS
+
+record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
 TIGHT = 1e-12  # relative; float64 against float64
 # A Llama on Bridge is rotated in float32, so ‖q‖ and ‖k‖ change by that much between projection and score.
@@ -89,7 +92,7 @@ def package_lipschitz() -> dict[str, float]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_equals_sum_over_all_paths(name: str, variant: str) -> None:
     model, tokens = case(name)
-    profile = osl.path_bound(osl.record(model, tokens), variant=variant)
+    profile = osl.path_bound(record(model, tokens), variant=variant)
     assert profile.kind == variant
     expected = reference(read(model, tokens), variant, lipschitz=package_lipschitz())
     assert_matches(profile, expected, ROTATED_IN_FLOAT32.get((name, variant), TIGHT))
@@ -99,7 +102,7 @@ def test_variant_equals_sum_over_all_paths(name: str, variant: str) -> None:
 @pytest.mark.parametrize("variant", WITH_BETA)
 def test_variant_with_given_beta_equals_sum_over_all_paths(name: str, variant: str) -> None:
     model, tokens = case(name)
-    profile = osl.path_bound(osl.record(model, tokens), variant=variant, beta=1.0)
+    profile = osl.path_bound(record(model, tokens), variant=variant, beta=1.0)
     assert_matches(profile, reference(read(model, tokens), variant, beta=1.0, lipschitz=package_lipschitz()))
 
 
@@ -108,7 +111,7 @@ def test_variant_with_given_beta_equals_sum_over_all_paths(name: str, variant: s
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_variants_equal_path_sums_on_random_architectures(seed: int, n: int) -> None:
     model, tokens = hooked(seed, **random_spec(seed)), tokens_for(seed, n)
-    trace, reading = osl.record(model, tokens), read(model, tokens)
+    trace, reading = record(model, tokens), read(model, tokens)
     for variant in VARIANTS:
         expected = reference(reading, variant, lipschitz=package_lipschitz())
         assert_matches(osl.path_bound(trace, variant=variant), expected)
@@ -117,7 +120,7 @@ def test_variants_equal_path_sums_on_random_architectures(seed: int, n: int) -> 
 @pytest.mark.parametrize("name", CASES)
 def test_last_row_is_the_last_token_alone(name: str) -> None:
     model, tokens = case(name)
-    last = osl.path_bound(osl.record(model, tokens)).log_by_layer[-1]
+    last = osl.path_bound(record(model, tokens)).log_by_layer[-1]
     assert last[-1] == 0
     assert torch.isneginf(last[:-1]).all()
 
@@ -125,7 +128,7 @@ def test_last_row_is_the_last_token_alone(name: str) -> None:
 @pytest.mark.parametrize("variant", NO_CONSTANT)
 def test_no_values_where_the_paper_leaves_the_constant_open(variant: str) -> None:
     model, tokens = case(CASES[-1])
-    profile = osl.path_bound(osl.record(model, tokens), variant=variant)
+    profile = osl.path_bound(record(model, tokens), variant=variant)
     with pytest.raises(InputError, match="share"):
         _ = profile.values
     assert profile.share.sum().item() == pytest.approx(1, abs=TIGHT)
@@ -134,14 +137,14 @@ def test_no_values_where_the_paper_leaves_the_constant_open(variant: str) -> Non
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_shares_sum_to_one_at_every_layer(variant: str) -> None:
     model, tokens = case(CASES[-2])
-    by_layer = osl.path_bound(osl.record(model, tokens), variant=variant).share_by_layer
+    by_layer = osl.path_bound(record(model, tokens), variant=variant).share_by_layer
     assert torch.allclose(by_layer.sum(-1), torch.ones(len(by_layer), dtype=torch.float64), rtol=TIGHT)
 
 
 def test_printed_forms_differ_as_the_paper_prints_them() -> None:
     """The three forms use different divisors, so on a model whose β₁ and β₂ differ their profiles differ."""
     model, tokens = case("bridge-gpt2")
-    trace, reading = osl.record(model, tokens), read(model, tokens)
+    trace, reading = record(model, tokens), read(model, tokens)
     betas = [(geometric_mean(layer.r1), geometric_mean(layer.r2)) for layer in reading.layers]
     assert all(abs(one / two - 1) > 0.01 for one, two in betas), "a model that cannot tell them apart"
     shares = {name: osl.path_bound(trace, variant=name).share for name in PRINTED[:3]}
@@ -156,7 +159,7 @@ def test_printed_forms_differ_as_the_paper_prints_them() -> None:
 )
 def test_bad_arguments_are_refused(variant: str, beta: str | float) -> None:
     model, tokens = case(CASES[-1])
-    trace = osl.record(model, tokens)
+    trace = record(model, tokens)
     with pytest.raises(InputError):
         osl.path_bound(trace, variant=variant, beta=beta)
 
@@ -210,7 +213,7 @@ def test_lemma_b6_largest_eigenvalue_is_one_and_simple(seed: int, n: int) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_lemma_b6_holds_of_recorded_attention(name: str) -> None:
     model, tokens = case(name)
-    trace = osl.record(model, tokens)
+    trace = record(model, tokens)
     n = tokens.shape[1]
     for attention in trace.attention:
         matrix = attention.rows(0, n).double().mean(0)
@@ -335,7 +338,7 @@ def test_theorem_b5_as_printed_is_no_bound() -> None:
     """ψ = 0: σ_ψ^L is 0, so the statement promises that nothing reaches y_n; the truth is positive."""
     model, tokens = case("bridge-gpt2")
     with silent_mlps(model):
-        trace = osl.record(model, tokens)
+        trace = record(model, tokens)
         truth = osl.measured_sensitivity(model, tokens, probes=None, norm="spectral", freeze=("attention",))
         bound = osl.path_bound(trace, variant="theorem_b5")
         assert (bound.values == 0).all()
@@ -349,7 +352,7 @@ def test_theorem_b5_as_printed_is_no_bound() -> None:
 def test_calibrated_bounds_hold_against_row_by_row_autograd(name: str) -> None:
     """With a truth that shares no code with the package."""
     model, tokens = case(name)
-    trace = osl.record(model, tokens)
+    trace = record(model, tokens)
     frozen = spectral(exact_jacobian(model, tokens, freeze_attention=True))
     full = spectral(exact_jacobian(model, tokens))
     assert (osl.path_bound(trace, variant="calibrated").values >= frozen * (1 - SOUND_SLACK)).all()
@@ -369,7 +372,7 @@ def test_calibrated_is_reached_where_nothing_is_lost() -> None:
                 parameter.copy_(torch.eye(12).reshape(parameter.shape))
         truth = spectral(exact_jacobian(model, tokens, freeze_attention=True))
         reading = read(model, tokens)
-        bound = osl.path_bound(osl.record(model, tokens), variant="calibrated").values
+        bound = osl.path_bound(record(model, tokens), variant="calibrated").values
     (layer,) = reading.layers
     expected = (torch.tensor([0.0, 1.0]) + layer.pattern[0, -1] / layer.r1) / reading.r3[-1]
     assert torch.allclose(bound, expected, rtol=1e-12, atol=0)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from small_models import CASES, NO_HOOKED, case, has_hooked, hooked, random_spec
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
+from oversquash_lens.measure import block as block_module
 from oversquash_lens.measure import flow as flow_module
-from oversquash_lens.measure.flow import KINDS, path_weighing
+from oversquash_lens.measure.block import Layer
+from oversquash_lens.measure.profiles import KINDS, path_weighing
 from oversquash_lens.record.attention import KeptAttention
+
+record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
 TIGHT = 1e-10  # absolute, of shares; the edges themselves agree to 1e-12 (test_bounds, test_mean_field)
 FLOAT32_INSIDE = {"bridge-llama": 1e-5}
@@ -75,7 +80,7 @@ def every_path(edges: list[torch.Tensor], nodes: list[torch.Tensor], source: int
 
 
 def assert_flow(model: object, tokens: torch.Tensor, kind: str, source: int | None, tolerance: float = TIGHT) -> None:
-    trace = osl.record(model, tokens, node_probes=None)
+    trace = record(model, tokens, node_probes=None)
     flow = osl.flow(trace, kind, source)
     reading = read(model, tokens)
     paths = paths_of(kind, reading, model)
@@ -134,7 +139,7 @@ def test_equals_path_sums_on_random_architectures(seed: int, n: int, kind: str, 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_is_conserved_on_longer_and_deeper_models(seed: int, kind: str) -> None:
     model = hooked(seed, **{**random_spec(seed), "n_layers": 7})
-    trace = osl.record(model, tokens_for(seed, 16))
+    trace = record(model, tokens_for(seed, 16))
     for flow in osl.flows(trace, (None, 0, 7, 15), kind):
         assert_conserved(flow)
 
@@ -158,11 +163,11 @@ def test_sources_together_are_each_alone_and_add_up_to_all() -> None:
 @needs_hooked
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows three at a time, and no memory to keep edges in, change nothing."""
+    """Rows three at a time change nothing."""
     trace = osl.record(hooked(4, n_layers=3, n_heads=4, d_model=16, kv_heads=2), tokens_for(4, 10))
     whole = osl.flow(trace, kind, 7)  # in the third block: those before it hold nothing
     monkeypatch.setattr(flow_module, "ROWS", 3)
-    monkeypatch.setattr(flow_module, "KEPT", 0)
+    monkeypatch.setattr(block_module, "MOST_ROWS", 3)
     blocks = osl.flow(trace, kind, 7)
     for name in ("node", "head_at", "residual_at"):
         assert torch.allclose(getattr(blocks, name), getattr(whole, name), rtol=1e-10, atol=1e-14)
@@ -171,17 +176,30 @@ def test_blocks_are_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_hooked
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_known_profile_saves_the_sweep_from_above(kind: str) -> None:
+    trace = osl.record(hooked(4, n_layers=3, n_heads=4, d_model=16, kv_heads=2), tokens_for(4, 10))
+    known = osl.flows(trace, (None, 2), kind, profile=osl.profiles(trace, [kind])[kind])
+    for one, other in zip(known, osl.flows(trace, (None, 2), kind), strict=True):
+        assert torch.allclose(one.node, other.node, rtol=1e-12)
+        assert torch.allclose(one.head_at, other.head_at, rtol=1e-12)
+
+
+@needs_hooked
+@pytest.mark.parametrize("kind", KINDS)
 def test_parts_add_up_to_the_whole_edges(kind: str) -> None:
     trace = osl.record(hooked(8, n_heads=4, d_model=16, positions="rotary", kv_heads=2), tokens_for(8, 9))
-    edges = path_weighing(trace, kind).edges
+    weighing = path_weighing(trace, kind)
     for start, stop in ((0, 9), (4, 7)):
-        parts = edges.parts(1, start, stop)
-        whole = edges.rows(1, start, stop)
+        parts, whole = weighing.parts(1, start, stop), weighing.rows(1, start, stop)
         assert torch.allclose(parts.together(start), whole, rtol=1e-12, atol=1e-15)
-        column = torch.rand(stop, 2, dtype=torch.float64)
-        rows, times = edges.received(1, start, stop, column)
-        assert torch.allclose(rows, whole, rtol=1e-12, atol=1e-15)
-        assert torch.allclose(times, parts.heads @ column, rtol=1e-12)
+        column = torch.rand(9, 2, dtype=torch.float64)
+        block = Layer.of(trace, 1).block(start, stop)
+        received = weighing.edges.factored(block).receive(column)
+        assert torch.allclose(received, whole @ column[:stop], rtol=1e-12)
+        row = torch.rand(9, dtype=torch.float64)
+        assert torch.allclose(weighing.edges.factored(block).push(row), row[start:stop] @ whole, rtol=1e-12)
+        times = weighing.edges.brought(block, column[:stop])
+        assert torch.allclose(times, parts.heads @ column[:stop], rtol=1e-12)
         assert parts.heads.min() >= 0
         assert parts.own.min() >= 0
 
@@ -290,7 +308,7 @@ def test_the_real_model_conserves_every_kind(smollm2: object) -> None:
 @needs_hooked
 def test_what_is_no_trace_or_flow_is_told_what_to_do() -> None:
     model = hooked(2)
-    flow = osl.flow(osl.record(model, tokens_for(2, 5)))
+    flow = osl.flow(record(model, tokens_for(2, 5)))
     for function in (osl.flow, osl.squashing):
         with pytest.raises(InputError, match="expected a Trace: call record"):
             function(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from test_flow import every_path, paths_of, split
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure import heaviest
-from oversquash_lens.measure.flow import KINDS
+from oversquash_lens.measure.profiles import KINDS
 
+record = partial(osl.record, attention="kept")  # references read the model's own patterns
 pytestmark = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 
 
@@ -34,7 +36,7 @@ def test_heaviest_paths_are_the_heaviest_of_all(
 ) -> None:
     source = data.draw(st.none() | st.integers(0, n - 1))
     model, tokens = hooked(seed, **{**random_spec(seed), "n_layers": n_layers}), tokens_for(seed, n)
-    found = osl.heaviest_paths(osl.flow(osl.record(model, tokens, node_probes=None), kind, source), k)
+    found = osl.heaviest_paths(osl.flow(record(model, tokens, node_probes=None), kind, source), k)
     reading = read(model, tokens)
     paths = paths_of(kind, reading, model)
     weights = every_path(paths.edges, paths.nodes, source)

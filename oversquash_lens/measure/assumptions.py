@@ -19,7 +19,7 @@ from oversquash_lens.measure.audit import Truths
 from oversquash_lens.measure.compare import Comparison, compare
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.mean_field import mean_field_sensitivity
-from oversquash_lens.measure.paths import json_numbers
+from oversquash_lens.measure.paths import PathProfile, json_numbers
 from oversquash_lens.record.trace import Trace
 
 
@@ -63,13 +63,17 @@ class Assumption:
 
 
 def assumptions(
-    trace: Trace, truths: Truths, norms_frozen: MeasuredSensitivity | None = None
+    trace: Trace,
+    truths: Truths,
+    norms_frozen: MeasuredSensitivity | None = None,
+    estimate: PathProfile | None = None,
 ) -> tuple[Assumption, ...]:
     """Each assumption of Theorem 5.1 on this trace, beside the truth; `norms_frozen` as `measured_sensitivity`
-    gives it with freeze=("norms",). Four mean-field estimates, no pass of the model.
+    gives it with freeze=("norms",); `estimate`: the trace's mean-field estimate, where it is known already. Four more
+    of these, no pass of the model.
     """
     truth = truths.frobenius
-    real = compare(mean_field_sensitivity(trace), truth)
+    real = compare(estimate or mean_field_sensitivity(trace), truth)
 
     def imposed(**gains: Any) -> Comparison:
         return compare(mean_field_sensitivity(_with(trace, **gains)), truth)

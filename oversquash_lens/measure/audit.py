@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import whole_number
-from oversquash_lens.measure.bounds import CALIBRATED, PRINTED, VARIANTS, path_bound
+from oversquash_lens.measure.bounds import CALIBRATED, PRINTED, VARIANTS
 from oversquash_lens.measure.compare import compare
-from oversquash_lens.measure.costs import check_audit, fitting_memory
+from oversquash_lens.measure.costs import MOST_FROZEN, check_audit, fitting_memory
 from oversquash_lens.measure.jacobian import (
     MEMORY,
     MeasuredSensitivity,
@@ -24,8 +24,9 @@ from oversquash_lens.measure.jacobian import (
     frobenius_estimate,
     probe_rows,
 )
-from oversquash_lens.measure.mean_field import mean_field_sensitivity
 from oversquash_lens.measure.paths import PathProfile, json_numbers
+from oversquash_lens.measure.profiles import path_weighing
+from oversquash_lens.measure.weighing import weigh
 from oversquash_lens.record.about import About
 from oversquash_lens.record.layout import model_layout
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
@@ -137,8 +138,8 @@ class Audit:
 class Truths:
     """What the measures are held against, with nothing frozen and with the attention weights frozen.
 
-    Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes. Where a model
-    class computes attention out of sight it cannot be frozen, and the last two are None.
+    Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes. The last two
+    are None where a model class computes attention out of sight, so that it cannot be frozen, or nobody asked.
     """
 
     frobenius: MeasuredSensitivity
@@ -158,6 +159,7 @@ def audit(
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    attention: str = "auto",
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Audit:
@@ -165,12 +167,15 @@ def audit(
 
     `probes=None` measures exactly (2·d_model backward products). With probes the Frobenius truth is estimated, and
     bounds are held against ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
+    Beyond `MOST_FROZEN` tokens the truth is not measured again with attention frozen, which would take memory that
+    grows with their square.
     """
     check_effort(probes, node_probes)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     check_audit(model, len(tokenized.ids), probes)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
-    truths = measure_truths(model, tokenized, trace.about, probes=probes, seed=seed, memory=memory, progress=progress)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify, attention=attention)
+    effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
+    truths = measure_truths(model, tokenized, trace.about, frozen=len(tokenized.ids) <= MOST_FROZEN, **effort)
     return held_against(truths, trace, beta)
 
 
@@ -184,10 +189,12 @@ def check_effort(probes: int | None, node_probes: int | None) -> None:
 def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -> Audit:
     """The audit of a recorded prompt whose truth is measured already; variants that the model refuses are left out."""
     known = [name for name in VARIANTS if name not in CALIBRATED or trace.support[name].state != "refused"]
-    bounds = {name: path_bound(trace, name, beta if name in PRINTED else "measured") for name in known}
+    weighings = {name: path_weighing(trace, name, beta if name in PRINTED else "measured") for name in known}
     if beta == "measured":
-        bounds[UNIT_BETA] = path_bound(trace, "proof", 1.0)
-    estimate = mean_field_sensitivity(trace)
+        weighings[UNIT_BETA] = path_weighing(trace, "proof", 1.0)
+    weighings["mean_field"] = path_weighing(trace, "mean_field")
+    bounds = dict(zip(weighings, weigh(list(weighings.values())), strict=True))
+    estimate = bounds.pop("mean_field")
     rows = [_row("mean_field", estimate, truths.frobenius, truths, "‖J‖_F")]
     for name, bound in bounds.items():
         frozen = name == "calibrated"
@@ -205,12 +212,14 @@ def measure_truths(
     *,
     probes: int | None = None,
     seed: int = 0,
+    frozen: bool = True,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Truths:
-    """Full and frozen-attention Jacobian of a tokenized prompt: both norms of the one from the same products."""
+    """Full and, if asked, frozen-attention Jacobian of a tokenized prompt: both norms from the same products."""
     layout = model_layout(model)
-    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=probes is None)
+    dearest = ("attention",) if frozen else ()
+    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=probes is None, freeze=dearest)
 
     def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
         tape = differentiate(model, layout, tokenized, freeze)  # let go before the next: one graph at a time
@@ -227,8 +236,8 @@ def measure_truths(
                 tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
             )
 
-    can_freeze = layout_support(layout)["attention frozen"].state != "refused"
-    return Truths(*both_norms(()), *(both_norms(("attention",)) if can_freeze else (None, None)))
+    frozen = frozen and layout_support(layout)["attention frozen"].state != "refused"
+    return Truths(*both_norms(()), *(both_norms(("attention",)) if frozen else (None, None)))
 
 
 def _spectral_from_below(

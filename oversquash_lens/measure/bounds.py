@@ -20,30 +20,23 @@ The calibrated variants carry the MLP as a node factor 1 + lip at each position 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.edges import (
-    AttentionBlocks,
-    MixedEdges,
-    Parts,
-    SplitEdges,
-    attention_rows,
-    per_head,
-    squared_output_distance,
-)
-from oversquash_lens.measure.paths import PathProfile, log_path_products
+from oversquash_lens.measure.block import Block, Layer
+from oversquash_lens.measure.edges import MixedEdges, Parts, SplitEdges
+from oversquash_lens.measure.paths import Factored, PathKind, PathProfile, log_path_sums
 from oversquash_lens.measure.weighing import Weighing
+from oversquash_lens.record.attention import KeptAttention
 from oversquash_lens.record.support import refuse_unsupported
 from oversquash_lens.record.trace import Trace, check_trace
+from oversquash_lens.record.wide import wide
 
 PRINTED = ("proof", "theorem_5_1", "theorem_b5", "multi_head")
 CALIBRATED = ("calibrated", "calibrated_full")
@@ -58,8 +51,6 @@ NOTES = {
     "calibrated_full": "a bound on the full sensitivity; always above the truth, by orders of magnitude",
 }
 
-Block = Float[Tensor, "head dest src"]
-
 
 def path_bound(trace: Trace, variant: str = "proof", beta: float | str = "measured") -> PathProfile:
     """Weighted count of causal paths from every input position to the prediction, as the variant weights them.
@@ -69,7 +60,7 @@ def path_bound(trace: Trace, variant: str = "proof", beta: float | str = "measur
     each position's own divisor and rollout none: giving them a number raises InputError.
     """
     check_trace(trace)
-    return bound_weighing(trace, variant, beta).profile(trace)
+    return bound_weighing(trace, variant, beta).profile()
 
 
 def bound_weighing(trace: Trace, variant: str, beta: float | str = "measured") -> Weighing:
@@ -80,13 +71,13 @@ def bound_weighing(trace: Trace, variant: str, beta: float | str = "measured") -
     if variant in CALIBRATED:
         refuse_unsupported(trace.support, variant, trace.about.model)
         gains = trace.gains
-        edges = FullEdges(trace) if variant == "calibrated_full" else _frozen_edges(trace)
+        edges = _full_edges(trace) if variant == "calibrated_full" else _frozen_edges(trace)
         log_constant = math.log(gains.final_gain_max / gains.final_scale)
         nodes = None if trace.parallel else torch.log1p(gains.mlp_lipschitz)
-        return Weighing(variant, edges, nodes, log_constant, _notes(trace, variant))
+        return Weighing(variant, trace, edges, nodes, log_constant, _notes(trace, variant))
     norms = _norms(trace, beta)
-    edges = _printed_edges(variant, norms, partial(attention_rows, trace), trace.about.n_heads)
-    return Weighing(variant, edges, None, _log_constant(variant, norms, trace.gains.mlp_sigma), _notes(trace, variant))
+    edges, log_constant = _printed_edges(variant, norms, trace.about.n_heads), _log_constant(variant, norms, trace)
+    return Weighing(variant, trace, edges, None, log_constant, _notes(trace, variant))
 
 
 def path_products(
@@ -125,12 +116,11 @@ def path_products(
         beta = 1.0  # it divides by no norm
     norms = Norms(*(_stored_norm(store, key, which, beta) for key in ("attention_scale", "mlp_scale")), 1.0)
 
-    def attention(layer: int, start: int, stop: int) -> Block:
-        rows = patterns[layer][which, :, start:stop, :stop].detach()
-        return rows if rows.dtype == torch.float64 else rows.float()
+    def blocks(layer: int) -> Iterator[Block]:
+        return Layer(KeptAttention(patterns[layer][which].detach()), None, layer).blocks()
 
-    edges = _printed_edges(variant, norms, attention, patterns[0].shape[1])
-    return log_path_products(edges.rows, patterns[0].shape[-1], len(patterns)).exp()
+    edges = _printed_edges(variant, norms, patterns[0].shape[1])
+    return log_path_sums(blocks, [PathKind(edges.factored)], patterns[0].shape[-1], len(patterns))[0].exp()
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def _check_beta(beta: float | str, variant: str) -> None:
         raise InputError(f"beta={beta!r} came with variant {variant!r}; expected no beta: it uses none")
 
 
-def _printed_edges(variant: str, norms: Norms, attention: AttentionBlocks, n_heads: int) -> MixedEdges:
+def _printed_edges(variant: str, norms: Norms, n_heads: int) -> MixedEdges:
     """The paper's Ā as factors of α^h and of δ; the sum over heads over H is their mean."""
     beta_1, beta_2 = norms.attention, norms.mlp
     one = torch.ones_like(beta_1)
@@ -189,15 +179,16 @@ def _printed_edges(variant: str, norms: Norms, attention: AttentionBlocks, n_hea
         "multi_head": (n_heads * one, one / n_heads),
         "rollout": (one / 2, one / 2),
     }[variant]
-    return MixedEdges(attention, (of_mean / n_heads)[:, None].expand(-1, n_heads), own[:, None])
+    return MixedEdges(own[:, None], (of_mean / n_heads)[:, None])
 
 
-def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) -> float:
-    factors = torch.log1p(sigma.cpu().double() / norms.mlp)
+def _log_constant(variant: str, norms: Norms, trace: Trace) -> float:
+    sigma = trace.gains.mlp_sigma.cpu().double()
+    factors = torch.log1p(sigma / norms.mlp)
     if variant == "proof":
         return factors.sum().item() - math.log(norms.final)
     if variant == "theorem_b5":
-        return sigma.cpu().double().log().sum().item()
+        return sigma.log().sum().item()
     if variant == "multi_head":
         return len(factors) * factors.max().item()
     return math.nan
@@ -206,13 +197,7 @@ def _log_constant(variant: str, norms: Norms, sigma: Float[Tensor, " layer"]) ->
 def _frozen_edges(trace: Trace) -> MixedEdges:
     """Operator norms: δ + Σ_h α^h ‖OV_h‖₂/r (docs/theory.md, sections 3 and 10)."""
     gains = trace.gains
-    return MixedEdges(
-        partial(attention_rows, trace),
-        gains.weights.ov_norm,
-        _own(trace),
-        1 / gains.attention_scale,
-        1 / gains.attention_post_scale,
-    )
+    return MixedEdges(_own(trace), 1 / gains.attention_post_scale, 1 / gains.attention_scale, "ov_norm")
 
 
 def _own(trace: Trace) -> Float[Tensor, "layer pos"]:
@@ -221,32 +206,41 @@ def _own(trace: Trace) -> Float[Tensor, "layer pos"]:
     return 1 + lipschitz if trace.parallel else torch.ones_like(lipschitz)
 
 
+def _full_edges(trace: Trace) -> FullEdges:
+    worst = trace.gains.weights.worst_output_factor is not None
+    return FullEdges(_frozen_edges(trace), "worst_output_factor" if worst else "output_factor")
+
+
 @dataclass(frozen=True)
 class FullEdges(SplitEdges):
-    """The same with the derivative of the attention weights (docs/theory.md, sections 3 and 10)."""
+    """The frozen ones and the derivative of the attention weights (docs/theory.md, sections 3 and 10).
 
-    trace: Trace
+    `factor` names the triangular factors of W_O by which head outputs are measured.
+    """
 
-    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        return self.parts(layer, start, stop).together(start)
+    frozen: MixedEdges
+    factor: str
 
-    def parts(self, layer: int, start: int, stop: int) -> Parts:
-        gains, weights = self.trace.gains, self.trace.gains.weights
-        rows = attention_rows(self.trace, layer, start, stop)
-        scale, post = gains.attention_scale[layer].to(rows), gains.attention_post_scale[layer, start:stop].to(rows)
-        factor = weights.output_factor if weights.worst_output_factor is None else weights.worst_output_factor
-        moved = squared_output_distance(self.trace, layer, start, rows, factor).sqrt_().mul_(rows)
-        moved *= weights.score_scale[layer].to(rows).abs()
-        query = gains.query_norm[layer][:, start:stop].to(rows) * weights.key_norm[layer, :, None].to(rows)
-        key = per_head(gains.key_norm[layer], len(rows))[:, :stop].to(rows)
-        key = key * weights.query_norm[layer, :, None].to(rows)
-        query_side = einsum(moved, key, "head dest src, head src -> head dest") / scale[start:stop]
-        query_side /= gains.query_scale[layer][:, start:stop].to(rows)
-        moved /= per_head(gains.key_scale[layer], len(rows))[:, None, :stop].to(rows)
-        heads = torch.addcmul(moved.mul_(query[:, :, None]), rows, weights.ov_norm[layer, :, None, None].to(rows))
-        heads /= scale[:stop]
-        heads.diagonal(offset=start, dim1=1, dim2=2).add_(query_side)
-        return Parts(heads.div_(post[:, None]), _own(self.trace)[layer, start:stop].to(rows))
+    def factored(self, block: Block) -> Factored:
+        frozen = self.frozen.factored(block)
+        own = frozen.own + self._query_side(block).sum(0)
+        return replace(frozen, core=frozen.core + block.summed_pull(self.factor, "key_norm"), own=own)
+
+    def parts(self, block: Block) -> Parts:
+        frozen, gains = self.frozen.parts(block), block.gains
+        key_side = block.pull(self.factor) * gains.weights.key_norm[block.index].to(frozen.heads)[:, None, None]
+        key_side *= self.frozen.src_factor[block.index, : block.stop].to(key_side)
+        key_side *= self.frozen.dest_factor[block.index, block.start : block.stop, None].to(key_side)
+        heads = frozen.heads.add_(key_side)
+        heads.diagonal(offset=block.start, dim1=1, dim2=2).add_(self._query_side(block).to(heads))
+        return Parts(heads, frozen.own)
+
+    def _query_side(self, block: Block) -> Float[Tensor, "head dest"]:
+        """What moving the query does: on the diagonal, as the query is the position's own."""
+        gains, at = block.gains, (block.index, slice(block.start, block.stop))
+        drift = wide(block.drift(self.factor)) * wide(gains.weights.query_norm[block.index])[:, None]
+        scale = wide(gains.query_scale[block.index][:, block.start : block.stop])
+        return drift / (scale * wide(gains.attention_scale[at] * gains.attention_post_scale[at]))
 
 
 def _notes(trace: Trace, variant: str) -> tuple[str, ...]:

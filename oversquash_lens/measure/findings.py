@@ -9,7 +9,7 @@ from typing import Any
 
 from oversquash_lens.measure.assumptions import Assumption, assumptions
 from oversquash_lens.measure.audit import Audit, Truths, check_effort, held_against, measure_truths
-from oversquash_lens.measure.costs import check_audit
+from oversquash_lens.measure.costs import MOST_FROZEN, check_audit
 from oversquash_lens.measure.flow import Flow, flows
 from oversquash_lens.measure.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
 from oversquash_lens.measure.jacobian import MEMORY, MeasuredSensitivity, measured_sensitivity
@@ -83,16 +83,24 @@ def findings(
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    attention: str = "auto",
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Findings:
-    """Record a prompt once, measure the truth, and find out all that a report says; options as `audit`'s."""
+    """Record a prompt once, measure the truth, and find out all that a report says; options as `audit`'s.
+
+    A prompt of more than `MOST_FROZEN` tokens is not measured again with attention or norms frozen (see `audit`), and
+    the paper's assumptions, which that is for, are not imposed on the estimate either.
+    """
     check_effort(probes, node_probes)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     check_audit(model, len(tokenized.ids), probes)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
+    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify, attention=attention)
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
-    truths = measure_truths(model, tokenized, trace.about, **effort)
+    frozen = len(tokenized.ids) <= MOST_FROZEN
+    truths = measure_truths(model, tokenized, trace.about, frozen=frozen, **effort)
+    if not frozen:
+        return find(trace, truths, beta=beta)
     with warnings.catch_warnings():
         # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
@@ -104,15 +112,17 @@ def find(
     trace: Trace, truths: Truths, norms_frozen: MeasuredSensitivity | None = None, beta: float | str = "measured"
 ) -> Findings:
     """The findings of a recorded prompt whose truth is measured already: no pass of the model."""
-    squashed = squashing(trace)
+    held = held_against(truths, trace, beta)
+    squashed = squashing(trace, profile=held.mean_field)
     chosen = chosen_sources(squashed)
+    routes = flows(trace, tuple(chosen.values()), profile=held.mean_field)
     return Findings(
-        held_against(truths, trace, beta),
+        held,
         squashed,
-        dict(zip(chosen, flows(trace, tuple(chosen.values())), strict=True)),
+        dict(zip(chosen, routes, strict=True)),
         heaviest_edges(squashed.flow, EDGES),
         heaviest_paths(squashed.flow, PATHS),
-        assumptions(trace, truths, norms_frozen),
+        assumptions(trace, truths, norms_frozen, held.mean_field) if trace.n_positions <= MOST_FROZEN else (),
     )
 
 

@@ -9,25 +9,33 @@ that bring it and the residual stream that keeps it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.bounds import VARIANTS, bound_weighing
+from oversquash_lens.measure.block import Block
 from oversquash_lens.measure.edges import Edges, Parts
-from oversquash_lens.measure.mean_field import mean_field_weighing
-from oversquash_lens.measure.paths import FAINT, ROWS, effective_number, json_numbers, log_path_products
-from oversquash_lens.measure.weighing import Weighing
+from oversquash_lens.measure.paths import FAINT, PathProfile, effective_number, json_numbers, without_autocast
+from oversquash_lens.measure.profiles import path_weighing
+from oversquash_lens.measure.weighing import Weighing, layer_blocks
 from oversquash_lens.record.about import About
 from oversquash_lens.record.trace import Trace, check_trace
 
-KINDS = ("mean_field", *VARIANTS)
-KEPT = 1 << 29  # bytes of edges that the two sweeps share; beyond it the second computes them again
+ROWS = 256  # rows of a layer's edges looked at together
+
+
+@runtime_checkable
+class LayerEdges(Protocol):
+    """Any layer's edges into positions start … stop-1 from positions 0 … stop-1."""
+
+    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]: ...
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts: ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +58,7 @@ class Flow:
     residual_at: Float[Tensor, "layer pos"]
     log_above: Float[Tensor, "layer_plus_1 pos"]  # u, natural log
     log_below: Float[Tensor, "layer_plus_1 pos"]  # f, natural log
-    edges: Edges = field(compare=False)
+    edges: LayerEdges = field(compare=False)
     about: About
     power: float = 1.0  # the sensitivity that the kind speaks of is the path sum to this power
     notes: tuple[str, ...] = ()
@@ -149,9 +157,16 @@ def flow(trace: Trace | object, kind: str = "mean_field", source: Any = None, be
 
 
 def flows(
-    trace: Trace | object, sources: Sequence[Any], kind: str = "mean_field", beta: float | str = "measured"
+    trace: Trace | object,
+    sources: Sequence[Any],
+    kind: str = "mean_field",
+    beta: float | str = "measured",
+    profile: PathProfile | None = None,
 ) -> tuple[Flow, ...]:
-    """As `flow` for several sources (None: all positions), at little more than the cost of one."""
+    """As `flow` for several sources (None: all positions), at little more than the cost of one.
+
+    `profile`: this kind's own, where it is known already, as from `profiles`; it saves the sweep from above.
+    """
     check_trace(trace)
     if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
         came = "no source" if isinstance(sources, Sequence) else f"a {type(sources).__name__}"
@@ -164,9 +179,9 @@ def flows(
         if source is not None and (type(source) is not int or not 0 <= source < n):
             raise InputError(f"source={source!r} came; expected a position 0 … {n - 1} of this prompt, or None for all")
     weighing = path_weighing(trace, kind, beta)
-    remembered = _Remembered(weighing.edges)
-    log_below, head_part, own_part = _columns(trace, remembered, weighing.log_node_gain, sources)
-    log_above = log_path_products(remembered.rows, n, trace.n_layers, weighing.log_node_gain)
+    log_above = (profile or weighing.profile()).log_by_layer / weighing.power
+    with without_autocast():
+        log_below, head_part, own_part = _columns(weighing, sources)
     found = []
     for i, source in enumerate(sources):
         logs = log_above + log_below[i]
@@ -187,7 +202,7 @@ def flows(
                 *shares,
                 log_above,
                 log_below[i],
-                weighing.edges,
+                weighing,
                 trace.about,
                 weighing.power,
                 weighing.notes,
@@ -196,59 +211,24 @@ def flows(
     return tuple(found)
 
 
-def path_weighing(trace: Trace, kind: str, beta: float | str = "measured") -> Weighing:
-    """Edges, node gains and constant of any kind of path."""
-    if kind == "mean_field":
-        if beta != "measured":
-            raise InputError(f"beta={beta!r} came with kind 'mean_field'; expected no beta: it uses none")
-        return mean_field_weighing(trace)
-    if kind not in VARIANTS:
-        raise InputError(f"kind {kind!r} came; expected one of {', '.join(KINDS)}")
-    return bound_weighing(trace, kind, beta)
-
-
-class _Remembered:
-    """Edges of the first sweep kept for the second, as far as `KEPT` bytes go."""
-
-    def __init__(self, edges: Edges) -> None:
-        self._edges, self._left = edges, KEPT
-        self._kept: dict[tuple[int, int, int], Tensor] = {}
-
-    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        kept = self._kept.pop((layer, start, stop), None)
-        return self._edges.rows(layer, start, stop) if kept is None else kept
-
-    def parts(self, layer: int, start: int, stop: int) -> Parts:
-        return self._edges.parts(layer, start, stop)
-
-    def received(
-        self, layer: int, start: int, stop: int, column: Float[Tensor, "src source"]
-    ) -> tuple[Float[Tensor, "dest src"], Float[Tensor, "head dest source"]]:
-        rows, times = self._edges.received(layer, start, stop, column)
-        size = rows.nbytes
-        if size <= self._left:
-            self._left -= size
-            self._kept[layer, start, stop] = rows
-        return rows, times
-
-
 def _columns(
-    trace: Trace, edges: Edges, log_node_gain: Float[Tensor, "layer pos"] | None, sources: Sequence[int | None]
+    weighing: Weighing, sources: Sequence[int | None]
 ) -> tuple[
     Float[Tensor, "source layer_plus_1 pos"],
     Float[Tensor, "source layer head pos"],
     Float[Tensor, "source layer pos"],
 ]:
     """From the prompt upwards: log of the paths that reach each position, and who brought them there."""
+    trace, blocks = weighing.trace, layer_blocks(weighing.trace)
     column = torch.full((trace.n_positions, len(sources)), -math.inf, dtype=torch.float64, device="cpu")
     for i, source in enumerate(sources):
         column[source if source is not None else slice(None), i] = 0.0
     columns, heads, own = [column], [], []
     for layer in range(trace.n_layers):
         stayed = torch.isfinite(column)  # where nothing was, nothing stays: the heads brought it all
-        column, head_part = _log_received(edges, layer, column)
-        if log_node_gain is not None:
-            column = column + log_node_gain[layer].cpu().double()[:, None]
+        column, head_part = _log_received(weighing.edges, blocks(layer), column)
+        if weighing.log_node_gain is not None:
+            column = column + weighing.log_node_gain[layer].cpu().double()[:, None]
         brought = head_part.sum(0)
         head_part = torch.where(stayed | (brought == 0), head_part, head_part / brought)
         columns.append(column)
@@ -262,44 +242,39 @@ def _columns(
 
 
 def _log_received(
-    edges: Edges, layer: int, log_column: Float[Tensor, "pos source"]
+    edges: Edges, blocks: Iterable[Block], log_column: Float[Tensor, "pos source"]
 ) -> tuple[Float[Tensor, "pos source"], Float[Tensor, "head pos source"]]:
     """log(edges · exp(log_column)), no entry lost to underflow, and each head's part of it."""
-    n = len(log_column)
     shift = log_column.amax(0)
     column = (log_column - shift).exp()
+    reached = torch.isfinite(log_column.cummax(0).values)
     received, heads = [], []
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        rows, times = edges.received(layer, start, stop, column[:stop])
-        times = times.cpu().double()
-        whole = rows.cpu().double() @ column[:stop]
-        log_whole = whole.log() + shift
-        part = times / whole.clamp(min=FAINT)
-        faint = whole < _faintest(rows)
+    for block in blocks:
+        at, whole = slice(block.start, block.stop), edges.factored(block).receive(column)
+        times = edges.brought(block, column[: block.stop])
+        log_whole, part = whole.log() + shift, times.cpu().double() / whole.clamp(min=FAINT)
+        # What the mask lets nobody hear is truly 0; what merely fell below the range is computed again.
+        faint = (whole < _faintest(times)) & reached[at]
         if faint.any():
-            # What the mask lets nobody hear is truly 0; what merely fell below the range is computed again.
-            faint &= torch.isfinite(log_column[:stop].cummax(0).values[start:stop])
+            parts = edges.parts(block)
             for dest in faint.any(1).nonzero()[:, 0].tolist():
-                log_whole[dest], part[:, dest] = _one_row(edges, layer, start + dest, log_column)
+                one = Parts(parts.heads[:, dest].cpu().double(), parts.own[dest].cpu().double())
+                log_whole[dest], part[:, dest] = _in_logarithms(one, block.start + dest, log_column[: block.stop])
         received.append(log_whole)
         heads.append(part / part.sum(0).clamp(min=1.0))  # rounding must not make more of the parts than of the whole
     return torch.cat(received), torch.cat(heads, dim=1)
 
 
-def _faintest(rows: Tensor) -> float:
+def _faintest(times: Tensor) -> float:
     """Products below this share of the largest entry have lost digits in the dtype that the heads are computed in."""
-    return FAINT if rows.dtype == torch.float64 else 1e-30
+    return FAINT if times.dtype == torch.float64 else 1e-30
 
 
-def _one_row(
-    edges: Edges, layer: int, dest: int, log_column: Float[Tensor, "pos source"]
+def _in_logarithms(
+    parts: Parts, dest: int, log_column: Float[Tensor, "src source"]
 ) -> tuple[Float[Tensor, " source"], Float[Tensor, "head source"]]:
-    """The same for one position in logarithms: rare, where one source is fainter than 1e-30 of another."""
-    parts = edges.parts(layer, dest, dest + 1)
-    log_column = log_column[: dest + 1]
-    log_heads = parts.heads[:, 0].cpu().double().log()
-    brought = (log_heads[:, :, None] + log_column).logsumexp(1)
-    own = parts.own.cpu().double().log() + log_column[dest]
+    """The same for one position: rare, where one source is fainter than 1e-30 of another."""
+    brought = (parts.heads.log()[:, :, None] + log_column).logsumexp(1)
+    own = parts.own.log() + log_column[dest]
     whole = torch.cat([brought, own[None]]).logsumexp(0)
     return whole, torch.where(torch.isneginf(whole), 0.0, (brought - whole).exp())

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.measure.flow import Flow
-from oversquash_lens.measure.paths import ROWS
+from oversquash_lens.measure.flow import ROWS, Flow
 
 BLOCK = 64  # positions whose edges are looked through at a time
 
@@ -152,18 +151,17 @@ def _one_layer_down(
     dests, ranks = torch.zeros(n, k, dtype=torch.long, device="cpu"), torch.zeros(n, k, dtype=torch.long, device="cpu")
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        log_part = (
-            flow.edges.rows(layer, start, stop).double().cpu().log() + flow.log_below[layer, :stop]
-        ).log_softmax(-1)
+        log_part = (flow.edges.rows(layer, start, stop).log() + flow.log_below[layer, :stop]).log_softmax(-1)
         log_part = log_part.masked_fill(log_part.isnan(), -math.inf)  # rows that nothing reaches
-        candidates = (log_part[:, :, None] + best[start:stop, None, :]).transpose(0, 1).flatten(1)
-        values = torch.cat([found[:stop], candidates], dim=1)
-        found[:stop], index = values.topk(k)
-        index -= k  # negative: one of those found before
-        earlier = index < 0
-        kept = (index + k).clamp(max=k - 1)
-        dests[:stop] = torch.where(earlier, dests[:stop].gather(1, kept), index // k + start)
-        ranks[:stop] = torch.where(earlier, ranks[:stop].gather(1, kept), index % k)
+        # Whoever goes on with one of the k best goes on to one of the k dests that are best in the first rank.
+        few = min(k, stop - start)
+        dest = (log_part + best[start:stop, :1]).T.topk(few).indices  # [src, few]
+        candidates = log_part.T.gather(1, dest)[:, :, None] + best[start + dest]  # [src, few, k]
+        found[:stop], index = torch.cat([found[:stop], candidates.flatten(1)], dim=1).topk(k)
+        dests[:stop] = torch.cat([dests[:stop], (start + dest).repeat_interleave(k, 1)], dim=1).gather(1, index)
+        ranks[:stop] = torch.cat([ranks[:stop], torch.arange(k, device="cpu").repeat(stop, few)], dim=1).gather(
+            1, index
+        )
     return found, (dests, ranks)
 
 

@@ -11,14 +11,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.measure.edges import Parts, SplitEdges, attention_rows, per_head, squared_output_distance
-from oversquash_lens.measure.paths import PathProfile
+from oversquash_lens.measure.block import Block
+from oversquash_lens.measure.edges import Parts, SplitEdges
+from oversquash_lens.measure.paths import Factored, PathProfile
 from oversquash_lens.measure.weighing import Weighing
 from oversquash_lens.record.trace import Trace, check_trace
+from oversquash_lens.record.wide import wide
+
+FACTOR = "output_factor"  # of WeightGains: lengths of head outputs, a norm behind attention included
 
 
 def mean_field_sensitivity(trace: Trace) -> PathProfile:
@@ -29,7 +32,7 @@ def mean_field_sensitivity(trace: Trace) -> PathProfile:
     the sensitivity to the residual entering layer l. O(layer·pos²), no backward pass.
     """
     check_trace(trace)
-    return mean_field_weighing(trace).profile(trace)
+    return mean_field_weighing(trace).profile()
 
 
 def mean_field_weighing(trace: Trace) -> Weighing:
@@ -42,7 +45,9 @@ def mean_field_weighing(trace: Trace) -> Weighing:
     if trace.about.final_gain == "unknown":
         notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
     log_gain = None if trace.parallel else gains.node_gain.log()
-    return Weighing("mean_field", MeanSquareEdges(trace), log_gain, log_constant, tuple(notes), power=0.5)
+    edges = MeanSquareEdges(trace.parallel, trace.about.d_model)
+    edges = MeanSquareEdges(trace.parallel, trace.about.d_model)
+    return Weighing("mean_field", trace, edges, log_gain, log_constant, tuple(notes), power=0.5)
 
 
 @dataclass(frozen=True)
@@ -53,71 +58,50 @@ class MeanSquareEdges(SplitEdges):
     residual stream on the diagonal, and the softmax's derivative through the keys.
     """
 
-    trace: Trace
+    parallel: bool
+    d_model: int
 
-    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        rows = attention_rows(self.trace, layer, start, stop)
-        return self._whole(
-            rows, self._key_side(rows, layer, start).sum(0), self._divisor(rows, layer, start), layer, start
-        )
+    def factored(self, block: Block) -> Factored:
+        dest, src = self._divisors(block)
+        core = block.quadratic + block.summed_squared_pull(FACTOR, self._key_square(block))
+        own = self._own(block) + 2 * self._interference(block)
+        itself = wide(core.diagonal(offset=block.start)) * dest * src[block.start :]
+        return Factored(core, block.start, own.maximum(-itself), dest, src)  # a mean square, whatever rounding says
 
-    def parts(self, layer: int, start: int, stop: int) -> Parts:
+    def parts(self, block: Block) -> Parts:
         """What heads add to or take from one another and the residual stream is shared out in proportion to what
         each would pass on alone, so no part is negative and a head that passes nothing has none.
         """
-        rows = attention_rows(self.trace, layer, start, stop)
-        key_side = self._key_side(rows, layer, start)
-        divisor = self._divisor(rows, layer, start)
-        edges = self._whole(rows, key_side.sum(0), divisor, layer, start)
-        gram = self.trace.gains.weights.ov_gram[layer].to(rows)
-        alone = torch.addcmul(key_side, rows * rows, gram.diagonal()[:, None, None])
-        alone /= divisor
-        own = self._own(rows, layer, start)
+        rows, weights = block.attention, block.gains.weights
+        edges = self.factored(block).dense().to(rows)
+        dest, src = (factor.to(rows) for factor in self._divisors(block))
+        alone = block.pull(FACTOR).square().mul_(self._key_square(block).to(rows)[:, None, None])
+        alone.addcmul_(rows * rows, weights.ov_gram[block.index].to(rows).diagonal()[:, None, None])
+        alone.mul_(torch.outer(dest, src))
+        own = self._own(block).to(rows)
         total = alone.sum(0)
-        total.diagonal(offset=start).add_(own)
+        total.diagonal(offset=block.start).add_(own)
         ratio = edges / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return Parts(alone.mul_(ratio), own * ratio.diagonal(offset=start))
+        return Parts(alone.mul_(ratio), own * ratio.diagonal(offset=block.start))
 
-    def _whole(
-        self,
-        rows: Float[Tensor, "head dest src"],
-        key_side: Float[Tensor, "dest src"],
-        divisor: Float[Tensor, "dest src"],
-        layer: int,
-        start: int,
-    ) -> Float[Tensor, "dest src"]:
-        stop, gains = rows.shape[2], self.trace.gains
-        looking_at_itself = rows.diagonal(offset=start, dim1=1, dim2=2)
-        interference = einsum(looking_at_itself, gains.weights.ov_trace[layer].to(rows), "head dest, head -> dest")
-        interference /= (gains.attention_scale * gains.attention_post_scale)[layer, start:stop].to(rows)
-        value_side = _value_side(rows, gains.weights.ov_gram[layer].to(rows))
-        edges = (value_side + key_side) / divisor
-        edges.diagonal(offset=start).add_(self._own(rows, layer, start) + 2 * interference)
-        return edges.clamp(min=0)  # a mean square, whatever rounding says
-
-    def _own(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, " dest"]:
+    def _own(self, block: Block) -> Float[Tensor, " dest"]:
         """What stays in the residual stream: an MLP beside attention belongs to it."""
-        gain = self.trace.gains.node_gain[layer, start : rows.shape[2]].to(rows)
-        return gain if self.trace.parallel else torch.ones_like(gain)
+        gain = wide(block.gains.node_gain[block.index, block.start : block.stop])
+        return gain if self.parallel else torch.ones_like(gain)
 
-    def _divisor(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "dest src"]:
-        """r_k², and ρ_j² of a norm behind attention."""
-        gains, stop = self.trace.gains, rows.shape[2]
-        post = gains.attention_post_scale[layer, start:stop].to(rows)
-        return torch.outer(post, gains.attention_scale[layer, :stop].to(rows)).square_()
+    def _interference(self, block: Block) -> Float[Tensor, " dest"]:
+        """Σ_h α^h_jj tr(OV_h)/d, over r_j and ρ_j: what a position reads of itself, along its residual stream."""
+        weight, at = block.gains.weights.ov_trace[block.index], (block.index, slice(block.start, block.stop))
+        scale = block.gains.attention_scale[at] * block.gains.attention_post_scale[at]
+        return wide(weight.to(block.looking_at_itself) @ block.looking_at_itself) / wide(scale)
 
-    def _key_side(self, rows: Float[Tensor, "head dest src"], layer: int, start: int) -> Float[Tensor, "head dest src"]:
-        """(α^h ‖o_k - ō_j‖)² · ‖q_j‖² scale² · ‖diag(γ)W_K‖_F²/d_head / d, over the square of the keys' own norm."""
-        trace, gains, weights = self.trace, self.trace.gains, self.trace.gains.weights
-        squared = squared_output_distance(trace, layer, start, rows, weights.output_factor).mul_(rows).mul_(rows)
-        d_head = gains.value.shape[-1]
-        key = weights.key_square[layer] * weights.score_scale[layer] ** 2 / (d_head * trace.about.d_model)
-        query = gains.query_norm[layer][:, start : rows.shape[2]].to(rows).square()
-        squared.mul_((query * key[:, None].to(rows))[:, :, None])
-        return squared.div_(per_head(gains.key_scale[layer], len(rows))[:, None, : rows.shape[2]].to(rows).square())
+    def _divisors(self, block: Block) -> tuple[Float[Tensor, " dest"], Float[Tensor, " src"]]:
+        """1/ρ_j² of a norm behind attention, and 1/r_k²."""
+        post = wide(block.gains.attention_post_scale[block.index, block.start : block.stop])
+        scale = wide(block.gains.attention_scale[block.index, : block.stop])
+        return post.square().reciprocal(), scale.square().reciprocal()
 
-
-def _value_side(rows: Float[Tensor, "head dest src"], gram: Float[Tensor, "head head2"]) -> Float[Tensor, "dest src"]:
-    """Σ_hh' α^h α^h' tr(OV_h OV_h'ᵀ)/d."""
-    mixed = (gram @ rows.flatten(1)).view_as(rows)
-    return (mixed * rows).sum(0)
+    def _key_square(self, block: Block) -> Float[Tensor, " head"]:
+        """‖diag(γ)W_K‖_F²/d_head / d: with the square of a pull, the key side's mean square."""
+        gains = block.gains
+        return gains.weights.key_square[block.index] / (gains.value.shape[-1] * self.d_model)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.record.about import About
+from oversquash_lens.record.wide import wide
 
 ROWS = 256  # rows of an edge matrix that are in memory at a time
 FAINT = 1e-250  # below this share of the largest entry, sums are redone with logsumexp: no far token underflows
@@ -127,6 +129,126 @@ def effective_number(share: Float[Tensor, "*rows pos"]) -> Float[Tensor, "*rows"
     return torch.special.entr(share).sum(-1).exp()
 
 
+@dataclass(frozen=True)
+class Factored:
+    """One block of an edge matrix, none negative: edge(j, k) = dest_j · core(j, k) · src_k + δ_jk own_j.
+
+    Rows are the positions from `start` on. `core` is as large as the block and comes in the dtype that it was computed
+    in; the factors are vectors, so in float64 they cost nothing. None stands for ones.
+    """
+
+    core: Float[Tensor, "dest src"]
+    start: int
+    own: Float[Tensor, " dest"] | None = None
+    dest: Float[Tensor, " dest"] | None = None
+    src: Float[Tensor, " src"] | None = None
+
+    @property
+    def positions(self) -> slice:
+        return slice(self.start, self.start + len(self.core))
+
+    def push(self, row: Float[Tensor, " pos"]) -> Float[Tensor, " src"]:
+        """row · edges, of a row over all positions."""
+        row = row[self.positions]
+        product = _times(row if self.dest is None else row * _like(self.dest, row), self.core)
+        if self.src is not None:
+            product *= _like(self.src, product)
+        if self.own is not None:
+            product[self.positions] += row * _like(self.own, row)
+        return product
+
+    def receive(self, column: Float[Tensor, "pos source"]) -> Float[Tensor, "dest source"]:
+        """edges · column, of columns over all positions."""
+        core = wide(self.core)
+        heard = column[: core.shape[1]]
+        heard = heard if self.src is None else heard * _like(self.src, heard)[:, None]
+        product = (core @ heard.to(core)).cpu()
+        if self.dest is not None:
+            product *= _like(self.dest, product)[:, None]
+        if self.own is not None:
+            product += column[self.positions] * _like(self.own, column)[:, None]
+        return product
+
+    def dense(self) -> Float[Tensor, "dest src"]:
+        """The edges themselves, in float64."""
+        edges = wide(self.core).cpu().clone()
+        if self.dest is not None:
+            edges *= _like(self.dest, edges)[:, None]
+        if self.src is not None:
+            edges *= _like(self.src, edges)
+        if self.own is not None:
+            edges.diagonal(offset=self.start).add_(_like(self.own, edges))
+        return edges
+
+
+def _times(row: Float[Tensor, " dest"], core: Float[Tensor, "dest src"]) -> Float[Tensor, " src"]:
+    core = wide(core)
+    return torch.mv(core.mT, row.to(core)).cpu()
+
+
+def _like(factor: Tensor, vector: Tensor) -> Tensor:
+    return factor.to(vector.device, vector.dtype)
+
+
+class PathKind(NamedTuple):
+    """What of a block (whatever the caller's blocks are) is one kind of path's edges, and its nodes' log gains."""
+
+    edges: Callable[[Any], Factored]
+    log_node_gain: Float[Tensor, "layer pos"] | None = None
+
+
+def log_path_sums(
+    blocks: Callable[[int], Iterator[Any]], kinds: Sequence[PathKind], n: int, n_layers: int
+) -> list[Float[Tensor, "layer_plus_1 pos"]]:
+    """`log_path_products` of several kinds of path in one sweep, each layer's `blocks` gone through once for all."""
+    row = torch.full((n,), -math.inf, dtype=torch.float64, device="cpu")
+    row[-1] = 0.0
+    rows = [[row] for _ in kinds]
+    for layer in reversed(range(n_layers)):
+        above = [found[-1] for found in rows]
+        for i, kind in enumerate(kinds):
+            if kind.log_node_gain is not None:
+                above[i] = above[i] + wide(kind.log_node_gain[layer]).cpu()
+        with without_autocast():
+            below = _log_below(above, blocks, layer, kinds)
+        for found, each in zip(rows, below, strict=True):
+            found.append(each)
+    return [torch.stack(found[::-1]) for found in rows]
+
+
+def _log_below(
+    log_rows: Sequence[Float[Tensor, " pos"]],
+    blocks: Callable[[int], Iterator[Any]],
+    layer: int,
+    kinds: Sequence[PathKind],
+) -> list[Float[Tensor, " pos"]]:
+    """log(exp(log_row) · edges) for each kind, no entry lost to underflow."""
+    shifts = [row.max() for row in log_rows]
+    scaled = [(row - shift).exp() for row, shift in zip(log_rows, shifts, strict=True)]
+    products = [torch.zeros_like(row) for row in log_rows]
+    for block in blocks(layer):
+        for kind, row, product in zip(kinds, scaled, products, strict=True):
+            pushed = kind.edges(block).push(row)
+            product[: len(pushed)] += pushed
+    for i, kind in enumerate(kinds):
+        faint = (products[i] < FAINT).nonzero()[:, 0]
+        products[i] = products[i].log() + shifts[i]
+        if len(faint):  # rare: only where one position hears another less than 1e-250 times the loudest
+            edges = (kind.edges(block) for block in blocks(layer))
+            products[i][faint] = _log_faint(log_rows[i], edges, faint)
+    return products
+
+
+def _log_faint(log_row: Float[Tensor, " pos"], blocks: Iterator[Factored], faint: Tensor) -> Float[Tensor, " faint"]:
+    """The same in logarithms throughout, for the positions `faint`."""
+    parts = []
+    for edges in blocks:
+        rows = edges.dense()
+        rows = torch.nn.functional.pad(rows, (0, len(log_row) - rows.shape[1]))
+        parts.append(torch.logsumexp(log_row[edges.positions, None] + rows[:, faint].log(), dim=0))
+    return torch.stack(parts).logsumexp(dim=0)
+
+
 def log_path_products(
     edge_rows: EdgeRows,
     n: int,
@@ -142,15 +264,12 @@ def log_path_products(
     >>> log_path_products(lambda layer, start, stop: torch.ones(3, 3).tril()[start:stop], 3, 2)[0].exp().round()
     tensor([3., 2., 1.], dtype=torch.float64)
     """
-    row = torch.full((n,), -math.inf, dtype=torch.float64, device="cpu")
-    row[-1] = 0.0
-    rows = [row]
-    for layer in reversed(range(n_layers)):
-        if log_node_gain is not None:
-            row = row + log_node_gain[layer].cpu().double()
-        row = _log_times(row, lambda layer=layer: _blocks(edge_rows, layer, n))
-        rows.append(row)
-    return torch.stack(rows[::-1])
+
+    def blocks(layer: int) -> Iterator[Factored]:
+        for start in range(0, n, ROWS):
+            yield Factored(edge_rows(layer, start, min(start + ROWS, n)), start)
+
+    return log_path_sums(blocks, [PathKind(lambda block: block, log_node_gain)], n, n_layers)[0]
 
 
 @contextmanager
@@ -160,35 +279,6 @@ def without_autocast() -> Iterator[None]:
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def _blocks(edge_rows: EdgeRows, layer: int, n: int) -> Iterator[tuple[slice, Float[Tensor, "dest src"]]]:
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        with without_autocast():
-            rows = edge_rows(layer, start, stop)
-        yield slice(start, stop), rows.cpu().double()
-
-
-def _log_times(
-    log_row: Float[Tensor, " dest"],
-    blocks: Callable[[], Iterator[tuple[slice, Float[Tensor, "dest src"]]]],
-) -> Float[Tensor, " src"]:
-    """log(exp(log_row) · edges), no entry lost to underflow."""
-    shift = log_row.max()
-    row = (log_row - shift).exp()
-    product = torch.zeros_like(row)
-    for dest, edges in blocks():
-        product[: edges.shape[1]] += row[dest] @ edges
-    log_product = product.log() + shift
-    faint = (product < FAINT).nonzero()[:, 0]
-    if len(faint):  # rare: only where one position hears another less than 1e-250 times the loudest
-        parts = []
-        for dest, edges in blocks():
-            edges = torch.nn.functional.pad(edges, (0, len(row) - edges.shape[1]))
-            parts.append(torch.logsumexp(log_row[dest, None] + edges[:, faint].log(), dim=0))
-        log_product[faint] = torch.stack(parts).logsumexp(dim=0)
-    return log_product
 
 
 def count_paths(n: int, n_layers: int, tokens: Sequence[str] | None = None) -> PathProfile:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.measure.flow import Flow, flow
-from oversquash_lens.measure.paths import effective_number, json_numbers
+from oversquash_lens.measure.flow import Flow, flow, flows
+from oversquash_lens.measure.paths import PathProfile, effective_number, json_numbers
 from oversquash_lens.record.about import About
 from oversquash_lens.record.attention import UniformAttention
 from oversquash_lens.record.trace import Trace
@@ -123,9 +123,9 @@ class Squashing:
         }
 
 
-def squashing(trace: Trace | object, kind: str = "mean_field") -> Squashing:
-    """Flow and shares of a trace beside those of even attention; `kind` as for `flow`. Costs two flows."""
-    real = flow(trace, kind)
+def squashing(trace: Trace | object, kind: str = "mean_field", profile: PathProfile | None = None) -> Squashing:
+    """Flow and shares of a trace beside those of even attention; `kind` and `profile` as for `flows`. Two flows."""
+    (real,) = flows(trace, (None,), kind, profile=profile)
     even = UniformAttention(trace.n_positions, trace.about.n_heads, trace.gains.value.dtype, trace.gains.value.device)
     null = flow(replace(trace, attention=(even,) * trace.n_layers), kind)
     return Squashing(real, null, _share(real), _share(null))

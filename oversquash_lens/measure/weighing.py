@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.measure.edges import Edges
-from oversquash_lens.measure.paths import PathProfile, log_path_products
+from oversquash_lens.measure.block import Block, Layer, Room
+from oversquash_lens.measure.edges import Edges, Parts
+from oversquash_lens.measure.paths import PathKind, PathProfile, log_path_sums, without_autocast
 from oversquash_lens.record.trace import Trace
 
 
@@ -21,13 +23,41 @@ class Weighing:
     """
 
     kind: str
+    trace: Trace
     edges: Edges
     log_node_gain: Float[Tensor, "layer pos"] | None
     log_constant: float
     notes: tuple[str, ...]
     power: float = 1.0
 
-    def profile(self, trace: Trace) -> PathProfile:
+    def profile(self) -> PathProfile:
         """All path products down to every layer, as the sensitivity's logarithm."""
-        log_sums = log_path_products(self.edges.rows, trace.n_positions, trace.n_layers, self.log_node_gain)
-        return PathProfile(self.kind, trace.tokens, log_sums * self.power, self.log_constant, trace.about, self.notes)
+        return weigh([self])[0]
+
+    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
+        """The whole edges into positions start … stop-1 from positions 0 … stop-1, in float64."""
+        with without_autocast():
+            return self.edges.factored(Layer.of(self.trace, layer).block(start, stop)).dense()
+
+    def parts(self, layer: int, start: int, stop: int) -> Parts:
+        """The same, split by head and residual stream."""
+        with without_autocast():
+            return self.edges.parts(Layer.of(self.trace, layer).block(start, stop))
+
+
+def weigh(weighings: Sequence[Weighing]) -> list[PathProfile]:
+    """The profiles of several kinds of path on one trace, from one sweep: attention is computed once for all."""
+    trace = weighings[0].trace
+    assert all(each.trace is trace for each in weighings)
+    kinds = [PathKind(each.edges.factored, each.log_node_gain) for each in weighings]
+    sums = log_path_sums(layer_blocks(trace), kinds, trace.n_positions, trace.n_layers)
+    return [
+        PathProfile(each.kind, trace.tokens, found * each.power, each.log_constant, trace.about, each.notes)
+        for each, found in zip(weighings, sums, strict=True)
+    ]
+
+
+def layer_blocks(trace: Trace) -> Callable[[int], Iterator[Block]]:
+    """Layer -> its blocks, one after another in the same memory."""
+    room = Room()
+    return lambda layer: Layer.of(trace, layer, room).blocks()
