@@ -2,11 +2,11 @@
 
     python -m benchmarks.forecast [--kind hooked|bridge] [--measures bound truth] [--lengths 256 512 1024 2048 4096]
 
-`bound` is record, every bound and the mean-field estimate: a report without the truth. Each line is a process of its
-own, in which the forecast comes first. Memory is the peak of the resident set less what it was before; time the best of
-`--repeats`. On a machine that others use, too, `--clock cpu` counts the process's own seconds (with one thread,
-OMP_NUM_THREADS=1), for the forecast as for the run. `--layers` cuts the model off, where a long prompt's patterns would
-not fit all layers. What does not fit is not run.
+`bound` is record, every bound and the mean-field estimate in one sweep: a report without the truth. Each line is a
+process of its own, in which the forecast comes first. Memory is the peak of the resident set less what it was before;
+time the best of `--repeats`. On a machine that others use, too, `--clock cpu` counts the process's own seconds (with
+one thread, OMP_NUM_THREADS=1), for the forecast as for the run. `--layers` cuts the model off, where a long prompt's
+patterns would not fit all layers. What does not fit is not run.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,8 @@ import torch
 
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
-from oversquash_lens.measure.bounds import VARIANTS
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-PROBES = 16
-LONGEST_TRUTH = 512
 
 
 def main() -> None:
@@ -36,6 +34,7 @@ def main() -> None:
     parser.add_argument("--kind", default="auto")
     parser.add_argument("--measures", nargs="+", default=["bound", "truth"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -48,14 +47,14 @@ def main() -> None:
     print(f" {'time: forecast':>15} {'measured':>9} {'ratio':>6}")
     for measure in options.measures:
         for n in options.lengths:
-            if measure != "truth" or n <= LONGEST_TRUTH:
-                print(line(measure, n, apart(options, measure, n)), flush=True)
+            print(line(measure, n, apart(options, measure, n)), flush=True)
 
 
 def apart(options: argparse.Namespace, measure: str, n: int) -> dict:
     """One line's numbers from a fresh process."""
     command = [sys.executable, "-m", "benchmarks.forecast", "--one", "--kind", options.kind, "--measures", measure]
     command += ["--lengths", str(n), "--repeats", str(options.repeats), "--clock", options.clock]
+    command += ["--probes", str(options.probes)]
     command += ["--layers", str(options.layers)] if options.layers else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.returncode}
@@ -78,9 +77,9 @@ def one(options: argparse.Namespace) -> dict:
     (measure,), (n,), clock = options.measures, options.lengths, CLOCKS[options.clock]
     model = cut(options.kind, options.layers) if options.layers else osl.load_model(kind=options.kind)
     ids = torch.tensor(model.tokenizer(MEETING)["input_ids"])
-    step = STEPS[measure]
+    step = partial(STEPS[measure], probes=options.probes)
     step(model, ids[:8])  # what is done once per model or process is not what is asked
-    said = osl.forecast(model, n, measure, probes=PROBES, clock=clock)
+    said = osl.forecast(model, n, measure, probes=options.probes, clock=clock)
     numbers = {"bytes": said.bytes, "seconds": said.seconds, "available": said.available}
     if not said.fits:
         return numbers
@@ -93,21 +92,14 @@ def one(options: argparse.Namespace) -> dict:
     return numbers | {"peak": peak, "took": min(took)}
 
 
-def bound(model: Any, tokens: torch.Tensor) -> None:
-    trace = osl.record(model, tokens)
-    for variant in VARIANTS:
-        osl.path_bound(trace, variant)
-    osl.mean_field_sensitivity(trace)
-
-
 STEPS: dict[str, Callable] = {
-    "forward": lambda model, tokens: torch.no_grad()(model)(tokens[None]),
-    "record": lambda model, tokens: osl.record(model, tokens),
-    "bound": bound,
-    "flow": lambda model, tokens: osl.squashing(osl.record(model, tokens)),
-    "truth": lambda model, tokens: osl.measured_sensitivity(model, tokens, probes=PROBES),
-    "audit": lambda model, tokens: osl.audit(model, tokens, probes=PROBES),
-    "report": lambda model, tokens: osl.findings(model, tokens, probes=PROBES),
+    "forward": lambda model, tokens, probes: torch.no_grad()(model)(tokens[None]),
+    "record": lambda model, tokens, probes: osl.record(model, tokens),
+    "bound": lambda model, tokens, probes: osl.profiles(osl.record(model, tokens)),
+    "flow": lambda model, tokens, probes: osl.squashing(osl.record(model, tokens)),
+    "truth": lambda model, tokens, probes: osl.measured_sensitivity(model, tokens, probes=probes),
+    "audit": lambda model, tokens, probes: osl.audit(model, tokens, probes=probes),
+    "report": lambda model, tokens, probes: osl.findings(model, tokens, probes=probes),
 }
 
 

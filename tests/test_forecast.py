@@ -18,13 +18,13 @@ import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure import costs
 from oversquash_lens.measure.forecast import MEASURES, duration
-from oversquash_lens.measure.jacobian import BATCH, MEMORY, differentiate
+from oversquash_lens.measure.jacobian import MEMORY, differentiate
 from oversquash_lens.measure.speed import Speed, measure_speed
 from oversquash_lens.record import room
 from oversquash_lens.record.layout import model_layout
 from oversquash_lens.record.prompt import tokenize
 from oversquash_lens.record.room import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
-from oversquash_lens.record.size import Size, check_recording, kept_bytes, size_of
+from oversquash_lens.record.size import BASE, Size, check_recording, kept_bytes, size_of
 
 SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")
 
@@ -151,7 +151,7 @@ def test_a_model_tells_its_shapes() -> None:
 
 def test_a_trace_is_as_large_as_was_said() -> None:
     for model in both_kinds():
-        trace = osl.record(model, tokens_for(5, 12))
+        trace = osl.record(model, tokens_for(5, 12), attention="kept")
         patterns = sum(each.pattern.numel() * each.pattern.element_size() for each in trace.attention)
         said = kept_bytes(size_of(model), 12)["the attention patterns of all layers"]
         assert patterns <= said <= 1.2 * patterns
@@ -166,7 +166,6 @@ def test_patterns_grow_with_the_square_and_are_named() -> None:
 
 
 def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
-    assert costs.BATCH == BATCH
     for model in both_kinds():
         layout = model_layout(model)
         widest = max(4 * layout.n_heads * 9 * 9, 4 * 9 * layout.d_mlp)
@@ -242,7 +241,7 @@ def test_speed_is_time_over_work() -> None:
     """A clock that ticks once per look makes every timed step one second long."""
     ticks = count()
     speed = measure_speed(replace(SMOLLM2, d_model=64, d_mlp=96), 32, torch.float32, "cpu", lambda: float(next(ticks)))
-    assert speed == Speed(1 / (32 * 64 * 96), 1 / (9 * 32 * 32), 1 / (144 * 32 * 32), 1 / 64**3)
+    assert speed == Speed(1 / (32 * 64 * 96), *[1 / (9 * 32 * 32)] * 2, 1 / 64**3)
 
 
 def test_seconds_are_work_times_speed() -> None:
@@ -315,7 +314,7 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
         enough = osl.measured_sensitivity(model, ids, probes=9).values
         assert costs.fitting_memory(model, 12, MEMORY) == MEMORY
         one = costs.product_bytes(size, 12)
-        memory(sum(costs.tape_bytes(size, 12).values()) + 3 * one)
+        memory(sum(costs.tape_bytes(size, 12, "blocks").values()) + 3 * one)
         lean = costs.fitting_memory(model, 12, MEMORY)
         assert one <= lean <= 7 * one
         assert osl.forecast(model, 12, "truth", probes=64).verdict == "fits, leaner"
@@ -323,18 +322,46 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
         assert torch.allclose(few, enough, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n", [2048, 8192])
+def test_the_leaner_the_route_the_less_it_holds(n: int) -> None:
+    for size in (SMOLLM2, replace(SMOLLM2, kind="hooked")):
+        whole, blocks, fused = (
+            sum(costs.truth_bytes(size, n, 16, MEMORY, route=route).values()) for route in costs.TRUTH_ROUTES
+        )
+        assert whole > blocks > fused
+    fused = [sum(costs.tape_bytes(SMOLLM2, n, "fused").values()) - BASE for n in (2048, 4096)]
+    assert fused[1] == 2 * fused[0]  # nothing in it grows as the square
+
+
+def test_a_truth_takes_the_route_that_the_memory_allows(memory: Callable) -> None:
+    for model in both_kinds():
+        layout, size = model_layout(model), size_of(model)
+        most = sum(costs.tape_bytes(size, 400).values()) + costs.product_bytes(size, 400)
+        for amount, route in ((costs.COMFORT * most, "whole"), (costs.COMFORT * most - 1, "blocks")):
+            memory(amount)
+            assert costs.truth_route(model, layout, 400) == route
+        can_fuse = size.kind == "bridge"
+        assert costs.truth_route(model, layout, costs.FUSED_FROM) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(model, layout, costs.FUSED_FROM, ("norms",)) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(model, layout, costs.FUSED_FROM, ("attention",)) == "blocks"
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: None)]):
+            assert costs.truth_route(model, layout, costs.FUSED_FROM) == "blocks"
+
+
 def test_leaner_never_means_more() -> None:
     for n in (64, 512, 2048):
         for spectral in (False, True):
-            sums = [sum(costs.truth_bytes(SMOLLM2, n, 576, m, spectral).values()) for m in (0, 10**8, MEMORY)]
-            assert sums == sorted(sums)
+            for route in costs.TRUTH_ROUTES:
+                found = [costs.truth_bytes(SMOLLM2, n, 576, m, spectral, route) for m in (0, 10**8, MEMORY)]
+                sums = [sum(each.values()) for each in found]
+                assert sums == sorted(sums)
 
 
 def test_the_verdict_says_which_way(memory: Callable) -> None:
     for model in both_kinds():
-        size = size_of(model)
-        least = sum(costs.truth_bytes(size, 12, 1, 0).values())
-        most = sum(costs.truth_bytes(size, 12, 64, MEMORY).values())
+        size = size_of(model)  # so little memory that no whole graph is kept
+        least = sum(costs.truth_bytes(size, 12, 1, 0, route="blocks").values())
+        most = sum(costs.truth_bytes(size, 12, 64, MEMORY, route="blocks").values())
         for amount, verdict in ((most, "fits"), ((least + most) // 2, "fits, leaner"), (least - 1, "does not fit")):
             memory(amount)
             found = osl.forecast(model, 12, "truth", probes=64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oversquash_lens.errors import InputError, one_line
@@ -17,12 +17,41 @@ from oversquash_lens.measure import costs
 from oversquash_lens.measure.costs import Work
 from oversquash_lens.measure.jacobian import MEMORY
 from oversquash_lens.measure.speed import measure_speed
+from oversquash_lens.record.layout import model_layout
 from oversquash_lens.record.prompt import Prompt, tokenize
 from oversquash_lens.record.room import available_bytes, in_words
+from oversquash_lens.record.route import choose_route
 from oversquash_lens.record.size import BASE, Size, device_of, kept_bytes, logits_bytes, record_bytes, size_of
 from oversquash_lens.record.weights import weights_known
 
 Bytes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is of, and the routes that it would take now: of the recording, of the truth as it is, and frozen."""
+
+    size: Size
+    n: int
+    probes: int | None
+    memory: int
+    recorded: str = "kept"
+    truth: str = "whole"
+    frozen: str = "whole"
+
+    @property
+    def products(self) -> int:
+        return self.size.d_model if self.probes is None else self.probes
+
+    def truth_bytes(self, route: str, spectral: bool = False) -> Bytes:
+        return costs.truth_bytes(self.size, self.n, self.products, self.memory, spectral, route)
+
+    def truth_work(self, route: str) -> Work:
+        return costs.truth_work(self.size, self.n, self.products, route)
+
+    def kept(self) -> Bytes:
+        """The recording, while something else is done."""
+        return kept_bytes(self.size, self.n, self.recorded)
 
 
 @dataclass(frozen=True)
@@ -110,12 +139,12 @@ def forecast(
         raise InputError(f"probes={one_line(repr(probes), 60)} came; expected a whole number from 1 on, or None")
     size, device = size_of(model), device_of(model)
     available = available_bytes(device)
-    plan = MEASURES[measure](size, n, probes, memory)
-    verdict = "fits"
+    asked = _asked(model, size, n, probes, memory)
+    plan, verdict = MEASURES[measure](asked), "fits"
     if _fullest(plan)[1] > available:
-        plan, verdict = MEASURES[measure](size, n, probes, 0), "fits, leaner"
-        if _fullest(plan)[1] > available:
-            plan, verdict = MEASURES[measure](size, n, probes, memory), "does not fit"
+        lean = MEASURES[measure](replace(asked, memory=0))
+        fits = _fullest(lean)[1] <= available
+        plan, verdict = (lean, "fits, leaner") if fits else (plan, "does not fit")
     fullest, total = _fullest(plan)
     speed = measure_speed(size, n, next(model.parameters()).dtype, device, clock)
     work = dict(plan.work)
@@ -137,6 +166,12 @@ def forecast(
     )
 
 
+def _asked(model: Any, size: Size, n: int, probes: int | None, memory: int) -> Asked:
+    layout = model_layout(model)
+    routes = (costs.truth_route(model, layout, n, freeze) for freeze in ((), ("attention",)))
+    return Asked(size, n, probes, memory, choose_route(model, layout, n), *routes)
+
+
 def _length(model: Any, prompt: Any, chat: bool, bos: bool | None) -> int:
     if isinstance(prompt, str) or not hasattr(prompt, "__index__") or getattr(prompt, "ndim", 0):
         return len(tokenize(model, prompt, chat=chat, bos=bos).ids)
@@ -152,57 +187,60 @@ def _fullest(plan: Plan) -> tuple[str, int]:
     return max(sums.items(), key=lambda each: each[1])
 
 
-def _forward(size: Size, n: int, probes: int | None, memory: int) -> Plan:
+def _forward(asked: Asked) -> Plan:
+    size, n = asked.size, asked.n
     parts = {"the logits": logits_bytes(size, n), "one layer at work": 2 * size.scores(n), "the libraries": BASE}
     return Plan({"running the model": parts}, {"the pass": costs.forward_work(size, n)})
 
 
-def _record(size: Size, n: int, probes: int | None, memory: int) -> Plan:
-    work = {"recording": costs.record_work(size, n)}
-    return Plan({"recording": record_bytes(size, n)}, work)
+def _record(asked: Asked) -> Plan:
+    work = {"recording": costs.record_work(asked.size, asked.n, asked.recorded)}
+    return Plan({"recording": record_bytes(asked.size, asked.n, asked.recorded)}, work)
 
 
-def _bound(size: Size, n: int, probes: int | None, memory: int) -> Plan:
-    """Every variant of the bound, and the estimate."""
-    plan = _record(size, n, probes, memory)
-    work = {"the bounds": costs.bounds_work(size, n), "the estimate": costs.estimate_work(size, n)}
-    return Plan({**plan.phases, "bounding": kept_bytes(size, n) | costs.edge_bytes(size, n)}, plan.work | work)
-
-
-def _flow(size: Size, n: int, probes: int | None, memory: int) -> Plan:
-    plan = _record(size, n, probes, memory)
-    work = {"the flow, and that of even attention": costs.flow_work(size, n).times(2)}
-    phases = {**plan.phases, "following the flow": kept_bytes(size, n) | costs.flow_bytes(size, n)}
+def _bound(asked: Asked) -> Plan:
+    """Every variant of the bound, and the estimate, in one sweep."""
+    plan = _record(asked)
+    phases = {**plan.phases, "summing over paths": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
+    work = {"bounds and estimate": costs.bounds_work(asked.size, asked.n, asked.recorded)}
     return Plan(phases, plan.work | work)
 
 
-def _truth(size: Size, n: int, probes: int | None, memory: int) -> Plan:
-    products = size.d_model if probes is None else probes
-    parts = costs.truth_bytes(size, n, products, memory)
-    return Plan({"measuring the truth": parts}, {"the truth": costs.truth_work(size, n, products)})
+def _flow(asked: Asked) -> Plan:
+    """The estimate's flow, and that of even attention."""
+    plan = _record(asked)
+    phases = {**plan.phases, "following the flow": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
+    return Plan(phases, plan.work | {"flows": costs.flow_work(asked.size, asked.n, asked.recorded).times(2)})
 
 
-def _audit(size: Size, n: int, probes: int | None, memory: int) -> Plan:
+def _truth(asked: Asked) -> Plan:
+    return Plan({"measuring the truth": asked.truth_bytes(asked.truth)}, {"the truth": asked.truth_work(asked.truth)})
+
+
+def _audit(asked: Asked) -> Plan:
     """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate."""
-    plan, products = _bound(size, n, probes, memory), size.d_model if probes is None else probes
-    truth = kept_bytes(size, n) | costs.truth_bytes(size, n, products, memory, spectral=probes is None)
-    work = plan.work | {"the truth, also with attention frozen": costs.truth_work(size, n, products).times(2)}
-    return Plan({**plan.phases, "measuring the truth": truth}, work)
+    plan, spectral = _bound(asked), asked.probes is None
+    truths = {"measuring the truth": asked.kept() | asked.truth_bytes(asked.truth, spectral)}
+    work = {"the truth": asked.truth_work(asked.truth)}
+    if asked.n <= costs.MOST_FROZEN:
+        phase = "measuring the truth with attention frozen"
+        truths[phase] = asked.kept() | asked.truth_bytes(asked.frozen, spectral)
+        work["the truth with attention frozen"] = asked.truth_work(asked.frozen)
+    return Plan({**plan.phases, **truths}, plan.work | work)
 
 
-def _report(size: Size, n: int, probes: int | None, memory: int) -> Plan:
+def _report(asked: Asked) -> Plan:
     """An audit, the truth with the norms frozen, flows (all, even, of chosen tokens), four more estimates."""
-    plan, products = _audit(size, n, probes, memory), size.d_model if probes is None else probes
-    work = {
-        "the truth with norms frozen": costs.truth_work(size, n, products),
-        "flows and routes": costs.flow_work(size, n).times(3),
-        "each assumption imposed": costs.estimate_work(size, n).times(5),
-    }
-    phases = {**plan.phases, "following the flow": kept_bytes(size, n) | costs.flow_bytes(size, n)}
+    plan = _audit(asked)
+    work = {"flows and routes": costs.flow_work(asked.size, asked.n, asked.recorded).times(3)}
+    if asked.n <= costs.MOST_FROZEN:
+        work["the truth with norms frozen"] = asked.truth_work(asked.truth)
+        work["each assumption imposed"] = costs.estimate_work(asked.size, asked.n, asked.recorded).times(4)
+    phases = {**plan.phases, "following the flow": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
     return Plan(phases, plan.work | work)
 
 
-MEASURES: dict[str, Callable[[Size, int, int | None, int], Plan]] = {
+MEASURES: dict[str, Callable[[Asked], Plan]] = {
     "forward": _forward,
     "record": _record,
     "bound": _bound,

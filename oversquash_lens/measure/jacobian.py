@@ -7,8 +7,7 @@ Gaussian probes estimate the Frobenius norm with a standard error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,15 +15,14 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, ModelError, whole_number
-from oversquash_lens.measure.costs import BATCH, fitting_memory, product_bytes
+from oversquash_lens.measure.costs import fitting_memory, product_bytes, truth_route
 from oversquash_lens.measure.paths import json_numbers
-from oversquash_lens.record import gate
+from oversquash_lens.measure.relay import Relay, relayed
+from oversquash_lens.measure.tape import Tape, taped
 from oversquash_lens.record.about import About
-from oversquash_lens.record.hooks import NamedHook, attached
-from oversquash_lens.record.layout import LAYER_HOOKS, HookedModel, Layout, describe, model_layout
+from oversquash_lens.record.layout import HookedModel, Layout, describe, model_layout
 from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize
 from oversquash_lens.record.size import size_of
@@ -33,8 +31,8 @@ from oversquash_lens.record.verify import patterns_are_used
 
 NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")
+ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
 MEMORY = 1 << 30  # bytes that one batch of backward products may take
-LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,16 @@ def measured_sensitivity(
     `probes=None` is exact (d_model vector-Jacobian products, batched within `memory` bytes), norm "fro" or
     "spectral"; `probes=K` estimates the Frobenius norm from K Gaussian probes (K = 16: about 6 %). `freeze`
     detaches the attention weights and/or the norms' divisors, as the paper's assumptions do.
+
+    A graph that would take more than a quarter of the memory there is, is made one block at a time, each block being
+    run twice: hooks of your own must do the same thing both times, which is checked. From 512 tokens on a bridge whose
+    attention can be fused (and is not frozen, or hooked by you) makes no patterns, in memory that grows as n; the
+    result then differs by float32 rounding.
     """
     _check_options(probes, norm, freeze)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     layout = model_layout(model)
-    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=norm == "spectral")
+    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
     tape = differentiate(model, layout, tokenized, freeze)
     if probes is None:
         values = exact_norms(tape, (norm,), memory, progress)[norm]
@@ -105,62 +108,22 @@ def measured_sensitivity(
     )
 
 
-@dataclass(frozen=True)
-class Tape:
-    """One forward pass ready to be differentiated: y_n and the embeddings that it is a function of."""
-
-    output: Float[Tensor, " d_model"]
-    leaf: Float[Tensor, "one pos d_model"]
-    bytes_per_product: int
-
-    def products(
-        self, covectors: Float[Tensor, "row d_model"], memory: int, progress: bool
-    ) -> Iterator[Float[Tensor, "chunk pos d_model"]]:
-        """covector · ∂y_n/∂v for all positions, a batch of covectors at a time."""
-        chunk = max(1, min(BATCH, memory // self.bytes_per_product))
-        parts = covectors.split(chunk)
-        for part in tqdm(parts, desc="backward products", unit="batch", disable=not progress, leave=False):
-            yield self._product(part.to(self.output.device))
-
-    def _product(self, covectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row pos d_model"]:
-        """In float32 at least. Small derivatives would be 0 in float16: there they pass through lifted."""
-        dtype = self.output.dtype
-        for lift in LIFTS if dtype == torch.float16 else (1.0,):
-            lifted = (covectors * lift).to(dtype)
-            (rows,) = torch.autograd.grad(self.output, self.leaf, lifted, is_grads_batched=True, retain_graph=True)
-            rows = rows[:, 0].to(torch.promote_types(dtype, torch.float32)) / lift
-            if torch.isfinite(rows).all():
-                break
-        gate.check_finite("the derivative of the unembedding's input", rows)
-        return rows
-
-
-def differentiate(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()) -> Tape:
-    """Run the model once with a leaf at the first residual, the named parts detached, and keep the graph."""
-    caught: dict[str, Tensor] = {}
-
-    def start(residual: Tensor, hook: Any = None) -> Tensor:
-        caught["leaf"] = residual.detach().clone().requires_grad_()
-        return caught["leaf"]
-
-    def end(y: Tensor, hook: Any = None) -> None:
-        caught["output"] = y[0, -1]
-
-    hooks: list[NamedHook] = [(f"blocks.0.{LAYER_HOOKS['residual']}", start), ("unembed.hook_in", end)]
+def differentiate(
+    model: HookedModel, layout: Layout, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()
+) -> Tape | Relay:
+    """One forward pass that can be differentiated, the named parts held fixed, on the route of `truth_route`."""
+    n, size = len(tokenized.ids), size_of(model)
     if "attention" in freeze:
         _check_pattern_is_used(model, layout, tokenized)
-    hooks += _freezing_hooks(layout, freeze)
-    with _on_the_record(model, hooks):
-        model(tokenized.batch(model).clone())  # ids made in inference mode cannot be differentiated behind
-    output = caught["output"]
-    gate.check_finite("the unembedding's input", output)
-    if layout.restore_gain is not None:
-        output = output * layout.restore_gain.to(output)
-    return Tape(output, caught["leaf"], product_bytes(size_of(model), len(tokenized.ids)))
+    route = truth_route(model, layout, n, freeze)
+    one = product_bytes(size, n, route)
+    if route == "whole":
+        return taped(model, layout, tokenized, freeze, one)
+    return relayed(model, layout, tokenized, freeze, one, fused=route == "fused")
 
 
 def exact_norms(
-    tape: Tape, norms: Sequence[str], memory: int = MEMORY, progress: bool = False
+    tape: Tape | Relay, norms: Sequence[str], memory: int = MEMORY, progress: bool = False
 ) -> dict[str, Float[Tensor, " pos"]]:
     """The asked norms of every ∂y_n/∂v_i from d_model products; the spectral one holds whole Jacobians.
 
@@ -188,7 +151,7 @@ def exact_norms(
 
 
 def probe_rows(
-    tape: Tape, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
+    tape: Tape | Relay, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
 ) -> tuple[Float[Tensor, "probe pos d_model"], Float[Tensor, "probe d_model"]]:
     """ω ∂y_n/∂v_i for Gaussian ω, and the ω: each row's ‖·‖² is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
     covectors = torch.randn(
@@ -234,29 +197,10 @@ def _check_options(probes: int | None, norm: str, freeze: Sequence[str]) -> None
         raise InputError("norm='spectral' came with probes; expected probes=None: probes estimate 'fro' only")
 
 
-def _freezing_hooks(layout: Layout, freeze: Iterable[str]) -> list[NamedHook]:
-    def detach(value: Tensor, hook: Any = None) -> Tensor:
-        return value.detach()
-
-    keys = [LAYER_HOOKS["pattern"]] if "attention" in freeze else []
-    final = []
-    if "norms" in freeze and layout.normed:
-        keys += layout.scale_hooks()
-        final = [(layout.final_hooks()["final_scale"], detach)]
-    return [(f"blocks.{i}.{key}", detach) for i in range(layout.n_layers) for key in keys] + final
-
-
-@contextmanager
-def _on_the_record(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
-    """Hooks attached behind the user's own, gradients on whatever the caller's mode is."""
-    with torch.inference_mode(False), torch.enable_grad(), attached(model, hooks):
-        yield
-
-
 def _check_pattern_is_used(model: HookedModel, layout: Layout, tokenized: TokenizedPrompt) -> None:
     """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
     refuse_unsupported(layout_support(layout), "attention frozen", model.cfg.model_name or "this model")
-    if not patterns_are_used(model, layout, tokenized.batch(model)):
+    if not patterns_are_used(model, layout, tokenized.batch(model)[:, :ENOUGH]):
         raise ModelError(
             f"{model.cfg.model_name}: halving its attention patterns changes nothing; expected hook_pattern to be "
             "what the model uses: freezing attention is not possible with this model class"

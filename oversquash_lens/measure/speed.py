@@ -17,19 +17,19 @@ from oversquash_lens.record.size import Size
 
 REPEATS = 3  # the fastest counts: a busy machine makes everything slower, nothing faster
 ENTRIES = 1 << 24  # of [head, dest, src] at most, of a longer prompt some rows
+BLOCK = 1 << 20  # of them at a time where all kinds of path are summed: measure/block.py
 ROWS = 512  # positions of the product
-BATCH = 16  # prompts, or backward products, at once
 
 
 @dataclass(frozen=True)
 class Speed:
     """Seconds: per multiply-add of a matrix product; per entry of [head, dest, src] for one layer's attention (scores,
-    mask, softmax, mix), and for that of a batch of prompts at once; per multiply-add in float64.
+    mask, softmax, mix), and where blocks of its rows fit a cache; per multiply-add in float64.
     """
 
     product: float
     attention: float
-    batched: float
+    blocked: float
     double: float
 
 
@@ -42,22 +42,21 @@ def measure_speed(
     right = torch.ones(size.d_model, max(size.d_mlp, size.d_model), **made)
     wide = torch.ones(*(min(size.d_model, 512),) * 2, dtype=_widest(device), device=device)
 
-    def attention(heads: int) -> float:
-        rows = max(1, min(n, ENTRIES // (heads * n)))
-        query = torch.ones(heads, rows, size.d_head, **made)
-        key = torch.ones(heads, n, size.d_head, **made)
+    def attention(entries: int) -> float:
+        rows = max(1, min(n, entries // (size.n_heads * n)))
+        query, key = (torch.ones(size.n_heads, length, size.d_head, **made) for length in (rows, n))
 
         def attend() -> Tensor:
             scores = query @ key.mT
             return torch.where(scores > 0, scores, -1.0).softmax(-1) @ key
 
-        return _fastest(attend, clock) / (heads * rows * n)
+        return _fastest(attend, clock) / (size.n_heads * rows * n)
 
     with torch.no_grad():
         return Speed(
             product=_fastest(lambda: left @ right, clock) / (left.numel() * right.shape[1]),
-            attention=attention(size.n_heads),
-            batched=attention(BATCH * size.n_heads),
+            attention=attention(ENTRIES),
+            blocked=attention(BLOCK),
             double=_fastest(lambda: wide @ wide, clock) / wide.numel() ** 1.5,
         )
 
