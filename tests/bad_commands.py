@@ -14,6 +14,7 @@ MODELLED = {  # the commands that run a model, with what they need beside
     "audit": (),
     "flow": (),
     "what-if": ("--edit", "window:2"),
+    "sweep": ("--prompts-file", "@/good.txt"),
     "collapse": ("--lengths", "1-3", "--no-floor"),
     "tasks": ("--lengths", "3"),
     "reproduce": ("5",),
@@ -21,6 +22,8 @@ MODELLED = {  # the commands that run a model, with what they need beside
 PROMPTED = ("report", "bound", "audit", "flow", "what-if")
 FILES = {
     "empty.txt": b"",
+    "good.txt": b"w5 w9 w5 w30\nw7 w8",
+    "rows.jsonl": b'{"query": "w5 w9"}',
     "latin.txt": "w5 w9 \xe9".encode("latin-1"),
     "half.json": b'["w5 w9", "w',
     "numbers.json": b"[5, 9]",
@@ -129,6 +132,10 @@ SINGLE = [
     Command(("report", "--prompts-file", "@/taken", "--json"), "--json"),
     Command(("report", "--prompts-file", "@/taken", "--out", "@/taken"), "taken"),
     # bound
+    *(
+        Command((name, "--prompt", PROMPT, "--attention", "sparse"), "'sparse'")
+        for name in ("report", "bound", "audit", "flow")
+    ),
     Command(("bound", "--prompt", PROMPT, "--variant", "theorem_9"), "'theorem_9'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "much"), "'much'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "0"), "beta=0"),
@@ -162,6 +169,23 @@ SINGLE = [
     Command(("what-if", "--prompt", PROMPT, "--edit", "with-bos"), "BOS"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--variant", "median"), "'median'"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--probes", "0"), "probes"),
+    # sweep
+    Command(("sweep",), "--prompts-file"),
+    Command(("sweep", "--prompts-file", "nowhere.txt"), "nowhere.txt"),
+    Command(("sweep", "--prompts-file", "@/empty.txt"), "empty.txt"),
+    Command(("sweep", "--prompts-file", "@/half.json"), "half.json"),
+    Command(("sweep", "--prompts-file", "@/latin.txt"), "latin.txt"),
+    Command(("sweep", "--prompts-file", "@/rows.jsonl"), "rows.jsonl"),
+    Command(("sweep", "--prompts-file", "@/rows.jsonl", "--column", "text"), "'text'"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--column", "text"), "column='text'"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--measures", "median"), "'median'"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--measures", ""), "''"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--probes", "0"), "probes=0"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--figure", "bands.gif"), "bands.gif"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--figure", "no/such/bands.png"), "no/such"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--ray", ""), "ray=''"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--attention", "sparse"), "'sparse'"),
+    Command(("sweep", "--prompts-file", "@/good.txt", "--out", "@/taken"), "taken"),
     # collapse
     Command(("collapse", "--family", "sheep"), "'sheep'"),
     Command(("collapse", "--lengths", "3-1"), "'3-1'"),

@@ -97,6 +97,7 @@ def _modelled() -> list[Case]:
 
 TRACED: dict[str, Callable[[Any], Any]] = {
     "path_bound": lambda trace: osl.path_bound(trace),
+    "profiles": lambda trace: osl.profiles(trace),
     "mean_field_sensitivity": lambda trace: osl.mean_field_sensitivity(trace),
     "flow": lambda trace: osl.flow(trace),
     "flows": lambda trace: osl.flows(trace, (0,)),
@@ -241,6 +242,10 @@ ARGUMENTS = [
     Case("Trace", "saved under a number", "int", lambda w: w.trace.save(7)),
     Case("Trace", "rows that it has not", "rows 3:9", lambda w: w.trace.attention[0].rows(3, 9)),
     Case("Trace", "rows backwards", "rows 2:1", lambda w: w.trace.attention[0].rows(2, 1)),
+    Case("profiles", "unknown kind", "'theorem_9'", lambda w: osl.profiles(w.trace, ["proof", "theorem_9"])),
+    Case("profiles", "no kinds", "kinds=[]", lambda w: osl.profiles(w.trace, [])),
+    Case("profiles", "a word for the kinds", "kinds='proof'", lambda w: osl.profiles(w.trace, "proof")),
+    Case("profiles", "beta zero", "beta=0", lambda w: osl.profiles(w.trace, ["proof"], 0)),
     Case("path_bound", "unknown variant", "'theorem_9'", _bound("theorem_9")),
     Case("path_bound", "a number as variant", "variant 5", _bound(5)),
     Case("path_bound", "beta zero", "beta=0", _bound("proof", 0)),

@@ -13,13 +13,14 @@ from bad_commands import COMMANDS, FILES, Command
 from bad_days import Case, World, as_users_run_it, faults
 from bad_files import CASES as FILE_CASES
 from bad_inputs import CASES as INPUT_CASES
+from bad_sweeps import CASES as SWEEP_CASES
 from small_speakers import characters
 from small_speakers import model as speaking_model
 
 import oversquash_lens as osl
 from oversquash_lens.sources import Weights
 
-CASES = [*INPUT_CASES, *FILE_CASES]
+CASES = [*INPUT_CASES, *FILE_CASES, *SWEEP_CASES]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

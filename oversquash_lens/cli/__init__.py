@@ -1,4 +1,4 @@
-"""The command line: `oversquash-lens report | bound | audit | models | flow | what-if | collapse | tasks | reproduce`.
+"""The command line: `oversquash-lens report | bound | audit | flow | what-if | sweep | collapse | tasks | …`.
 
 Nothing heavy is imported before a command runs, so `--help` answers at once. Results go to standard output,
 progress to standard error; bad input is one line and exit code 2.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from oversquash_lens.cli import lens, paper, what_if, where
+from oversquash_lens.cli import lens, paper, sweep, what_if, where
 from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import OversquashError, one_line
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     lens.add_commands(commands)
     where.add_commands(commands)
     what_if.add_commands(commands)
+    sweep.add_commands(commands)
     paper.add_commands(commands)
     return parser
 

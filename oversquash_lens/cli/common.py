@@ -55,9 +55,18 @@ def verify_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def attention_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--attention",
+        default="auto",
+        help="kept (every pattern), recomputed (rows made anew, for long prompts) or auto (default)",
+    )
+
+
 def recording_options(options: argparse.Namespace) -> dict[str, Any]:
-    """How to record, as every door that records takes it."""
-    return {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
+    """How to record, as every door that records takes it; `attention` of the commands that have it."""
+    how = {"chat": options.chat, "bos": options.bos, "seed": options.seed, "verify": options.verify}
+    return how | ({"attention": options.attention} if hasattr(options, "attention") else {})
 
 
 def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None) -> bool:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from oversquash_lens.cli.common import (
+    attention_option,
     check_out,
     deliver,
     load,
@@ -29,13 +30,19 @@ VARIANT_NAMES = (
     "calibrated",
     "calibrated_full",
 )
+PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
 
 
 def add_commands(commands: Any) -> None:
     report = prompt_command(
         commands, "report", run_report, "write an HTML page: what is heard, and where the rest is lost"
     )
-    report.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
+    report.add_argument(
+        "--probes",
+        type=int,
+        metavar="K",
+        help=f"backward probes (default {PROBES}, of more than {FULL_PROBES} tokens fewer)",
+    )
     report.add_argument("--exact", action="store_true", help="exact truth, d_model backward products")
     report.add_argument("--out", default="report.html", metavar="FILE", help="default report.html")
     report.add_argument(
@@ -55,6 +62,7 @@ def add_commands(commands: Any) -> None:
     for command in (report, bound, audit):
         plan_option(command)
         verify_option(command)
+        attention_option(command)
     models = commands.add_parser("models", help="which models are cached, and where")
     models.add_argument("--json", action="store_true", help="print JSON")
     models.set_defaults(run=run_models)
@@ -64,11 +72,12 @@ def run_report(options: argparse.Namespace) -> None:
     if options.prompts_file is not None:
         return _run_reports(options)
     check_out(options)
-    prompt, effort = prompt_of(options), _effort(options, None if options.exact else options.probes)
+    prompt, effort = prompt_of(options), _effort(options, options.probes)
     from oversquash_lens.measure.findings import findings
     from oversquash_lens.render.page import write_page
 
     model = load(options)
+    effort["probes"] = None if options.exact else options.probes or _usual_probes(model, prompt, options)
     if planned(options, model, prompt, "report", effort["probes"]):
         return
     found = findings(model, prompt, **effort)
@@ -85,7 +94,8 @@ def _run_reports(options: argparse.Namespace) -> None:
     from oversquash_lens.render.reports import reports
 
     folder = "reports" if options.out == "report.html" else options.out
-    prompts, effort = prompts_of(options.prompts_file), _effort(options, None if options.exact else options.probes)
+    probes = None if options.exact else options.probes if options.probes is not None else PROBES
+    prompts, effort = prompts_of(options.prompts_file), _effort(options, probes)
     if options.plan:
         model = load(options)
         for each in prompts:
@@ -166,6 +176,14 @@ def run_models(options: argparse.Namespace) -> None:
     print(f"cache: {cache_folder()}")
     for model in found:
         print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
+
+
+def _usual_probes(model: Any, prompt: Any, options: argparse.Namespace) -> int:
+    """As many as a long prompt leaves time for: each probe costs about two passes over it."""
+    from oversquash_lens.record.prompt import tokenize
+
+    n = len(tokenize(model, prompt, chat=options.chat, bos=options.bos).ids)
+    return max(1, min(PROBES, PROBES * FULL_PROBES // n))
 
 
 def _effort(options: argparse.Namespace, probes: int | None) -> dict[str, Any]:

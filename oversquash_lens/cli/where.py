@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from oversquash_lens.cli.common import (
+    attention_option,
     check_out,
     deliver,
     load,
@@ -31,6 +32,7 @@ def add_commands(commands: Any) -> None:
     flow.add_argument("--out", metavar="FILE", help="write the result as JSON")
     plan_option(flow)
     verify_option(flow)
+    attention_option(flow)
 
 
 def run_flow(options: argparse.Namespace) -> None:

@@ -23,6 +23,8 @@ from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
 from oversquash_lens.measure.squashing import Squashing
+from oversquash_lens.measure.sweep_result import SweepResult
+from oversquash_lens.render.bands_chart import bands_chart
 from oversquash_lens.render.captions import GLOSSES, NAMES
 from oversquash_lens.render.chart import Chart, Panel, Series
 from oversquash_lens.render.collapse_chart import collapse_chart
@@ -129,6 +131,17 @@ def route(flow: Flow | object) -> matplotlib.figure.Figure:
     token), runs of others are gathered.
     """
     return chart(route_chart(_checked_flow(flow)))
+
+
+def bands(result: SweepResult | object, measures: Sequence[str] | None = None) -> matplotlib.figure.Figure:
+    """Bands over the prompts of a sweep, as a matplotlib Figure: median, quartiles and extremes of each measure.
+
+    Shares by relative position, as multiples of an even share, and with several such measures one panel that sets them
+    side by side; "flow" and "squashing" by layer. `measures` None draws all of the sweep's.
+    """
+    if not isinstance(result, SweepResult):
+        raise InputError(f"a {type(result).__name__} came; expected what sweep returns: call it, or SweepResult.load")
+    return chart(bands_chart(result, measures))
 
 
 def _checked_flow(flow: object) -> Flow:

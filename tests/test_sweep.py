@@ -1,0 +1,516 @@
+"""Sweeps over many prompts: right rows, each exactly once, whatever becomes of the process, the disk or a prompt."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from elsewhere import Elsewhere
+from small_models import NO_BRIDGE, bridge, has_bridge
+from small_sweeps import MEASURES, close, exactly_once, model_folder, same_rows, texts
+from zoo import lacking, zoo
+
+import oversquash_lens as osl
+from oversquash_lens import files
+from oversquash_lens.measure import sweep_work
+from oversquash_lens.measure.sweep_plan import sweep_plan
+from oversquash_lens.measure.sweep_prompts import read_prompts
+from oversquash_lens.measure.sweep_result import density
+from oversquash_lens.measure.sweep_rows import MEASURES as ALL_MEASURES
+from oversquash_lens.measure.sweep_rows import checked_measures, columns, summary
+from oversquash_lens.record.batch import batch_bytes
+from oversquash_lens.record.size import size_of
+
+TOO_LONG = "w5 " * 40
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "rows.parquet"
+
+
+@pytest.fixture
+def parts(out: Path) -> Path:
+    return out.with_name("rows.parquet.parts")
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts at a time, so that a few prompts make several parts."""
+    monkeypatch.setitem(sweep_work.MOST, "cpu", 3)
+
+
+# ---------------------------------------------------------------- what the rows say
+
+
+def test_rows_are_what_each_prompt_gives_by_itself(tiny: Any, out: Path) -> None:
+    prompts = [*texts(7), [3, 4, 5], ("named", "w7 w8 w9")]
+    result = osl.sweep(tiny, prompts, list(ALL_MEASURES), out, probes=2, seed=3)
+    assert (result.total, result.done, result.refused, result.reused) == (9, 9, 0, 0)
+    for prompt, row in zip(read_prompts(prompts), result.table().to_pylist(), strict=True):
+        trace = osl.record(tiny, prompt.prompt, seed=3)
+        bound, flow, squashing = osl.path_bound(trace), osl.flow(trace), osl.squashing(trace)
+        truth = osl.measured_sensitivity(tiny, prompt.prompt, probes=2, seed=3)
+        expected = {
+            "name": prompt.name,
+            "text": prompt.text,
+            "token_ids": trace.token_ids.tolist(),
+            "tokens": list(trace.tokens),
+            "mean_field_share": osl.mean_field_sensitivity(trace).share.tolist(),
+            "proof_log_value": bound.log_values.tolist(),
+            "proof_first": bound.share[0].item(),
+            "theorem_5_1_log_value": None,
+            "rollout_share": osl.path_bound(trace, "rollout").share.tolist(),
+            "calibrated_full_log_value": osl.path_bound(trace, "calibrated_full").log_values.tolist(),
+            "flow_width": flow.effective_width.tolist(),
+            "flow_residual": flow.residual.tolist(),
+            "squashing_heard": squashing.heard,
+            "squashing_index": squashing.index,
+            "squashing_narrowest": squashing.narrowest,
+            "truth_share": truth.share.tolist(),
+            "truth_standard_error": truth.standard_error.tolist(),
+        }
+        for name, value in expected.items():
+            assert close(row[name], value, 1e-5), (name, row[name], value)
+
+
+def test_the_summary_of_shares() -> None:
+    found = summary(torch.tensor([0.4, 0.1, 0.1, 0.1, 0.1, 0.05, 0.15], dtype=torch.float64))
+    thirds = [found[f"{name}_third"] for name in ("first", "middle", "last")]
+    assert thirds == pytest.approx([0.5, 0.3, 0.2])
+    assert (found["first"], found["last"]) == pytest.approx((0.4, 0.15))
+    assert summary(torch.full((5,), 0.2))["heard"] == pytest.approx(5)
+    assert summary(torch.tensor([0.25, 0.75]))["middle_third"] == 0
+
+
+def test_shares_by_relative_position() -> None:
+    """Over an even share, whatever the number of tokens and bins; nothing is lost between them."""
+    draw = torch.Generator().manual_seed(0)
+    for n in (2, 3, 7, 20, 61):
+        share = torch.rand(n, generator=draw, dtype=torch.float64).softmax(0).numpy()
+        for bins in (1, 4, 20):
+            assert density(share, bins).sum() / bins == pytest.approx(1)
+        assert density(share, n) == pytest.approx(share * n)
+        assert density(share * 0 + 1 / n, 20) == pytest.approx(1)
+
+
+def test_bands_are_quantiles_over_prompts(tiny: Any, out: Path) -> None:
+    result = osl.sweep(tiny, texts(9), MEASURES, out)
+    widths = torch.tensor(result.table(["flow_width"])["flow_width"].to_pylist(), dtype=torch.float64)
+    band = result.bands("flow")
+    assert (band.by, band.n, band.x) == ("layer", 9, (0, 1, 2))
+    for name, level in (("least", 0), ("lower", 0.25), ("median", 0.5), ("upper", 0.75), ("most", 1)):
+        assert getattr(band, name) == pytest.approx(widths.quantile(level, dim=0).tolist())
+    place = result.bands("mean_field", bins=5)
+    assert (place.by, place.x) == ("position", (0.1, 0.3, 0.5, 0.7, 0.9))
+    assert all(a <= b <= c for a, b, c in zip(place.least, place.median, place.most, strict=True))
+    with pytest.raises(osl.InputError, match="expected one of this sweep's, mean_field, proof, flow"):
+        result.bands("rollout")
+
+
+def test_a_file_of_rows_is_a_result_again(tiny: Any, out: Path) -> None:
+    result = osl.sweep(tiny, [*texts(4), TOO_LONG], MEASURES, out)
+    again = osl.SweepResult.load(out)
+    assert (again.total, again.done, again.refused) == (5, 4, 1)
+    assert again.identity == result.identity
+    assert again.measures == MEASURES
+    assert json.loads(json.dumps(again.to_dict()))["refused"] == 1
+    assert "4  done" in str(again)
+    with pytest.raises(osl.InputError, match="column 'nothing' came"):
+        again.table(["nothing"])
+
+
+def test_plain_pyarrow_reads_rows_and_identity(tiny: Any, out: Path) -> None:
+    osl.sweep(tiny, texts(3), "mean_field", out)
+    file = pyarrow.parquet.ParquetFile(out)
+    assert file.schema_arrow.names == list(columns(["mean_field"]))
+    identity = json.loads(file.schema_arrow.metadata[b"oversquash-lens-sweep"])
+    assert identity["measures"] == ["mean_field"]
+    assert identity["model"]["model"] == "tiny-random-llama"
+    assert file.read()["mean_field_share"][0].as_py() == pytest.approx(
+        osl.sweep(tiny, texts(3), "mean_field", out).table()["mean_field_share"][0].as_py()
+    )
+
+
+# ---------------------------------------------------------------- prompts that cannot be used
+
+
+def test_what_cannot_be_used_is_a_row_and_the_rest_is_done(tiny: Any, out: Path) -> None:
+    bad = [TOO_LONG, "", [5], [], None, [5, 99], [1.5, 2.5], "w5 \ud800", ["a", 3]]
+    prompts = [*texts(3), *bad, *texts(3, seed=1)]
+    result = osl.sweep(tiny, prompts, MEASURES, out)
+    assert (result.done, result.refused) == (6, len(bad))
+    rows = result.table().to_pylist()
+    assert [row["status"] for row in rows] == ["done"] * 3 + ["refused"] * len(bad) + ["done"] * 3
+    reasons = [row["reason"] for row in rows[3 : 3 + len(bad)]]
+    words = ("n_ctx", "empty", "1 token", "shape", "NoneType", "token id 99", "float32", "surrogates", "shape ()")
+    assert all(word in reason for word, reason in zip(words, reasons, strict=True)), reasons
+    assert all(row["mean_field_share"] is None for row in rows if row["status"] == "refused")
+    assert sum(result.reasons.values()) == len(bad)
+
+
+def test_all_may_be_refused(tiny: Any, out: Path) -> None:
+    result = osl.sweep(tiny, [TOO_LONG, ""], MEASURES, out)
+    assert (result.done, result.refused) == (0, 2)
+    with pytest.raises(osl.InputError, match="none of 2 prompts"):
+        result.bands("flow")
+
+
+def test_what_memory_does_not_hold_is_refused_alone(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = size_of(tiny)
+    room = sum(batch_bytes(size, [6]).values())
+    monkeypatch.setenv("OVERSQUASH_LENS_MEMORY", str(room))
+    result = osl.sweep(tiny, [[5] * n for n in (2, 3, 6, 12, 3)], "mean_field", out, attention="kept")
+    assert result.table()["status"].to_pylist() == ["done", "done", "done", "refused", "done"]
+    (reason,) = result.reasons
+    assert "recording 12 tokens" in reason
+
+
+@pytest.mark.parametrize("failure", [MemoryError("no room"), osl.GateError("a hook; expected none: remove it")])
+def test_a_batch_that_fails_is_tried_one_by_one(
+    failure: Exception, tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise failure
+
+    def fail_at_three(model: Any, tokenized: Any, **options: Any) -> Any:
+        if len(tokenized.ids) == 3:
+            raise failure
+        return alone(model, tokenized, **options)
+
+    alone = sweep_work.record_tokens
+    monkeypatch.setattr(sweep_work, "record_tokens_batch", fail)
+    monkeypatch.setattr(sweep_work, "record_tokens", fail_at_three)
+    result = osl.sweep(tiny, [[5] * n for n in (4, 3, 4, 5)], "mean_field", out)
+    assert result.table()["status"].to_pylist() == ["done", "refused", "done", "done"]
+    assert result.reasons == {str(failure): 1}
+
+
+def test_no_prompt_at_all(tiny: Any, out: Path, tmp_path: Path) -> None:
+    with pytest.raises(osl.InputError, match="no prompt came"):
+        osl.sweep(tiny, [], MEASURES, out)
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    with pytest.raises(osl.InputError, match="holds no prompt"):
+        osl.sweep(tiny, tmp_path / "empty.txt", MEASURES, out)
+    assert not out.exists()
+
+
+def test_a_measure_that_this_model_has_not_is_refused_before_any_prompt(out: Path, parts: Path) -> None:
+    if lacking("mixtral", "bridge"):
+        pytest.skip(NO_BRIDGE)
+    with pytest.raises(osl.ModelError, match="calibrated was asked of"):
+        osl.sweep(zoo("mixtral", "bridge"), texts(3), ["mean_field", "calibrated"], out)
+    assert not out.exists()
+    assert not parts.exists()
+
+
+# ---------------------------------------------------------------- stopped, and gone on with
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stopped(*arguments: Any, after: int, **options: Any) -> None:
+    """A sweep that is stopped when so many parts are written."""
+    whole, counted = sweep_work._batch_rows, []
+
+    def rows(*given: Any) -> Any:
+        if len(counted) == after:
+            raise StoppedError
+        counted.append(1)
+        return whole(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_work, "_batch_rows", rows)
+        with pytest.raises(StoppedError):
+            osl.sweep(*arguments, **options)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_the_next_call_goes_on(after: int, tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [*texts(14), TOO_LONG]
+    stopped(tiny, prompts, MEASURES, out, after=after)
+    assert not out.exists()
+    seen = []
+    whole = sweep_work._batch_rows
+    monkeypatch.setattr(sweep_work, "_batch_rows", lambda m, batch, e: seen.extend(batch) or whole(m, batch, e))
+    result = osl.sweep(tiny, prompts, MEASURES, out)
+    assert result.reused == 15 - len(seen)
+    assert (result.reused > 1) == (after > 0)
+    exactly_once(result, prompts)
+    same_rows(result.table(), osl.sweep(tiny, prompts, MEASURES, out.with_name("other.parquet")).table(), 1e-6)
+
+
+def test_a_finished_sweep_runs_nothing(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = texts(5)
+    first = osl.sweep(tiny, prompts, MEASURES, out)
+    monkeypatch.setattr(sweep_work, "_batch_rows", None)
+    before = out.read_bytes()
+    again = osl.sweep(tiny, prompts, MEASURES[::-1], out)
+    assert (again.reused, again.done) == (5, 5)
+    assert out.read_bytes() == before
+    assert again.identity == first.identity
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_rows_that_are_there_twice_count_once(tiny: Any, out: Path, parts: Path) -> None:
+    prompts = texts(8)
+    stopped(tiny, prompts, MEASURES, out, after=2)
+    (one, *_) = sorted(parts.glob("[0-9]*.parquet"))
+    (parts / f"000000-{'f' * 32}.parquet").write_bytes(one.read_bytes())
+    exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_killed_between_the_file_and_the_tidying(tiny: Any, out: Path, parts: Path) -> None:
+    prompts = texts(8)
+    stopped(tiny, prompts, MEASURES, out, after=2)
+    kept = {path.name: path.read_bytes() for path in parts.iterdir()}
+    osl.sweep(tiny, prompts, MEASURES, out)
+    parts.mkdir()
+    for name, payload in kept.items():
+        (parts / name).write_bytes(payload)
+    exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_damaged_part_and_one_that_went_missing(tiny: Any, out: Path, parts: Path) -> None:
+    prompts = texts(8)
+    stopped(tiny, prompts, MEASURES, out, after=2)
+    (one, *_) = sorted(parts.glob("[0-9]*.parquet"))
+    whole = one.read_bytes()
+    one.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(osl.InputError, match=r"damaged .* delete it"):
+        osl.sweep(tiny, prompts, MEASURES, out)
+    one.unlink()
+    exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_parts_that_vanish_while_it_runs(tiny: Any, out: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, whole = texts(8), sweep_work._batch_rows
+
+    def meanwhile(*given: Any) -> Any:
+        for part in parts.glob("[0-9]*.parquet"):
+            part.unlink()
+        return whole(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_work, "_batch_rows", meanwhile)
+        with pytest.raises(osl.InputError, match="is gone from"):
+            osl.sweep(tiny, prompts, MEASURES, out)
+    assert not out.exists()
+    exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
+
+
+# ---------------------------------------------------------------- another run
+
+
+def other_weights() -> Any:
+    return bridge(99, "llama")
+
+
+OTHERS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
+    "measures": ("measures", lambda model, out: osl.sweep(model, texts(5), "proof", out)),
+    "prompts": ("prompts", lambda model, out: osl.sweep(model, texts(6), MEASURES, out)),
+    "names": ("prompts", lambda model, out: osl.sweep(model, [("a", each) for each in texts(5)], MEASURES, out)),
+    "seed": ("seed", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, seed=1)),
+    "probes": ("node_probes", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, node_probes=3)),
+    "BOS": ("bos", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, bos=True)),
+    "weights": ("model", lambda model, out: osl.sweep(other_weights(), texts(5), MEASURES, out)),
+}
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("state", ["finished", "begun"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_run_is_refused_and_nothing_touched(
+    other: str, state: str, tiny: Any, out: Path, tmp_path: Path
+) -> None:
+    if state == "finished":
+        osl.sweep(tiny, texts(5), MEASURES, out)
+    else:
+        stopped(tiny, texts(5), MEASURES, out, after=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    what, call = OTHERS[other]
+    with pytest.raises(osl.InputError, match=rf"belongs to another sweep \({what}: .* give another out="):
+        call(tiny, out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_that_is_no_sweeps(tiny: Any, out: Path) -> None:
+    for payload in (b"my notes", b""):
+        out.write_bytes(payload)
+        with pytest.raises(osl.InputError, match="is no sweep's file"):
+            osl.sweep(tiny, texts(2), MEASURES, out)
+        assert out.read_bytes() == payload
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["mine"]}), out)
+    with pytest.raises(osl.InputError, match="is no sweep's file"):
+        osl.sweep(tiny, texts(2), MEASURES, out)
+    with pytest.raises(osl.InputError, match="is no sweep's file"):
+        osl.SweepResult.load(out)
+
+
+def test_a_folder_of_parts_that_is_no_sweeps(tiny: Any, out: Path, parts: Path) -> None:
+    parts.mkdir()
+    (parts / "mine.txt").write_text("mine")
+    with pytest.raises(osl.InputError, match=r"holds mine\.txt and no run\.json"):
+        osl.sweep(tiny, texts(2), MEASURES, out)
+    assert [path.name for path in parts.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_of_parts_is_a_beginning(tiny: Any, out: Path, parts: Path) -> None:
+    parts.mkdir()
+    exactly_once(osl.sweep(tiny, texts(2), MEASURES, out), texts(2))
+
+
+# ---------------------------------------------------------------- the disk
+
+
+@pytest.mark.parametrize("place", ["no/such/folder/rows.parquet", ".", "x" * 300])
+def test_places_where_nothing_can_be_written(place: str, tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(osl.InputError, match="expected"):
+        osl.sweep(tiny, texts(2), MEASURES, tmp_path / place)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_full_disk_keeps_what_was_done(
+    at: int, tiny: Any, out: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at run.json, at the first part, at a later one; with room again the sweep goes on."""
+    prompts, whole, written = texts(9), files._replace, []
+
+    def replace(target: Path, payload: bytes) -> None:
+        written.append(target)
+        if len(written) >= at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(target, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_replace", replace)
+        with pytest.raises(osl.InputError, match="No space left on device"):
+            osl.sweep(tiny, prompts, MEASURES, out)
+    there = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts.glob("[0-9]*.parquet"))
+    assert (there > 0) == (at > 2)
+    result = osl.sweep(tiny, prompts, MEASURES, out)
+    assert result.reused == there
+    exactly_once(result, prompts)
+
+
+def test_a_full_disk_at_the_end(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = files._replace
+
+    def replace(target: Path, payload: bytes) -> None:
+        if target == out:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(target, payload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_replace", replace)
+        with pytest.raises(osl.InputError, match="No space left on device"):
+            osl.sweep(tiny, texts(5), MEASURES, out)
+    result = osl.sweep(tiny, texts(5), MEASURES, out)
+    assert result.reused == 5
+    exactly_once(result, texts(5))
+
+
+def test_killed_at_any_moment(tmp_path: Path, record_property: Callable) -> None:
+    kills = int(os.environ.get("OVERSQUASH_LENS_KILLS", "12"))
+    script = Path(__file__).with_name("killed_sweeps.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), str(kills), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    record_property("bad days", json.dumps({"killed": told["killed"], "out of room": 0}))
+    assert told["killed"] == kills
+    assert told["wrong"] == []
+
+
+# ---------------------------------------------------------------- how it goes about it
+
+
+def ready(model: Any, lengths: list[int]) -> list[Any]:
+    effort = sweep_work.Effort(("mean_field",))
+    return [(each, sweep_work._tokenized(model, each, effort)) for each in read_prompts([[5] * n for n in lengths])]
+
+
+def test_batches_hold_similar_lengths_within_memory(tiny: Any) -> None:
+    lengths = [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2]
+    size, prompts = size_of(tiny), ready(tiny, [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2])
+    for memory in (10**12, sum(batch_bytes(size, [9, 9]).values()), 0):
+        found = list(sweep_work.batches(tiny, prompts, memory))
+        assert sorted(each.index for batch in found for each, _ in batch) == list(range(len(lengths)))
+        for batch in found:
+            sizes = [len(tokens.ids) for _, tokens in batch]
+            assert len(sizes) * max(sizes) <= sweep_work.WASTE * sum(sizes)
+            assert len(batch) == 1 or sum(batch_bytes(size, sizes).values()) <= memory
+    assert len(found) == len(lengths)  # no memory: each alone
+    many = list(sweep_work.batches(tiny, ready(tiny, [5] * 40), 10**12))
+    assert [len(batch) for batch in many] == [16, 16, 8]
+
+
+def test_the_model_by_name(tmp_path: Path, out: Path) -> None:
+    if not has_bridge():
+        pytest.skip(NO_BRIDGE)
+    folder = model_folder(tmp_path / "model")
+    by_name = osl.sweep(str(folder), texts(4), MEASURES, out, load={"kind": "bridge", "device_map": "cpu"})
+    held = osl.load_model(folder, kind="bridge")
+    assert osl.sweep(held, texts(4), MEASURES, out).reused == 4  # the same weights, so the same run
+    assert by_name.done == 4
+    with pytest.raises(osl.InputError, match=r"load=.* came with a TransformerBridge"):
+        osl.sweep(held, texts(4), MEASURES, out, load={"kind": "bridge"})
+
+
+def test_a_sweep_where_the_model_is(out: Path) -> None:
+    """On a pretended accelerator nothing of ours mixes its tensors with the CPU's."""
+    name, kind = next(cell for cell in (("llama", "bridge"), ("llama", "hooked")) if lacking(*cell) is None)
+    model = zoo(name, kind, dtype=torch.float32)
+    with Elsewhere() as there:
+        there.move(model)
+        result = osl.sweep(model, [[5, 6, 7], [8, 9], [3, 4, 5, 6]], ["mean_field", "proof", "flow", "truth"], out)
+    assert result.done == 3
+    assert not there.mixed, sorted(there.mixed)
+
+
+def test_ray_wants_a_name_and_its_extra(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(osl.InputError, match=r"a TransformerBridge came as the model with ray='auto'.* give its name"):
+        osl.sweep(tiny, texts(2), MEASURES, out, ray="auto")
+    with pytest.raises(osl.InputError, match="expected 'auto', or the address"):
+        osl.sweep("a-name", texts(2), MEASURES, out, ray="")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(osl.InputError, match=r"pip install 'oversquash-lens\[ray\]'"):
+        osl.sweep("a-name", texts(2), MEASURES, out, ray="auto")
+
+
+def test_measures_are_names_of_the_table() -> None:
+    assert checked_measures("flow") == ("flow",)
+    assert checked_measures(["truth", "mean_field", "truth"]) == ("mean_field", "truth")
+    for wrong in ([], "", ["no such"], 7, [7], None):
+        with pytest.raises(osl.InputError, match="mean_field, proof"):
+            checked_measures(wrong)
+    names = list(columns(tuple(ALL_MEASURES)))
+    assert len(names) == len(set(names))
+
+
+def test_a_plan_counts_and_forecasts(tiny: Any) -> None:
+    prompts = read_prompts([*([5] * n for n in (2, 4, 8, 16)), TOO_LONG, ""])
+    plan = sweep_plan(tiny, prompts, ("mean_field", "flow", "truth"), probes=2)
+    assert (plan.prompts, plan.refused, plan.shortest, plan.median, plan.longest, plan.tokens) == (6, 2, 2, 8, 16, 30)
+    assert plan.fits
+    assert 0 < plan.seconds < math.inf
+    assert "2 cannot be used" in str(plan)
+    assert "none of the 1 prompts" in str(sweep_plan(tiny, read_prompts([""]), ("mean_field",)))

@@ -1,0 +1,115 @@
+"""Prompts of a sweep: every form of a list and of a file, and what is wrong with those that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import oversquash_lens as osl
+from oversquash_lens.measure.sweep_prompts import mark_of, read_prompts
+
+
+def named(prompts: Any, column: str | None = None) -> list[tuple[str | None, Any]]:
+    found = read_prompts(prompts, column)
+    assert [each.index for each in found] == list(range(len(found)))
+    return [(each.name, each.prompt) for each in found]
+
+
+def test_lists_of_every_form() -> None:
+    assert named(["a b", [3, 4], ("x", "c"), ["y", "d"]]) == [(None, "a b"), (None, [3, 4]), ("x", "c"), ("y", "d")]
+    assert named({"x": "a", 2: "b"}) == [("x", "a"), ("2", "b")]
+    assert named(each for each in ("a", "b")) == [(None, "a"), (None, "b")]
+    assert [each.text for each in read_prompts(["a", [1]])] == ["a", None]
+
+
+FILES: dict[str, tuple[str, list[tuple[str | None, Any]]]] = {
+    "lines.txt": ("one\n\n  two words \r\nthree\u2028", [(None, "one"), (None, "  two words "), (None, "three")]),
+    "lines.prompts": ("\ufeffone\ntwo", [(None, "one"), (None, "two")]),
+    "list.json": ('["a", [5, 9]]', [(None, "a"), (None, [5, 9])]),
+    "named.json": ('{"x": "a", "y": [5, 9]}', [("x", "a"), ("y", [5, 9])]),
+    "rows.jsonl": (
+        '"a"\n\n[5, 9]\n{"text": "b\\u2028c", "name": "x"}\n{"prompt": [3], "id": 4}\n',
+        [(None, "a"), (None, [5, 9]), ("x", "b\u2028c"), ("4", [3])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_every_form(name: str, tmp_path: Path) -> None:
+    content, expected = FILES[name]
+    (tmp_path / name).write_bytes(content.encode())
+    assert named(tmp_path / name) == expected
+    assert named(str(tmp_path / name)) == expected
+
+
+def test_columns_of_tables(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": [7, 8], "question": ["a", "b"], "ids": [[3, 4], [5, 6]], "text": ["c", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert named(tmp_path / "t.parquet") == [("7", "c"), ("8", None)]
+    assert named(tmp_path / "t.parquet", "question") == [("7", "a"), ("8", "b")]
+    assert named(tmp_path / "t.parquet", "ids") == [("7", [3, 4]), ("8", [5, 6])]
+    pyarrow.parquet.write_table(table.select(["text"]), tmp_path / "u.parquet")
+    assert named(tmp_path / "u.parquet") == [(None, "c"), (None, None)]
+    (tmp_path / "t.jsonl").write_text('{"question": "a"}')
+    assert named(tmp_path / "t.jsonl", "question") == [(None, "a")]
+
+
+WRONG: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"\n \n", "holds no prompt"),
+    "empty.json": (b"", "holds no prompt"),
+    "none.json": (b"[]", "holds no prompt"),
+    "empty.jsonl": (b"\n", "holds no prompt"),
+    "latin.txt": ("\xe9".encode("latin-1"), "UTF-8"),
+    "half.json": (b'["a", "b', "is no JSON"),
+    "one.json": (b'"a"', "holds a str; expected a list"),
+    "half.jsonl": (b'"a"\n{"text": "b\n', r"half\.jsonl, line 2 is no JSON"),
+    "other.jsonl": (b'{"query": "a"}', "has query, but not 'text' or 'prompt'"),
+    "fake.parquet": (b"my notes", "is no parquet file"),
+    "empty.parquet": (b"", "is no parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_files_that_are_none(name: str, tmp_path: Path) -> None:
+    content, said = WRONG[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(osl.InputError, match=said):
+        read_prompts(tmp_path / name)
+
+
+def test_tables_without_the_column(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x"]}), tmp_path / "t.parquet")
+    with pytest.raises(osl.InputError, match=r"t\.parquet has a, but not 'b'"):
+        read_prompts(tmp_path / "t.parquet", "b")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "t.parquet")
+    with pytest.raises(osl.InputError, match="holds no prompt"):
+        read_prompts(tmp_path / "t.parquet")
+    (tmp_path / "t.txt").write_text("a")
+    with pytest.raises(osl.InputError, match=r"column='b' came with t\.txt"):
+        read_prompts(tmp_path / "t.txt", "b")
+
+
+@pytest.mark.parametrize("wrong", [7, None, b"a", "no-such-file.txt", "/dev/zero", "a\0b"])
+def test_no_list_and_no_file(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(osl.InputError, match="expected"):
+        read_prompts(wrong)
+    with pytest.raises(osl.InputError, match="is not a file"):
+        read_prompts(tmp_path)
+
+
+def test_the_mark_tells_lists_apart() -> None:
+    base = ["a", [3, 4], ("x", "c")]
+    others = [["a", [3, 4], "c"], ["a", [3, 4], ("y", "c")], [[3, 4], "a", ("x", "c")], ["a", [3, 4]], ["a", [34], "c"]]
+    mark = mark_of(read_prompts(base))
+    assert mark == mark_of(read_prompts(["a", torch.tensor([3, 4]), ("x", "c")]))
+    marks = {mark_of(read_prompts(other)) for other in others}
+    assert len(marks) == len(others)
+    assert mark not in marks
+    assert len(json.dumps(mark)) == 66
+    assert mark_of(read_prompts(["\ud800"])) != mark_of(read_prompts(["?"]))
