@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 import oversquash_lens as osl
-from benchmarks.lens_vs_forward import seconds
 from benchmarks.prompts import MEETING
+from benchmarks.timing import seconds
 from oversquash_lens.measure.flow import KINDS, path_weighing
 
 

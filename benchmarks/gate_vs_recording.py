@@ -17,14 +17,15 @@ from unittest.mock import patch
 import torch
 
 import oversquash_lens as osl
-from benchmarks.lens_vs_forward import plain, seconds
 from benchmarks.prompts import MEETING
-from oversquash_lens.record import gate
+from benchmarks.timing import plain, seconds
+from oversquash_lens.record import attending, gate
 from oversquash_lens.record.layer import LayerRecord
 from oversquash_lens.record.recorder import Recorder
 
 CHECKS = [(gate, name) for name in vars(gate) if name.startswith("check_")]
-CHECKS += [(LayerRecord, "_check_projections"), (LayerRecord, "_check_scores"), (LayerRecord, "_check_norm")]
+CHECKS += [(LayerRecord, "_check_projections"), (LayerRecord, "_check_norm")]
+CHECKS += [(attending, "_check_scores"), (attending, "check_recomputed")]
 CHECKS += [(Recorder, "end")]
 
 

@@ -394,3 +394,14 @@ def test_a_prompts_file_that_is_none(on_tiny: Callable, tmp_path: Path) -> None:
     for content, said in (("{", "is no JSON"), ("[1]", "holds other things"), ("3", "holds other things")):
         bad.write_text(content)
         refused(on_tiny("report", "--prompts-file", str(bad)), said)
+
+
+@pytest.mark.parametrize(("n", "probes"), [(2, 16), (1024, 16), (1025, 15), (2048, 8), (8192, 2), (100_000, 1)])
+def test_a_report_s_truth_has_fewer_probes_on_a_long_prompt(monkeypatch, n, probes):
+    from argparse import Namespace
+
+    from oversquash_lens.cli import lens
+    from oversquash_lens.record import prompt
+
+    monkeypatch.setattr(prompt, "tokenize", lambda *args, **options: SimpleNamespace(ids=range(n)))
+    assert lens._usual_probes("model", "text", Namespace(chat=False, bos=None)) == probes

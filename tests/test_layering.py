@@ -15,6 +15,7 @@ ROOT = Path(oversquash_lens.__file__).parent
 HEIGHTS = {"errors": 0, "files": 1, "models": 2, "record": 2, "measure": 3, "render": 4, "paper": 5, "cli": 6}
 MODEL_ROOM = ("models", "embedded", "weights", "sources", "conversion", "gguf_file", "gguf_header")
 NEVER_AT_IMPORT = {"transformer_lens", "transformers", "matplotlib", "gguf", "safetensors", "rich", "huggingface_hub"}
+NEVER_AT_IMPORT |= {"pyarrow", "ray"}
 NEVER_AT_ALL = {"pickle", "dill", "joblib", "cloudpickle", "requests"}
 MODULES = sorted(ROOT.rglob("*.py"))
 

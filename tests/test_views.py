@@ -16,7 +16,7 @@ from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError, OversquashError
 from oversquash_lens.render import html as html_module
-from oversquash_lens.render.cells import MOST_CELLS
+from oversquash_lens.render.cells import LONG, MOST_CELLS
 from oversquash_lens.render.html import LARGEST_PAYLOAD, View, inert, runtime, script_json, visible_token
 from oversquash_lens.render.views import layers, positions, side_by_side
 
@@ -175,7 +175,7 @@ def test_long_prompts_are_binned_and_nothing_is_dropped(n):
     assert len(payload["tokens"]) <= MOST_CELLS
     assert sum(payload["widths"]) == n
     assert sum(payload["shares"][0]) == pytest.approx(1, abs=1e-3)
-    loudest = result.share.topk(min(n, 192)).indices.tolist()
+    loudest = result.share.topk(min(n, 192 if n <= LONG else 96)).indices.tolist()
     assert {f"token {i}" for i in loudest} <= set(payload["places"])
     assert ("summed" in positions(result).caption) == (n > MOST_CELLS)
 

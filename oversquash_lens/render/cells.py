@@ -16,6 +16,8 @@ from oversquash_lens.render.html import inert, visible_token
 
 MILLION = 1_000_000
 MOST_CELLS = 512  # of one strip of tokens; longer prompts are binned
+LONG, FEW_CELLS = 2048, 256  # beyond so many tokens most cells are bins, and a strip of fewer is easier to read
+SNIPPET = 28  # characters shown of a bin's text from either end
 
 
 class Cell(NamedTuple):
@@ -25,13 +27,14 @@ class Cell(NamedTuple):
     stop: int
 
 
-def cells_for(tokens: Sequence[str], weights: Float[Tensor, "row pos"], most: int = MOST_CELLS) -> Cells:
+def cells_for(tokens: Sequence[str], weights: Float[Tensor, "row pos"], most: int | None = None) -> Cells:
     """One cell per token; of more than `most` tokens those of the largest weights alone, and runs of the rest.
 
-    Three eighths of the cells are for single tokens: 192 of 512. These leave at most 193 runs, which are cut at every
-    ⌈rest/127⌉ tokens: at most 193 + 127 bins.
+    `most` None is 512, beyond 2,048 tokens 256. Three eighths of the cells are for single tokens: 192 of 512. These
+    leave at most 193 runs, which are cut at every ⌈rest/127⌉ tokens: at most 193 + 127 bins.
     """
     n = len(tokens)
+    most = most or (MOST_CELLS if n <= LONG else FEW_CELLS)
     if n <= most:
         return Cells(tuple(tokens), tuple(Cell(i, i + 1) for i in range(n)))
     kept = 3 * most // 8
@@ -94,7 +97,9 @@ class Cells:
     def places(self) -> list[str]:
         """Where each cell is in the prompt, in words; tokens count from 0."""
         return [
-            f"token {start}" if stop - start == 1 else f"tokens {start} to {stop - 1}, summed"
+            f"token {start}"
+            if stop - start == 1
+            else f"tokens {start} to {stop - 1} “{self._snippet(start, stop)}”, summed"
             for start, stop in self.cells
         ]
 
@@ -118,6 +123,15 @@ class Cells:
     def _text(self, cell: Cell) -> str:
         if cell.stop - cell.start > 1:
             return f"[{cell.stop - cell.start} tokens]"
-        token = self.tokens[cell.start]
-        # CircuitsVis breaks the line behind a token with a line break in it: code keeps its lines.
-        return inert(visible_token(token)) + ("\n" if "\n" in token else "")
+        return cell_text(self.tokens[cell.start])
+
+    def _snippet(self, start: int, stop: int) -> str:
+        """How the text of a bin begins and ends, so that one finds one's place in a long prompt."""
+        words = " ".join(map(visible_token, "".join(self.tokens[start:stop]).split()))
+        return inert(words if len(words) <= 2 * SNIPPET else f"{words[:SNIPPET]} … {words[-SNIPPET:]}")
+
+
+def cell_text(token: str) -> str:
+    """What stands in a token's own cell."""
+    # CircuitsVis breaks the line behind a token with a line break in it: code keeps its lines.
+    return inert(visible_token(token)) + ("\n" if "\n" in token else "")

@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.flow import Flow
+from oversquash_lens.measure.flow import ROWS, Flow
 from oversquash_lens.measure.heaviest import HeavyEdge, heaviest_by_layer
-from oversquash_lens.measure.paths import ROWS
 from oversquash_lens.render.captions import caption, colour_key, guide, named, percent, rounded
 from oversquash_lens.render.cells import Cells, cells_for, check_shares, millionths
 from oversquash_lens.render.html import View

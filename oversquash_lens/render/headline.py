@@ -81,7 +81,7 @@ def _numbers(found: Findings) -> str:
         (
             str(layer),
             f"narrowest layer of {found.about.n_layers} against even attention, entered through "
-            f"{squashing.flow.effective_width[layer].item():.3g} positions",
+            f"{_few(squashing.flow.effective_width[layer].item())} positions",
         ),
         (number(row.spearman, ".2f"), "rank correlation of estimate and truth"),
     )

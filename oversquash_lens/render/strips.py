@@ -12,11 +12,12 @@ from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
 from oversquash_lens.render.captions import colour_key, guide, rounded
-from oversquash_lens.render.cells import MILLION, Cells, cells_for, check_shares, millionths
+from oversquash_lens.render.cells import MILLION, Cells, cell_text, cells_for, check_shares, millionths
 from oversquash_lens.render.html import View
 
 HEARD = "a token’s share in what the last token hears"
 PASSED = "the share of the paths that pass through a token at that layer"
+MOST_INSIDE = 16_384  # tokens of a prompt whose bins can be opened: about 200 KB of a page
 
 
 class Rows(NamedTuple):
@@ -98,4 +99,13 @@ def strip_view(
         "key": colour_key(floor),
         **extra,
     }
-    return View(payload, described + cells.note(), guide(rows.meaning, "a tenth of an even share", floor, rows.tokens))
+    note = cells.note()
+    if len(rows.shares) == 1 and len(cells.cells) < len(rows.tokens) <= MOST_INSIDE:
+        payload["inside"] = {"tokens": [cell_text(token) for token in rows.tokens], "shares": _inside(rows)}
+        note += ' <span class="osl-note">Click a bin, or press Enter on it, and its tokens open one by one.</span>'
+    return View(payload, described + note, guide(rows.meaning, "a tenth of an even share", floor, rows.tokens))
+
+
+def _inside(rows: Rows) -> list[float]:
+    """Every token's own share, of three digits."""
+    return [rounded(share, 3) for share in rows.shares[0].tolist()]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from oversquash_lens.measure.findings import Findings
+from oversquash_lens.render.cells import MOST_CELLS
 from oversquash_lens.render.document import (
     cell,
     columns,
@@ -17,14 +22,18 @@ from oversquash_lens.render.document import (
     table,
     token_html,
 )
+from oversquash_lens.render.passages import in_context
 from oversquash_lens.render.views import layers, side_by_side
+
+MOST_ROWS = 512  # of a table of tokens
 
 
 def by_token(found: Findings) -> str:
     """Truth, estimate and the paper's bound side by side."""
     audit = found.audit
     views = side_by_side(audit.truth, audit.mean_field, audit.bounds["proof"])
-    return section("Token by token", keyed(views[0]) + columns(views), "tokens")
+    context = in_context(found) if len(found.tokens) > MOST_CELLS else ""
+    return section("Token by token", context + keyed(views[0]) + columns(views), "tokens")
 
 
 def by_layer(found: Findings) -> str:
@@ -38,19 +47,19 @@ def by_layer(found: Findings) -> str:
 
 
 def in_numbers(found: Findings) -> str:
-    """Every token in numbers: also what a screen reader, or a browser without scripts, gets of the views."""
+    """Tokens in numbers: also what a screen reader, or a browser without scripts, gets of the views."""
     truth, estimate, squashing = found.audit.truth, found.audit.mean_field, found.squashing
     sizes = (truth.values, truth.standard_error, estimate.values)
     shares = (truth.share, squashing.share, squashing.null_share, squashing.lift)
     rows = []
-    for i, token in enumerate(found.tokens):
+    for i in _listed(shares[:3]):
         true, error, guess = (size[i].item() for size in sizes)
         heard, estimated, even, lift = (share[i].item() for share in shares)
         numbers = [cell(true, ".4g"), *([] if truth.exact else [cell(error, ".2g")]), cell(guess, ".4g")]
         numbers.append(cell(_log10_ratio(guess, true), "+.2f"))
         numbers += [f'<td class="n">{percent(share)}</td>' for share in (heard, estimated, even)]
         numbers.append(cell(lift, ".2g"))
-        name = f'<th scope="row">{token_html(token)}</th>'
+        name = f'<th scope="row">{token_html(found.tokens[i])}</th>'
         rows.append(f'<tr><td class="n">{i}</td>{name}{"".join(numbers)}</tr>\n')
     error = [] if truth.exact else ["standard error"]
     names = ("truth", *error, "estimate", "log₁₀ of estimate over truth", "share, measured", "share, estimated")
@@ -60,8 +69,17 @@ def in_numbers(found: Findings) -> str:
         f"Sensitivity of the last output to each token: {norm} norm, and its mean-field estimate; each token’s share "
         "in all of it, and what even attention would leave it."
     )
-    numbers = table("Every token in numbers", caption, head, rows)
-    return f'<section id="numbers">\n{folded("Every token in numbers", numbers)}</section>\n'
+    n, name = len(found.tokens), "Every token in numbers"
+    if len(rows) < n:
+        name = f"The {len(rows)} most heard of {n:,} tokens in numbers"
+        caption += " Listed are those with the largest shares, by any of the three; the JSON of the findings has all."
+    return f'<section id="numbers">\n{folded(name, table(name, caption, head, rows))}</section>\n'
+
+
+def _listed(shares: Sequence[Tensor]) -> list[int]:
+    """Positions that a table lists, in order: all, or of a long prompt those with the largest shares."""
+    largest = torch.stack([share.double() for share in shares]).amax(0)
+    return sorted(largest.topk(min(MOST_ROWS, len(largest))).indices.tolist())
 
 
 def _log10_ratio(above: float, below: float) -> float:

@@ -17,7 +17,7 @@ def audited(found: Findings) -> str:
         "Each measure held against J, the derivative of the last output by each token’s embedding that "
         "autograd finds. A rank correlation of 1 orders the tokens as ‖J‖_F does. A log₁₀ ratio of 0 has the "
         "true size, 1 is ten times as large; bounds speak of the spectral norm ‖J‖₂. – stands where the "
-        "paper leaves the constant open."
+        "paper leaves the constant open, and where the truth that a bound speaks of was not measured."
     )
     rows = [_audit_row(row, len(audit.tokens)) for row in audit.rows]
     said = f"<p>{escape(audit.sentence)}</p>\n"

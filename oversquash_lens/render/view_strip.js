@@ -33,6 +33,55 @@ function walkable(box, labels) {
   });
 }
 
+// A long prompt at its true scale, from left to right: where on it colour lies. Its cells, with their numbers, stand
+// below.
+function ribbon(view) {
+  const canvas = element("canvas", "osl-ribbon");
+  Object.assign(canvas, { width: 1440, height: 24 });
+  canvas.setAttribute("aria-hidden", "true");
+  const pen = canvas.getContext("2d");
+  const shades = view.inside.shares.map((share) => shade(share, view.floor));
+  const place = (i) => Math.floor((i * canvas.width) / shades.length);
+  // Where several tokens share a column of pixels, the darkest of them is seen: it is drawn last.
+  const order = [...shades.keys()].sort((one, other) => shades[one] - shades[other]);
+  for (const i of order) {
+    pen.fillStyle = tint(shades[i]);
+    pen.fillRect(place(i), 0, Math.max(1, place(i + 1) - place(i)), canvas.height);
+  }
+  return canvas;
+}
+
+// The bins of a long prompt open, one at a time, below the strip.
+function openable(view, box, stage) {
+  const inside = element("div", "osl-inside");
+  inside.setAttribute("aria-live", "polite");
+  stage.append(inside);
+  let start = 0;
+  [...box.querySelectorAll(".colored-tokens > span")].forEach((span, i) => {
+    const from = start;
+    const to = (start += view.widths[i]);
+    if (to - from === 1) return;
+    const open = () => {
+      inside.replaceChildren(element("p", "osl-now", `Tokens ${from} to ${to - 1}, one by one:`));
+      const shares = view.inside.shares.slice(from, to);
+      const texts = shares.map((share, k) => `token ${from + k}: share ${share}`);
+      const tokens = view.inside.tokens.slice(from, to);
+      const made = strip(tokens, shares.map((share, k) => cell(texts[k], shade(share, view.floor))));
+      inside.append(made.box);
+      made.draw();
+      whenDrawn(made.box, ".colored-tokens", () => walkable(made.box, texts.map((text, k) => tokens[k] + ", " + text)));
+    };
+    span.classList.add("osl-bin");
+    span.setAttribute("role", "button");
+    span.addEventListener("click", open);
+    span.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      open();
+    });
+  });
+}
+
 // Draws the strips into `stage`, below `above`; `picked` hears which layer is shown. Returns what picks one.
 function drawStrip(view, stage, above = [], picked = () => {}) {
   const strips = [];
@@ -52,6 +101,7 @@ function drawStrip(view, stage, above = [], picked = () => {}) {
       made.draw();
       whenDrawn(made.box, ".colored-tokens", () => {
         walkable(made.box, texts.map((text, i) => view.tokens[i] + ", " + text));
+        if (view.inside) openable(view, made.box, stage);
         ready(stage);
       });
     }
@@ -60,6 +110,7 @@ function drawStrip(view, stage, above = [], picked = () => {}) {
   };
   const buttons = view.labels.length > 1 ? picker(view.labels, show) : null;
   if (buttons) stage.append(buttons, now);
+  if (view.inside) stage.append(ribbon(view));
   stage.append(...above);
   show(0);
   return (layer) => buttons.querySelector(`input[value="${layer}"]`).click();

@@ -34,7 +34,7 @@ def positions(result: PathProfile | MeasuredSensitivity | object) -> View:
 
     Shares are dimensionless and sum to 1. The colour is logarithmic and the same in every view of a prompt:
     none at a tenth of an even share (0.1/n) or less, full at 1. Beyond 512 tokens the 192 with the largest
-    shares stand alone, runs of the others are summed, and the caption says so.
+    shares (96 beyond 2,048) stand alone, runs of the others are summed, and the caption says so; a click opens them.
     """
     return side_by_side(result)[0]
 
