@@ -21,7 +21,7 @@ import oversquash_lens
 
 THERE = torch.device("cpu", 0)  # an index makes it differ from the CPU's own name
 PACKAGE = Path(oversquash_lens.__file__).parent
-CROSSES = {"copy_", "__getitem__", "__setitem__", "index_put_"}  # these may read a CPU tensor from elsewhere
+CROSSES = {"copy_", "__getitem__", "__setitem__", "index_put_", "grad"}  # these may reach from one to the other
 
 
 def is_there(x: Tensor) -> bool:

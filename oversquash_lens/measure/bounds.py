@@ -31,7 +31,8 @@ from torch import Tensor
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.block import Block, Layer
 from oversquash_lens.measure.edges import MixedEdges, Parts, SplitEdges
-from oversquash_lens.measure.paths import Factored, PathKind, PathProfile, log_path_sums
+from oversquash_lens.measure.factored import Factored
+from oversquash_lens.measure.paths import PathKind, PathProfile, log_path_sums
 from oversquash_lens.measure.weighing import Weighing
 from oversquash_lens.record.attention import KeptAttention
 from oversquash_lens.record.support import refuse_unsupported

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.measure.block import Block
-from oversquash_lens.measure.paths import Factored
+from oversquash_lens.measure.factored import Factored
 
 
 class Parts(NamedTuple):

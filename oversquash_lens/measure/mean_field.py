@@ -16,7 +16,8 @@ from torch import Tensor
 
 from oversquash_lens.measure.block import Block
 from oversquash_lens.measure.edges import Parts, SplitEdges
-from oversquash_lens.measure.paths import Factored, PathProfile
+from oversquash_lens.measure.factored import Factored
+from oversquash_lens.measure.paths import PathProfile
 from oversquash_lens.measure.weighing import Weighing
 from oversquash_lens.record.trace import Trace, check_trace
 from oversquash_lens.record.wide import wide

@@ -23,7 +23,7 @@ class Ending:
         if key in self.kept:
             raise GateError(f"{key}: the hook fired a second time; expected one forward pass per recording")
         with torch.no_grad():
-            TAKEN[key](self, value)
+            TAKEN[key](self, self.whole.brought(value))
 
     def missing(self) -> list[str]:
         """Names of the hooks that have not fired."""
@@ -35,9 +35,9 @@ class Ending:
             model = self.whole.model
             table, bias = model.W_U, getattr(model, "b_U", None)
             own = self.kept["unembedded"].to(table) @ table
-            own = own if bias is None else own + bias
+            own = own if bias is None else own + bias.to(own.device)
             name, dtype = "the unembedding", self.whole.layout.dtype
-            gate.check_same(name, own, logits.detach()[0, -1], "y · W_U + b_U", "its logits", dtype)
+            gate.check_same(name, own, logits.detach()[0, -1].to(own.device), "y · W_U + b_U", "its logits", dtype)
 
     def _last(self, residual: Tensor) -> None:
         self.kept["last"] = self.whole.work(residual[-1]).clone()

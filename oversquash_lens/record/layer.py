@@ -11,7 +11,7 @@ from oversquash_lens.record import gate
 from oversquash_lens.record.attending import ATTENDING, Heads
 from oversquash_lens.record.attention import AttentionRows
 from oversquash_lens.record.mlp import dense_mlp, experts, no_mlp
-from oversquash_lens.record.parameters import LayerWeights, layer_weights
+from oversquash_lens.record.parameters import LayerWeights, layer_weights, moved
 from oversquash_lens.record.whole import Whole
 from oversquash_lens.record.wide import wide
 
@@ -52,6 +52,7 @@ class LayerRecord:
 
     def take(self, key: str, value: Tensor) -> None:
         """One hook of this layer has fired."""
+        value = self.whole.brought(value)
         if key == "attention_scale" and self._same_again(value):
             return
         name = self.name(key)
@@ -65,7 +66,7 @@ class LayerRecord:
                 f"{name}: a batch of {value.shape[0]} came; expected one prompt at a time: record each by itself"
             )
         del self._silent[key]
-        self._seen[key] = _one_prompt(value.detach())
+        self._seen[key] = _one_prompt(value)
         for stage, needs in self._stages:
             if key in needs and needs <= self._seen.keys():
                 with torch.no_grad():
@@ -82,6 +83,7 @@ class LayerRecord:
         """The residual that the next layer reads: this layer's bookkeeping is closed with it."""
         if self.missing() is not None:
             raise GateError(self.silence())
+        after = self.whole.brought(after)
         gate.check_finite(f"layer {self.index}, hook_resid_post", after)
         layout, rows = self.whole.layout, self.whole.rows(len(after))
         before, writers = ("middle", ("mlp",)) if layout.sequential else ("residual", ("attention", "mlp"))
@@ -200,7 +202,9 @@ class LayerRecord:
 
     def _layer_weights(self) -> LayerWeights:
         whole = self.whole
-        return whole.once("weights", self.index, lambda: layer_weights(whole.model, whole.layout, self.index))
+        return whole.once(
+            "weights", self.index, lambda: moved(layer_weights(whole.model, whole.layout, self.index), whole.home)
+        )
 
     def _pop(self, key: str) -> Tensor:
         """What a hook saw, the memory given back; the mark that it fired stays."""

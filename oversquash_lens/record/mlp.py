@@ -92,6 +92,7 @@ def experts(whole: Whole, layer: int, w: LayerWeights, x: Tensor, written: Tenso
     """A mixture of experts is run again by itself, with its router, and differentiated; no bound is known."""
     layout, work, rows = whole.layout, whole.work, whole.rows(len(x))
     module, again = whole.model.blocks[layer].mlp, []
+    device = next(module.parameters()).device
 
     def update(entering: Tensor) -> Tensor:
         inside = entering - entering.mean(-1, keepdim=True) if layout.centred else entering
@@ -99,8 +100,8 @@ def experts(whole: Whole, layer: int, w: LayerWeights, x: Tensor, written: Tenso
             inside = inside / (inside.square().mean(-1, keepdim=True) + layout.eps).sqrt()
         inside = inside * w.mlp_gain.to(inside)
         inside = inside if w.mlp_norm_bias is None else inside + w.mlp_norm_bias.to(inside)
-        out = module(inside.to(x.dtype)[None])
-        out = work((out[0] if isinstance(out, tuple) else out).reshape(x.shape))
+        out = module(inside.to(device, x.dtype)[None])
+        out = work((out[0] if isinstance(out, tuple) else out).to(x.device).reshape(x.shape))
         again.append(out.detach())
         return out
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,6 +49,12 @@ class LayerWeights:
     mlp_post_bias: Float[Tensor, " d_mlp"] | None
     mlp_out_bias: Float[Tensor, " d_model"] | None
     mlp_post_gain: Float[Tensor, " d_model"] | None
+
+
+def moved(w: LayerWeights, device: torch.device) -> LayerWeights:
+    """The same on this device."""
+    tensors = {name: value.to(device) for name, value in vars(w).items() if isinstance(value, Tensor)}
+    return replace(w, **tensors)
 
 
 def layer_weights(model: HookedModel, layout: Layout, layer: int) -> LayerWeights:

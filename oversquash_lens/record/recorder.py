@@ -21,7 +21,7 @@ from oversquash_lens.record.nodes import random_source
 from oversquash_lens.record.passes import last_logits_only, without_cache
 from oversquash_lens.record.prompt import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.record.route import choose_route, own_route, patterns_fit
-from oversquash_lens.record.size import check_recording
+from oversquash_lens.record.size import check_recording, device_of
 from oversquash_lens.record.support import layout_support
 from oversquash_lens.record.trace import Gains, Trace
 from oversquash_lens.record.verify import verify_pass
@@ -175,7 +175,8 @@ class Recorder:
 
     def _read_weights(self) -> Whole:
         weights = weight_gains(self._model, self.layout)
-        return Whole(self._model, self.layout, weights, self._node_probes, self._seed, self.verify, self.route)
+        home = device_of(self._model)
+        return Whole(self._model, self.layout, weights, self._node_probes, self._seed, self.verify, home, self.route)
 
     def hooks(self) -> list[NamedHook]:
         inside = self.layout.layer_hooks(self.route).items()

@@ -88,10 +88,11 @@ def _irregular_sum(weight: Tensor) -> Float[Tensor, ""]:
 def _every_layer(model: HookedModel, layout: Layout) -> WeightGains:
     """Into memory set aside at once: small results between large passing ones keep the heap from reusing theirs."""
     found: dict[str, Tensor | None] = {}
+    home = next(model.parameters()).device  # layers may lie on several
     for i in range(layout.n_layers):
         for name, value in _layer_gains(layer_weights(model, layout, i), layout).items():
             if i == 0:
-                found[name] = None if value is None else value.new_empty((layout.n_layers, *value.shape))
+                found[name] = None if value is None else value.to(home).new_empty((layout.n_layers, *value.shape))
             if value is not None:
                 found[name][i] = value
     return WeightGains(**found)

@@ -28,6 +28,7 @@ class Whole:
     node_probes: int | None
     seed: int
     verify: bool
+    home: torch.device  # where all is computed, wherever the layers of a spread model lie
     route: str = "kept"  # one of layout.ROUTES
     made: dict[str, tuple[int, Any]] = field(default_factory=dict)  # see `once`
 
@@ -36,6 +37,10 @@ class Whole:
         if self.made.get(what, (None,))[0] != layer:
             self.made[what] = (layer, make())
         return self.made[what][1]
+
+    def brought(self, value: Tensor) -> Tensor:
+        """What a hook saw, without its graph, from whatever device its layer is on."""
+        return value.detach().to(self.home)
 
     def work(self, value: Tensor) -> Tensor:
         """float64 models stay float64; everything else is accumulated in float32."""
