@@ -112,6 +112,13 @@ def _replace(target: Path, payload: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left in a folder that nobody writes to any more."""
+    for left in folder.glob(f"{_DRAFT}*.tmp"):
+        with suppress(OSError):
+            left.unlink(missing_ok=True)
+
+
 def _sweep(folder: Path) -> None:
     """Remove what a killed process left behind more than a day ago."""
     for left in folder.glob(f"{_DRAFT}*.tmp"):

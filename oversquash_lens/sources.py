@@ -89,7 +89,7 @@ def from_folder(path: Path, label: str, loading: Loading) -> Weights:
     except Exception as error:
         _raise_if_own_code(path, error)
         raise ModelError(
-            f"The model in the folder {one_line(path, 80)} could not be loaded ({why(error)}). Expected the "
+            f"The model in the folder {one_line(path, 200)} could not be loaded ({why(error)}). Expected the "
             "files of one causal language model, as save_pretrained writes them: get the folder again."
         ) from error
     return Weights(model, tokenizer, label)

@@ -186,7 +186,7 @@ def test_on_a_model_patterns_and_scores_are_edited_alike(
 
 def test_a_head_is_switched_off_in_its_own_layer_only(fresh: tuple[Any, torch.Tensor]) -> None:
     model, tokens = fresh
-    plain = record(model, tokens)
+    plain = record(model, tokens, attention="kept")
     with edited_attention(model, ablate_head(1, 2)):
         seen = record(model, tokens)
     assert torch.equal(seen.attention[0].rows(0, 6), plain.attention[0].rows(0, 6))

@@ -40,7 +40,7 @@ def test_both_classes_give_the_same_numbers(traces: tuple[osl.Trace, osl.Trace])
 
 
 def test_a_trace_of_the_real_model_is_whole(smollm2: Any, watch: Callable) -> None:
-    trace = osl.record(smollm2, SHORT)
+    trace = osl.record(smollm2, SHORT, attention="kept")
     assert trace.tokens == ("The", " capital", " of", " France", " is")
     assert (trace.about.bos, trace.about.chat, trace.about.dtype) == (False, False, "float32")
     assert trace.last_residuals.shape == (31, 576)

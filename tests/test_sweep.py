@@ -282,6 +282,7 @@ def test_killed_between_the_file_and_the_tidying(tiny: Any, out: Path, parts: Pa
     parts.mkdir()
     for name, payload in kept.items():
         (parts / name).write_bytes(payload)
+    (parts / f"{files._DRAFT}{'0' * 32}.tmp").write_bytes(b"half")  # what was being written just then
     exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.files import check_place, check_writable, write_atomically
+from oversquash_lens.files import check_place, check_writable, remove_drafts, write_atomically
 
 WINDOW = 256  # consecutive prompts whose rows may share a part
 KEY = b"oversquash-lens-sweep"
@@ -149,6 +149,7 @@ class Store:
         with suppress(OSError):
             for path in (*self.folder.glob("[0-9]*-*.parquet"), self.folder / "run.json"):
                 path.unlink(missing_ok=True)
+            remove_drafts(self.folder)
             self.folder.rmdir()
 
 
