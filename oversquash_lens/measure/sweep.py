@@ -16,6 +16,7 @@ from oversquash_lens.measure.sweep_rows import Effort, checked_measures, columns
 from oversquash_lens.measure.sweep_store import WINDOW, Store, check_out
 from oversquash_lens.measure.sweep_work import check_measurable, model_identity, rows_of
 from oversquash_lens.record.nodes import random_source
+from oversquash_lens.record.recorder import NODE_PROBES
 from oversquash_lens.record.route import check_attention
 
 FORMAT = 1  # of the rows
@@ -32,7 +33,7 @@ def sweep(
     column: str | None = None,
     chat: bool = False,
     bos: bool | None = None,
-    node_probes: int | None = 2,
+    node_probes: int | None = NODE_PROBES,
     probes: int | None = 16,
     seed: int = 0,
     verify: bool = False,
