@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere import Elsewhere
-from small_models import CASES, bridge, case, has_bridge, tokens_for
+from small_models import CASES, bridge, case, has_bridge, hooked, tokens_for
 from zoo import CELLS, lacking, zoo
 
 import oversquash_lens as osl
@@ -222,7 +222,7 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_the_model_is_left_as_it_was(route: str, measured: Callable[..., torch.Tensor]) -> None:
-    model, tokens = bridge(5, "llama"), tokens_for(5, 6)
+    model, tokens = bridge(5, "llama") if has_bridge() else hooked(5), tokens_for(5, 6)
     with torch.no_grad():
         before = model(tokens).clone()  # a bridge adds hooks of its own at its first pass
     hooks, wants = hooks_on(model), [parameter.requires_grad for parameter in model.parameters()]
@@ -241,7 +241,7 @@ def test_the_model_is_left_as_it_was(route: str, measured: Callable[..., torch.T
 
 
 def test_also_after_a_failure(route: str, measured: Callable[..., torch.Tensor]) -> None:
-    model, tokens = bridge(5, "llama"), tokens_for(5, 6)
+    model, tokens = bridge(5, "llama") if has_bridge() else hooked(5), tokens_for(5, 6)
     model(tokens)
     hooks, countdown = hooks_on(model), iter((False, True))
 
@@ -260,7 +260,8 @@ def test_also_after_a_failure(route: str, measured: Callable[..., torch.Tensor])
 
 def test_all_is_where_the_model_is(route: str, measured: Callable[..., torch.Tensor]) -> None:
     """On a pretended accelerator no operation of ours mixes its tensors with the CPU's."""
-    model, tokens = bridge(5, "gpt2", dtype=torch.float32), tokens_for(6, 7)
+    dtype = {"dtype": torch.float32}
+    model, tokens = bridge(5, "gpt2", **dtype) if has_bridge() else hooked(5, **dtype), tokens_for(6, 7)
     with Elsewhere() as there:
         there.move(model)
         for freeze in ((), ("norms",)):
