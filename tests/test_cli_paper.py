@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from small_speakers import KINDS, loaded
 
-from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_FILES, FIGURE_NAMES, TASK_NAMES, lengths_of
+from oversquash_lens.cli.common import FIGURE_FILES
+from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_NAMES, TASK_NAMES, lengths_of
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure.collapse import collapse_curve
 from oversquash_lens.paper import families

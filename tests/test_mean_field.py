@@ -82,15 +82,13 @@ def test_probed_node_gain_is_unbiased(gated: bool) -> None:
 
 @needs_hooked
 def test_more_node_probes_scatter_less_and_enough_of_them_are_exact() -> None:
-    model, tokens = hooked(6, n_layers=1, act="gelu", strength=2.0, d_model=24), tokens_for(6, 4)
+    model, tokens = hooked(6, n_layers=1, act="gelu", strength=2.0, d_model=48), tokens_for(6, 4)
 
     def gains(probes: int) -> torch.Tensor:
         return torch.tensor([last_node_gain(model, tokens, node_probes=probes, seed=s) for s in range(100)])
 
-    assert (
-        1.4 < gains(1).std() / gains(4).std() < 5
-    )  # independent pairs: √4 = 2; of orthogonal directions 17 of 24 leave less
-    assert last_node_gain(model, tokens, node_probes=24) == pytest.approx(
+    assert 1.4 < gains(1).std() / gains(4).std() < 4  # independent pairs: √4 = 2, of orthogonal directions more
+    assert last_node_gain(model, tokens, node_probes=48) == pytest.approx(
         last_node_gain(model, tokens, node_probes=None), rel=1e-12
     )
 

@@ -14,11 +14,11 @@ from small_models import NO_HOOKED, has_hooked, hooked, tokens_for
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.measure import block as block_module
-from oversquash_lens.measure.block import Layer, Room, per_head
+from oversquash_lens.measure.block import Layer, Room
 from oversquash_lens.measure.factored import Factored
 from oversquash_lens.measure.paths import FAINT, PathKind, log_path_products, log_path_sums
 from oversquash_lens.measure.profiles import KINDS
-from oversquash_lens.record.attention import KeptAttention, UniformAttention
+from oversquash_lens.record.attention import KeptAttention, UniformAttention, per_head
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 

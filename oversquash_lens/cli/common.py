@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.files import check_writable, write_atomically
+from oversquash_lens.files import check_place, check_writable, write_atomically
 
+FIGURE_FILES = (".png", ".pdf", ".svg")
 MOST_BYTES = 64 << 20  # of a prompt or a file of prompts; what has no end (/dev/zero) must not fill the memory
 
 # The counting prompt of the paper's section 4, one of those whose truth we publish.
@@ -131,6 +132,17 @@ def _text(payload: bytes, source: str) -> str:
         return payload.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
+
+
+def check_figure(path: str | None) -> None:
+    """Known before the work: a picture's file that can be written."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.suffix not in FIGURE_FILES:
+        raise InputError(f"--figure {path} came; expected a file that ends in one of {', '.join(FIGURE_FILES)}")
+    check_writable(path)
+    check_place(target.parent, target.name)
 
 
 def check_out(options: argparse.Namespace) -> None:

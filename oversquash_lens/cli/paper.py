@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.cli.common import check_out, deliver, load, model_command
+from oversquash_lens.cli.common import check_figure, check_out, deliver, load, model_command
 from oversquash_lens.errors import InputError
-from oversquash_lens.files import check_place, check_writable
+from oversquash_lens.files import check_writable
 
 FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
 TASK_NAMES = (
@@ -18,7 +18,6 @@ TASK_NAMES = (
     *("interleaved_01", "interleaved_10", "type_1", "type_2", "copy_last_control"),
 )
 FIGURE_NAMES = (*map(str, range(1, 13)), "ushape", "window", "remedies")
-FIGURE_FILES = (".png", ".pdf", ".svg")
 LONGEST = 1_000_000  # of a sequence; no model here reads so much
 DTYPES = "float32,bfloat16"
 DTYPES_HELP = (
@@ -83,7 +82,7 @@ def run_collapse(options: argparse.Namespace) -> None:
     if options.family not in FAMILY_NAMES:
         raise InputError(f"family {options.family!r} came; expected one of {', '.join(FAMILY_NAMES)}")
     check_out(options)
-    _check_figure(options.figure)
+    check_figure(options.figure)
     if options.curves is not None:
         check_writable(options.curves)
     from oversquash_lens.measure.precision import number_format
@@ -166,17 +165,6 @@ def run_reproduce(options: argparse.Namespace) -> None:
         print(json.dumps({one.name: one.chart.to_dict() for one in made}))
     else:
         print(index)
-
-
-def _check_figure(path: str | None) -> None:
-    """Known before the work: a picture's file that can be written."""
-    if path is None:
-        return
-    target = Path(path)
-    if target.suffix not in FIGURE_FILES:
-        raise InputError(f"--figure {path} came; expected a file that ends in one of {', '.join(FIGURE_FILES)}")
-    check_writable(path)
-    check_place(target.parent, target.name)
 
 
 def _dtypes(options: argparse.Namespace) -> tuple[str, ...]:

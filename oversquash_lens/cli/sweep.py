@@ -10,6 +10,7 @@ from typing import Any
 
 from oversquash_lens.cli.common import (
     attention_option,
+    check_figure,
     load,
     model_command,
     plan_option,
@@ -17,9 +18,6 @@ from oversquash_lens.cli.common import (
     verify_option,
 )
 from oversquash_lens.errors import InputError
-from oversquash_lens.files import check_place, check_writable
-
-FIGURES = (".png", ".pdf", ".svg")
 
 
 def add_commands(commands: Any) -> None:
@@ -49,7 +47,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from oversquash_lens.measure.sweep_store import check_out
 
     measures = checked_measures([name.strip() for name in options.measures.split(",")])
-    _check_figure(options.figure)
+    check_figure(options.figure)
     check_out(options.out)
     prompts = read_prompts(options.prompts_file, options.column)  # before any model is loaded
     if options.plan:
@@ -87,13 +85,3 @@ def _plan(options: argparse.Namespace, prompts: list, measures: tuple[str, ...])
 
     found = sweep_plan(load(options), prompts, measures, chat=options.chat, bos=options.bos, probes=options.probes)
     print(json.dumps(found.to_dict()) if options.json else found)
-
-
-def _check_figure(path: str | None) -> None:
-    if path is None:
-        return
-    target = Path(path)
-    if target.suffix not in FIGURES:
-        raise InputError(f"--figure {path} came; expected a file that ends in one of {', '.join(FIGURES)}")
-    check_writable(path)
-    check_place(target.parent, target.name)

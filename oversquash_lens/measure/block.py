@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.record.attention import AttentionRows
+from oversquash_lens.record.attention import AttentionRows, per_head
 from oversquash_lens.record.trace import Gains, Trace
 from oversquash_lens.record.wide import wide
 
@@ -227,8 +227,3 @@ class Block:
 
     def _room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape) if self.layer.room is None else self.layer.room.take(name, tuple(shape), like)
-
-
-def per_head(grouped: Float[Tensor, "kv_head ..."], n_heads: int) -> Float[Tensor, "head ..."]:
-    """Grouped keys or values repeated for the query heads that read them."""
-    return grouped.repeat_interleave(n_heads // grouped.shape[0], dim=0)

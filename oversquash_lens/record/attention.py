@@ -122,7 +122,7 @@ class RecomputedAttention:
 
     def grouped(self, keys: Float[Tensor, "kv_head row d_head"]) -> Float[Tensor, "head row d_head"]:
         """Keys or values as each head reads them: repeated within its group."""
-        return keys.repeat_interleave(len(self.query) // len(keys), dim=0)
+        return per_head(keys, len(self.query))
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "head dest src"]:
         return _widened(self.causal(start, stop), self.n_positions)
@@ -212,6 +212,11 @@ def _log_sums(attention: RecomputedAttention, start: int, stop: int) -> Float[Te
     scores.masked_fill_(attention._hidden(dest, first, stop), -math.inf)
     most = scores.amax(-1, keepdim=True)
     return scores.sub_(most).exp_().sum(-1).log_().add_(most[..., 0])
+
+
+def per_head(grouped: Tensor, n_heads: int, axis: int = 0) -> Tensor:
+    """Grouped key/value heads repeated for the query heads that read them."""
+    return grouped.repeat_interleave(n_heads // grouped.shape[axis], dim=axis)
 
 
 def _memory(like: Tensor, shape: tuple[int, ...], out: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from oversquash_lens.record.attention import per_head
 from oversquash_lens.record.layout import HookedModel, Layout
 from oversquash_lens.record.rotation import halves_turned_back
 
@@ -124,7 +125,7 @@ def _attend(
     """transformers' attention function of that name."""
     listener, scale = module.__dict__[NAME], query.shape[-1] ** -0.5 if scaling is None else scaling
     listener.told(query, key, value, scale)
-    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    key, value = (per_head(each, query.shape[1], axis=1) for each in (key, value))
     if attention_mask is None and not dropout and query.device.type == "cpu" and hasattr(torch.ops.aten, _CPU_KERNEL):
         kernel = getattr(torch.ops.aten, _CPU_KERNEL)  # what the function below calls, less its log-normalisers
         mixed, sums = kernel(query, key, value, 0.0, True, scale=scale)

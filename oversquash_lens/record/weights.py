@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import ModelError
+from oversquash_lens.record.attention import per_head
 from oversquash_lens.record.layout import HookedModel, Layout
 from oversquash_lens.record.parameters import LayerWeights, layer_weights
 from oversquash_lens.record.wide import wide
@@ -104,11 +105,11 @@ def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:
     post = w.attention_post_gain
     output = bare if post is None else bare * wide(post)
     query = gain * wide(w.query)
-    value, key = (_per_head(gain * wide(each), heads) for each in (w.value, w.key))
+    value, key = (per_head(gain * wide(each), heads) for each in (w.value, w.key))
     # Values are shared by a group of heads: their Gram matrices are computed once per group.
     grouped = gain * wide(w.value)
     value_gram = einsum(grouped, grouped, "a d i, b d j -> a b i j")
-    value_gram = _per_head(_per_head(value_gram, heads, 0), heads, 1)
+    value_gram = per_head(per_head(value_gram, heads, 0), heads, 1)
     output_gram = einsum(output, output, "a i d, b j d -> a b i j")
     d_model = query.shape[1]
     key_inside = key if w.key_gain is None else key * wide(w.key_gain)
@@ -143,11 +144,6 @@ def _mlp_norms(w: LayerWeights, layout: Layout) -> dict[str, Tensor]:
 def _largest(gain: Float[Tensor, " gain"] | None) -> float:
     """max|γ|, what a norm's gain can do at most; 1 without a norm."""
     return 1.0 if gain is None else wide(gain).abs().max().item()
-
-
-def _per_head(grouped: Tensor, heads: int, axis: int = 0) -> Tensor:
-    """Grouped key/value heads repeated for the query heads that read them."""
-    return grouped.repeat_interleave(heads // grouped.shape[axis], dim=axis)
 
 
 def _product_norm(
