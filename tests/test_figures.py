@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgba
@@ -526,6 +526,7 @@ values = st.lists(st.floats(-1e300, 1e300) | st.sampled_from([0.0, math.inf, -ma
 
 @settings(deadline=None)
 @given(values, st.sampled_from(["linear", "log", "category"]), st.booleans())
+@example([5e-324], "linear", False)
 def test_a_scale_holds_what_it_was_made_for(numbers, kind, from_zero) -> None:
     assume(kind != "log" or not any(0 < value < 1e-290 for value in numbers))  # float64 ends there
     made = scale(kind, numbers, from_zero=from_zero)

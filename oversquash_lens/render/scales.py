@@ -20,6 +20,7 @@ TURNED: dict[str, Any] = {
     "rotation_mode": "anchor",
 }  # names below an axis
 MOST_DECADES = 7  # labelled on one log axis
+LEAST_LENGTH = 1e-290  # of a linear axis: a margin of the smallest float64 would be no margin
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -72,7 +73,7 @@ def scale(kind: str, values: Sequence[float | int], margin: float = 0.05, from_z
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     if from_zero and 0 <= low < 0.3 * high:
         low = 0.0
-    length = high - low or abs(high) or 1.0
+    length = max(high - low or abs(high) or 1.0, LEAST_LENGTH)
     whole = all(isinstance(value, int) for value in values)
     return Scale(kind, low - margin * length, high + margin * length, whole=whole)
 
