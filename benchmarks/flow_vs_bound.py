@@ -16,7 +16,7 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import seconds
-from oversquash_lens.measure.flow import KINDS, path_weighing
+from oversquash_lens.measure.profiles import KINDS, path_weighing
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         for kind in options.kinds:
             flow = osl.flow(trace, kind)
             steps = {
-                "bound": lambda kind=kind, trace=trace: path_weighing(trace, kind).profile(trace),
+                "bound": lambda kind=kind, trace=trace: path_weighing(trace, kind).profile(),
                 "flow": partial(osl.flow, trace, kind),
                 "9 sources": partial(osl.flows, trace, sources, kind),
                 "squashing": partial(osl.squashing, trace, kind),

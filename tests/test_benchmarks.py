@@ -253,3 +253,11 @@ def test_a_long_prompt_has_exactly_so_many_tokens(n):
     ids = long_prompt(words, n)
     assert len(ids) == n
     assert ids[-4:] == words(QUESTION)["input_ids"][-4:]
+
+
+# -- all of them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_finds_what_it_imports(path: Path) -> None:
+    assert importlib.import_module(f"benchmarks.{path.stem}").__doc__ or path.stem == "__init__"
