@@ -32,6 +32,7 @@ from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
 from oversquash_lens.files import write_atomically
 from oversquash_lens.measure.compare import spearman
+from oversquash_lens.measure.sweep_work import model_identity
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}
@@ -80,7 +81,8 @@ def main() -> None:
             for estimate, function in ESTIMATES.items():
                 values = function(trace).values.double()
                 rows.append(row(name, sample, half, estimate, trace.tokens, values, truth))
-                points.append((estimate, group_of(sample.kind), truth.values, values))
+                largest = truth.values.max()
+                points.append((estimate, group_of(sample.kind), truth.values / largest, values / largest))
         print(table(name, [each for each in rows if each.model == name]), flush=True)
         draw(name, points, options.out / f"{name}.png")
     write_atomically(options.out / "rows.json", json.dumps([asdict(each) for each in rows], indent=1).encode())
@@ -110,10 +112,17 @@ def model_of(name: str) -> Any:
     return trained(name) if name in TRAINED else osl.load_model(kind=name)
 
 
+@cache
+def mark_of(name: str) -> str:
+    """Tells a model's weights from those of the same name that were trained another time."""
+    return model_identity(model_of(name))["weights"][:8]
+
+
 def measured(owner: str, sample: Sample, ids: Tensor, options: argparse.Namespace) -> Truth:
     """The truth, from the folder if it is there already."""
     probes = None if len(ids) <= options.exact else options.probes
-    file = options.out / "truth" / f"{owner}-{sample.name}-{'exact' if probes is None else probes}.safetensors"
+    effort = "exact" if probes is None else str(probes)
+    file = options.out / "truth" / f"{owner}-{mark_of(owner)}-{sample.name}-{effort}.safetensors"
     if file.exists():
         kept = load_file(file)
         if torch.equal(kept["ids"], ids):  # another text under this name is measured anew
@@ -184,29 +193,23 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def draw(name: str, points: Sequence[tuple[str, str, Tensor, Tensor]], file: Path) -> None:
-    """Estimate against truth, each prompt brought to its own largest truth, a panel for each estimate."""
+    """Estimate against truth, a panel for each estimate; `points`: estimate's name, group, truth and estimate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(ESTIMATES), 5), layout="constrained")
     panels = figure.subplots(1, len(ESTIMATES), squeeze=False)[0]
     for axes, estimate in zip(panels, ESTIMATES, strict=True):
         for group, colour in COLOURS.items():
-            found = [(truth, values) for kind, of, truth, values in points if (kind, of) == (estimate, group)]
+            found = [pair for which, of, *pair in points if (which, of) == (estimate, group)]
             if found:
-                x, y = (torch.cat([part / truth.max() for part, truth in each]) for each in _pairs(found))
+                x, y = map(torch.cat, zip(*found, strict=True))
                 axes.scatter(x, y, s=4, alpha=0.4, color=colour, linewidths=0, label=group)
-        axes.set(
-            xscale="log", yscale="log", xlabel="truth, of its largest", ylabel="estimate, same unit", title=estimate
-        )
+        axes.set(xscale="log", yscale="log", title=estimate)
+        axes.set(xlabel="truth, over its prompt's largest", ylabel="estimate, over the same")
         axes.axline((0.01, 0.01), (1, 1), color="black", linewidth=0.8)
         axes.legend(markerscale=3, frameon=False)
     figure.suptitle(f"‖∂y_n/∂v_i‖ on {name}")
     figure.savefig(file, dpi=150)
-
-
-def _pairs(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[list, list]:
-    """Truths and estimates, each beside its prompt's truth."""
-    return [(truth, truth) for truth, _ in found], [(values, truth) for truth, values in found]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -15,7 +16,7 @@ from uuid import uuid4
 from oversquash_lens.errors import InputError, one_line
 
 _DRAFT = ".oversquash-lens-"  # what the name of a file begins with while it is written
-_DAY = 86_400  # seconds
+_DAY = 86_400.0  # seconds
 
 
 def check_writable(path: Any) -> Path:
@@ -99,7 +100,7 @@ def write_atomically(path: Any, payload: bytes) -> Path:
 
 
 def _replace(target: Path, payload: bytes) -> None:
-    _sweep(target.parent)
+    remove_drafts(target.parent, older_than=_DAY)
     draft = target.with_name(f"{_DRAFT}{uuid4().hex}.tmp")
     try:
         with draft.open("xb") as file:
@@ -112,18 +113,11 @@ def _replace(target: Path, payload: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left in a folder that nobody writes to any more."""
+def remove_drafts(folder: Path, older_than: float = -math.inf) -> None:
+    """Remove what killed processes left behind more than so many seconds ago; at once where nobody writes any more."""
     for left in folder.glob(f"{_DRAFT}*.tmp"):
         with suppress(OSError):
-            left.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed process left behind more than a day ago."""
-    for left in folder.glob(f"{_DRAFT}*.tmp"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _DAY:
+            if time.time() - left.stat().st_mtime > older_than:
                 left.unlink()
 
 

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from benchmarks import estimate_vs_truth as harness
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, samples, tokens
 
 BYTES = SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(d_vocab=256))  # a model that reads bytes
+
+
+def small(seed: int) -> Any:
+    return bridge(seed) if has_bridge() else hooked(seed)
 
 
 def made(period: str, length: int = 8) -> list[int]:
@@ -79,12 +84,13 @@ def test_a_row_says_how_far_the_estimate_is_and_where_it_is_farthest() -> None:
     assert "m: medians" in harness.table("m", [found])
 
 
-def test_a_truth_is_measured_once_and_again_for_another_text(tmp_path, monkeypatch) -> None:
-    model = bridge(3) if has_bridge() else hooked(3)
-    monkeypatch.setattr(harness, "model_of", lambda name: model)
+def test_a_truth_is_measured_once_and_again_for_another_text_or_other_weights(tmp_path, monkeypatch) -> None:
+    models = {"m": small(3), "other": small(4)}
+    monkeypatch.setattr(harness, "model_of", models.__getitem__)
+    harness.mark_of.cache_clear()
     options, ids = Namespace(exact=8, probes=3, out=tmp_path), torch.arange(1, 8)
     first = harness.measured("m", samples()[0], ids, options)
-    assert torch.equal(first.values, osl.measured_sensitivity(model, ids, probes=None).values)
+    assert torch.equal(first.values, osl.measured_sensitivity(models["m"], ids, probes=None).values)
     assert not first.error.any()
     measure, calls = osl.measured_sensitivity, []
     monkeypatch.setattr(osl, "measured_sensitivity", lambda *a, **b: calls.append(b["probes"]) or measure(*a, **b))
@@ -95,3 +101,7 @@ def test_a_truth_is_measured_once_and_again_for_another_text(tmp_path, monkeypat
     longer = harness.measured("m", samples()[0], torch.arange(1, 12), options)
     assert longer.error.any()
     assert calls == [None, 3]
+    models["m"] = models["other"]
+    harness.mark_of.cache_clear()
+    assert not torch.equal(harness.measured("m", samples()[0], ids, options).values, first.values)
+    assert calls == [None, 3, None]
