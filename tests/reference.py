@@ -64,6 +64,8 @@ class Layer:
     pattern: torch.Tensor  # [head, dest, src]
     q: torch.Tensor  # [pos, head, d_head], as it enters the score
     k: torch.Tensor  # [pos, head, d_head], as it enters the score
+    q_here: torch.Tensor  # both as above, but not turned by their positions
+    k_here: torch.Tensor
     v: torch.Tensor  # [pos, head, d_head]
     r1: torch.Tensor  # [pos]
     r2: torch.Tensor  # [pos]
@@ -89,6 +91,7 @@ class Reading:
     act: str
     r3: torch.Tensor  # [pos]
     gain3: torch.Tensor  # [d_model]
+    centred: bool  # whether norms take the mean away
 
     @property
     def n(self) -> int:
@@ -140,6 +143,8 @@ def read(model: Any, tokens: torch.Tensor, act: str | None = None) -> Reading:
                 pattern=at["attn.hook_pattern"],
                 q=at.get("attn.hook_rot_q", at["attn.hook_q"]),
                 k=_per_query_head(at.get("attn.hook_rot_k", at["attn.hook_k"]), 1, n_heads),
+                q_here=at["attn.hook_q"],
+                k_here=_per_query_head(at["attn.hook_k"], 1, n_heads),
                 v=_per_query_head(at["attn.hook_v"], 1, n_heads),
                 r1=at["ln1.hook_scale"].flatten(),
                 r2=at["ln2.hook_scale"].flatten(),
@@ -158,7 +163,8 @@ def read(model: Any, tokens: torch.Tensor, act: str | None = None) -> Reading:
             )
         )
     r3, gain3 = found["ln_final.hook_scale"].flatten(), model.ln_final.w.detach().double()
-    return Reading(layers, act or model.cfg.act_fn, r3, gain3)
+    centred = model.cfg.normalization_type.startswith("LN")
+    return Reading(layers, act or model.cfg.act_fn, r3, gain3, centred)
 
 
 def operator_norm(matrix: torch.Tensor) -> float:
@@ -310,7 +316,7 @@ def _query_side_bound(layer: Layer, j: int) -> float:
 
 
 def mean_field(reading: Reading, model: Any) -> Paths:
-    """Section 4 on squares, key side included, node gains exact by autograd. `log_constant` is of S's scale:
+    """Section 4 on squares, key and query side included, node gains exact by autograd. `log_constant` is of S's scale:
 
     the estimate of ‖∂y_n/∂v_i‖_F is exp(½·(log_constant + ln S)).
     """
@@ -319,7 +325,8 @@ def mean_field(reading: Reading, model: Any) -> Paths:
         edge = torch.zeros(reading.n, reading.n, dtype=torch.float64)
         for j in range(reading.n):
             for k in range(j + 1):
-                edge[j, k] = _mean_square_edge(layer, j, k) + _mean_square_key_side(layer, j, k)
+                edge[j, k] = _mean_square_edge(layer, j, k) + _mean_square_key_side(layer, j, k, reading.centred)
+            edge[j, j] += _mean_square_query_side(layer, j, reading.centred)
         edges.append(edge)
         nodes.append(node_gains(model.blocks[index], layer.resid_mid))
     mean_square_gain = (reading.gain3**2).mean().item()
@@ -341,18 +348,36 @@ def _mean_square_edge(layer: Layer, j: int, k: int) -> float:
     return total
 
 
-def _mean_square_key_side(layer: Layer, j: int, k: int) -> float:
+def _centring(d: int, centred: bool) -> torch.Tensor:
+    """What a norm does to its input before it divides: LayerNorm takes the mean away."""
+    eye = torch.eye(d, dtype=torch.float64)
+    return eye - 1 / d if centred else eye
+
+
+def _mean_square_key_side(layer: Layer, j: int, k: int, centred: bool) -> float:
     d, d_head = len(layer.gain1), layer.w_k.shape[-1]
     total = 0.0
     for h in range(len(layer.pattern)):
-        key = layer.gain1.diag() @ layer.w_k[h]
+        pull = _centring(d, centred) @ layer.gain1.diag() @ layer.w_k[h] @ layer.q_here[j, h]
         total += (
             layer.pattern[h, j, k].item() ** 2
             * deviation(layer, h, j, k) ** 2
-            * ((layer.q[j, h] ** 2).sum().item() / d_head)
-            * ((key**2).sum().item() / d_head)
+            * ((pull**2).sum().item() / d_head)
             / (d * layer.r1[k].item() ** 2)
         )
+    return total
+
+
+def _mean_square_query_side(layer: Layer, j: int, centred: bool) -> float:
+    d, d_head = len(layer.gain1), layer.w_q.shape[-1]
+    total = 0.0
+    for h in range(len(layer.pattern)):
+        query = _centring(d, centred) @ layer.gain1.diag() @ layer.w_q[h]
+        look = layer.pattern[h, j, : j + 1]
+        away = layer.k_here[: j + 1, h] - look @ layer.k_here[: j + 1, h]
+        spread = (look * (away**2).sum(-1)).sum().item()
+        reached = sum((look[k].item() * deviation(layer, h, j, k)) ** 2 for k in range(j + 1))
+        total += reached * spread * (query**2).sum().item() / d_head / d_head / (d * layer.r1[j].item() ** 2)
     return total
 
 

@@ -105,9 +105,10 @@ def test_what_is_imposed_is_what_is_claimed(name):
             gains,
             attention_scale=gains.attention_scale[:, :1].expand_as(gains.attention_scale).clone(),
             node_gain=gains.node_gain[:, :1].expand_as(gains.node_gain).clone(),
+            key=torch.zeros_like(gains.key),
+            key_pull=torch.zeros_like(gains.key_pull),
             weights=replace(
                 weights,
-                key_square=torch.zeros_like(weights.key_square),
                 ov_gram=torch.full_like(weights.ov_gram, n_heads**-2),
                 ov_trace=torch.full_like(weights.ov_trace, 1 / n_heads),
             ),

@@ -60,8 +60,15 @@ def test_a_block_holds_what_the_definitions_say(start: int, stop: int) -> None:
         quadratic = torch.einsum("ajk,bjk,ab->jk", rows, rows, weights.ov_gram[index])
         assert torch.allclose(block.quadratic, quadratic, rtol=1e-10, atol=1e-14)
         assert block.quadratic.min() >= 0
-        squared = (pull.square() * ov[:, None, None]).sum(0)
-        assert torch.allclose(block.summed_squared_pull("output_factor", ov), squared, rtol=1e-10, atol=1e-14)
+        each = queries / (1 + ov[:, None])  # any weight of head and destination
+        squared = (pull.square() * each[:, :, None]).sum(0)
+        assert torch.allclose(block.summed_squared_pull("output_factor", each), squared, rtol=1e-10, atol=1e-14)
+        reached = (rows * distance).square().sum(-1)
+        assert torch.allclose(block.reached("output_factor"), reached, rtol=1e-10, atol=1e-14)
+        key = per_head(gains.key[index], 4)[:, :stop]
+        away = key[:, None] - (rows @ key)[:, :, None]
+        spread = (rows * away.square().sum(-1)).sum(-1)
+        assert torch.allclose(block.key_spread, spread, rtol=1e-9, atol=1e-12)
 
 
 @needs_hooked

@@ -95,7 +95,7 @@ def assumptions(
             "Attention weights do not depend on the input.",
             "They do: every query and key is a function of the tokens before it.",
             real,
-            imposed(weights=replace(weights, key_square=torch.zeros_like(weights.key_square))),
+            imposed(key=torch.zeros_like(gains.key), key_pull=torch.zeros_like(gains.key_pull)),
             None if truths.frozen_frobenius is None else compare(truths.frozen_frobenius, truth),
         ),
         Assumption(

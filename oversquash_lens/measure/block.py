@@ -88,6 +88,12 @@ class Layer:
     def key_is_normalised(self) -> bool:
         return bool((self.gains.key_scale[self.index] != 1).any())
 
+    @cached_property
+    def keys(self) -> Float[Tensor, "kv_head pos d_head_1"]:
+        """k_k, ‖k_k‖²: what attention makes of them tells how far keys lie apart."""
+        keys = self.gains.key[self.index]
+        return torch.cat([keys, keys.square().sum(-1, keepdim=True)], -1)
+
     def per_position(self, name: str) -> Float[Tensor, "head pos"]:
         """One of the gains that are counted per key/value head or per head, for every head."""
         values = getattr(self.gains, name)[self.index]
@@ -119,7 +125,7 @@ class Block:
     def __init__(self, layer: Layer, start: int, stop: int) -> None:
         self.layer, self.start, self.stop = layer, start, stop
         self._summed: dict[str, Tensor] = {}
-        self._pulls: dict[str, tuple[Tensor, Tensor]] = {}
+        self._pulls: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def index(self) -> int:
@@ -174,16 +180,29 @@ class Block:
         """Σ_k α_jk ‖o_k - ō_j‖ · ‖k_k‖ scale: how far head output at j moves with its query."""
         return self._pulled(factor)[1]
 
+    def reached(self, factor: str) -> Float[Tensor, "head dest"]:
+        """Σ_k α_jk² ‖o_k - ō_j‖²: the mean square of head output at j if its scores are shaken, each by itself."""
+        return self._pulled(factor)[2]
+
+    @cached_property
+    def key_spread(self) -> Float[Tensor, "head dest"]:
+        """Σ_k α_jk ‖k_k - k̄_j‖², k̄_j = Σ_k α_jk k_k: how differently the keys that j looks at follow its query."""
+        keys, rows = self.layer.keys[:, : self.stop].to(self.attention), self.attention
+        grouped = rows.reshape(len(keys), -1, self.stop)  # heads that share keys: as one
+        mean = (grouped @ keys).view(*rows.shape[:2], -1)
+        return (mean[..., -1] - mean[..., :-1].square().sum(-1)).clamp(min=0)
+
     def summed_pull(self, factor: str, weight: str) -> Float[Tensor, "dest src"]:
         return self._combined(self.pull(factor), getattr(self.gains.weights, weight)[self.index])
 
-    def summed_squared_pull(self, factor: str, weight: Float[Tensor, " head"]) -> Float[Tensor, "dest src"]:
+    def summed_squared_pull(self, factor: str, weight: Float[Tensor, "head dest"]) -> Float[Tensor, "dest src"]:
         pull = self.pull(factor)
         return self._combined(torch.square(pull, out=self._room("squared", pull.shape, pull)), weight)
 
-    def _pulled(self, factor: str) -> tuple[Tensor, Tensor]:
+    def _pulled(self, factor: str) -> tuple[Tensor, Tensor, Tensor]:
         if factor not in self._pulls:
             moved = self._squared_distance(factor).sqrt_().mul_(self.attention)
+            reached = torch.linalg.vector_norm(moved, dim=-1).square()
             scale = self.gains.weights.score_scale[self.index].abs().to(moved)
             keys = self.layer.per_position("key_norm")[:, : self.stop].to(moved)
             # One product a head: a batch of matrices times vectors is ten times slower.
@@ -192,7 +211,7 @@ class Block:
             moved.mul_((queries * scale)[:, :, None])
             if self.layer.key_is_normalised:
                 moved.div_(self.layer.per_position("key_scale")[:, None, : self.stop].to(moved))
-            self._pulls[factor] = moved, drift
+            self._pulls[factor] = moved, drift, reached
         return self._pulls[factor]
 
     def _squared_distance(self, factor: str) -> Float[Tensor, "head dest src"]:
@@ -221,9 +240,10 @@ class Block:
             h, j, src = head[part[:, 0]], dest[part[:, 0]], part[:, 1]
             squared[h, j, src] = (source[h, src, :-2] + mean[h, j, :-2] / 2).square().sum(-1)
 
-    def _combined(self, maps: Float[Tensor, "head dest src"], weight: Float[Tensor, " head"]) -> Tensor:
+    def _combined(self, maps: Float[Tensor, "head dest src"], weight: Float[Tensor, "head *dest"]) -> Tensor:
         """Σ_h w_h maps_h, a product for each row: so small a left factor would keep one core busy, not all."""
-        return torch.bmm(weight.to(maps).expand(maps.shape[1], 1, -1), maps.transpose(0, 1))[:, 0]
+        weight = weight.to(maps).reshape(len(maps), -1).T[:, None]
+        return torch.bmm(weight.expand(maps.shape[1], -1, -1), maps.transpose(0, 1))[:, 0]
 
     def _room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape) if self.layer.room is None else self.layer.room.take(name, tuple(shape), like)

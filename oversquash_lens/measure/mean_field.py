@@ -47,7 +47,6 @@ def mean_field_weighing(trace: Trace) -> Weighing:
         notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
     log_gain = None if trace.parallel else gains.node_gain.log()
     edges = MeanSquareEdges(trace.parallel, trace.about.d_model)
-    edges = MeanSquareEdges(trace.parallel, trace.about.d_model)
     return Weighing("mean_field", trace, edges, log_gain, log_constant, tuple(notes), power=0.5)
 
 
@@ -55,8 +54,8 @@ def mean_field_weighing(trace: Trace) -> Weighing:
 class MeanSquareEdges(SplitEdges):
     """Mean-square gain from position src to position dest through one layer's attention and residual stream.
 
-    Three terms: values moved by attention (with the cross term between heads), the same interfering with the
-    residual stream on the diagonal, and the softmax's derivative through the keys.
+    Values moved by attention (with the cross term between heads), the same interfering with the residual stream on
+    the diagonal, and the softmax's derivative: through the keys, and on the diagonal through the query.
     """
 
     parallel: bool
@@ -64,8 +63,8 @@ class MeanSquareEdges(SplitEdges):
 
     def factored(self, block: Block) -> Factored:
         dest, src = self._divisors(block)
-        core = block.quadratic + block.summed_squared_pull(FACTOR, self._key_square(block))
-        own = self._own(block) + 2 * self._interference(block)
+        core = block.quadratic + block.summed_squared_pull(FACTOR, self._key_side(block))
+        own = self._own(block) + 2 * self._interference(block) + self._query_side(block).sum(0)
         itself = wide(core.diagonal(offset=block.start)) * dest * src[block.start :]
         return Factored(core, block.start, own.maximum(-itself), dest, src)  # a mean square, whatever rounding says
 
@@ -76,9 +75,10 @@ class MeanSquareEdges(SplitEdges):
         rows, weights = block.attention, block.gains.weights
         edges = self.factored(block).dense().to(rows)
         dest, src = (factor.to(rows) for factor in self._divisors(block))
-        alone = block.pull(FACTOR).square().mul_(self._key_square(block).to(rows)[:, None, None])
+        alone = block.pull(FACTOR).square().mul_(self._key_side(block).to(rows)[:, :, None])
         alone.addcmul_(rows * rows, weights.ov_gram[block.index].to(rows).diagonal()[:, None, None])
         alone.mul_(torch.outer(dest, src))
+        alone.diagonal(block.start, dim1=1, dim2=2).add_(self._query_side(block).to(rows))
         own = self._own(block).to(rows)
         total = alone.sum(0)
         total.diagonal(offset=block.start).add_(own)
@@ -102,7 +102,18 @@ class MeanSquareEdges(SplitEdges):
         scale = wide(block.gains.attention_scale[block.index, : block.stop])
         return post.square().reciprocal(), scale.square().reciprocal()
 
-    def _key_square(self, block: Block) -> Float[Tensor, " head"]:
-        """‖diag(γ)W_K‖_F²/d_head / d: with the square of a pull, the key side's mean square."""
-        gains = block.gains
-        return gains.weights.key_square[block.index] / (gains.value.shape[-1] * self.d_model)
+    def _key_side(self, block: Block) -> Float[Tensor, "head dest"]:
+        """‖diag(γ)W_K q_j‖² / ‖q_j‖² / d: with the square of a pull, the key side's mean square."""
+        at = (block.index, slice(None), slice(block.start, block.stop))
+        pull, norm = wide(block.gains.key_pull[at]), wide(block.gains.query_norm[at])
+        return torch.where(norm > 0, pull / norm, 0.0).square() / self.d_model
+
+    def _query_side(self, block: Block) -> Float[Tensor, "head dest"]:
+        """How position j moves its own row of attention: its scores move as q_j along keys that lie apart."""
+        gains, positions = block.gains, slice(block.start, block.stop)
+        square, scale = gains.weights.query_square[block.index], gains.weights.score_scale[block.index]
+        divisors = gains.attention_scale[block.index, positions] * gains.attention_post_scale[block.index, positions]
+        divisors = wide(divisors) * wide(gains.query_scale[block.index, :, positions])
+        moved = wide(block.reached(FACTOR)) * wide(block.key_spread)
+        per_direction = wide(square) * wide(scale).square() / (gains.key.shape[-1] * self.d_model)
+        return moved * per_direction[:, None] / divisors.square()

@@ -265,8 +265,8 @@ def edited_trace(trace: Trace, edit: Edit) -> Trace:
             "measured_sensitivity inside edited_attention(model, edit)"
         )
     gains = trace.gains
-    norms = {"query_norm": gains.query_norm * edit.power, "key_norm": gains.key_norm * edit.power}
-    return replace(trace, gains=replace(gains, **norms))
+    scored = ("query_norm", "key_norm", "key", "key_pull")
+    return replace(trace, gains=replace(gains, **{name: getattr(gains, name) * edit.power for name in scored}))
 
 
 def _attending(edit: Edit) -> PatternEdit:

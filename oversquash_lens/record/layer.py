@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from einops import einsum
+from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import GateError, InputError
 from oversquash_lens.record import gate
 from oversquash_lens.record.attending import ATTENDING, Heads
-from oversquash_lens.record.attention import AttentionRows
+from oversquash_lens.record.attention import AttentionRows, per_head
 from oversquash_lens.record.mlp import dense_mlp, experts, no_mlp
 from oversquash_lens.record.parameters import LayerWeights, layer_weights, moved
 from oversquash_lens.record.whole import Whole
@@ -22,6 +23,8 @@ KEPT = (
     "value",
     "query_norm",
     "key_norm",
+    "key",
+    "key_pull",
     "query_scale",
     "key_scale",
     "attention_post_scale",
@@ -135,6 +138,8 @@ class LayerRecord:
         self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.kept["query_norm"] = entering.norm(dim=-1).T.contiguous()
         self.kept["key_norm"] = met.norm(dim=-1).T.contiguous()
+        self.kept["key"] = met.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.kept["key_pull"] = self._key_pull(entering)
         self._between["attention_update"] = self._attention_update(z)
         if layout.mlp == "none":
             self.kept |= no_mlp(self._needed("attention_scale", self.kept))
@@ -185,6 +190,11 @@ class LayerRecord:
         normalized = self.whole.normalized(residual[rows], scale)
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
         gate.check_projections(self.name(), normalized, self._layer_weights(), seen, self.whole.layout.dtype)
+
+    def _key_pull(self, entering: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
+        """‖diag(γ₁)W_K q‖: how far a step of a position's normalised residual moves its score with this query."""
+        factor = per_head(self.whole.weights.key_factor[self.index].to(entering), entering.shape[1])
+        return torch.linalg.vector_norm(entering.transpose(0, 1) @ factor.mT, dim=-1)
 
     def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""

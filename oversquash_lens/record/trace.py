@@ -19,8 +19,7 @@ from oversquash_lens.record.support import Verdict
 from oversquash_lens.record.weights import WeightGains
 
 FORMAT = "oversquash-lens-trace"
-FORMAT_VERSION = 3
-READ = (2, 3)  # version 2 knew kept patterns only
+FORMAT_VERSION = 4  # version 3 had no keys beside its patterns
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Gains:
 
     Divisors r of the norms: `attention_scale`, `mlp_scale` (per layer and position), `final_scale` (last token).
     `attention_post_scale` divides what attention writes, `query_scale`, `key_scale` queries and keys: 1 where no norm
-    does. `value`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included. `node_gain` is
+    does. `value`, `key`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included, but not turned
+    by their positions. `key_pull` is ‖diag(γ₁)W_K q‖, how far x̂ moves a score. `node_gain` is
     ‖I + J_MLP‖_F²/d_model at each position, `mlp_lipschitz` a rigorous bound on ‖J_MLP‖₂ there, norm included;
     `mlp_sigma` the paper's σ_ψ per layer, norm left out. `final_gain_max`, `final_gain_square`: max|γ₃|, mean γ₃².
     """
@@ -43,6 +43,8 @@ class Gains:
     value: Float[Tensor, "layer kv_head pos d_head"]
     query_norm: Float[Tensor, "layer head pos"]
     key_norm: Float[Tensor, "layer kv_head pos"]
+    key: Float[Tensor, "layer kv_head pos d_head"]
+    key_pull: Float[Tensor, "layer head pos"]
     query_scale: Float[Tensor, "layer head pos"]
     key_scale: Float[Tensor, "layer kv_head pos"]
     attention_post_scale: Float[Tensor, "layer pos"]
@@ -116,10 +118,10 @@ class Trace:
         path = Path(path).expanduser()
         header, tensors = _read(path)
         version = header.get("version") if isinstance(header, dict) else header
-        if version not in READ or not isinstance(header, dict):
+        if version != FORMAT_VERSION or not isinstance(header, dict):
             raise TraceFileError(
-                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION} (or {READ[0]}), which "
-                f"this oversquash-lens reads: record the prompt again, or use the release that wrote it"
+                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION}, which this "
+                f"oversquash-lens reads: record the prompt again, or use the release that wrote it"
             )
         try:
             return _assemble(header, tensors)

@@ -31,7 +31,8 @@ class WeightGains:
     triangular R of (W_O^h diag(γ_post))ᵀ = QR: ‖v W_O‖ = ‖v Rᵀ‖, without the squares of a Gram matrix.
     For bounds: `ov_norm` = ‖diag(γ₁) W_V^h W_O^h‖₂ · max|γ_post|, and `worst_output_factor` that of
     W_O^h · max|γ_post| (None where it is `output_factor`). `query_norm`, `key_norm` = ‖diag(γ₁) W‖₂, times the largest
-    gain of the queries' and keys' own norm where they have one; `key_square` = ‖diag(γ₁) W_K^h‖_F², that gain inside.
+    gain of the queries' and keys' own norm where they have one. With that gain inside, and what LayerNorm's centring
+    takes away taken away: `query_square` = ‖diag(γ₁) W_Q^h‖_F², `key_factor` R of diag(γ₁) W_K = QR, for lengths again.
     `mlp_gate_norm` (0 without a gate) and `mlp_in_norm` hold γ₂, `mlp_out_norm` the largest gain behind the MLP; all
     0 without an MLP, nan for a mixture of experts. `score_scale` is what q·k is multiplied by.
     """
@@ -43,7 +44,8 @@ class WeightGains:
     worst_output_factor: Float[Tensor, "layer head rank d_head"] | None
     query_norm: Float[Tensor, "layer head"]
     key_norm: Float[Tensor, "layer head"]
-    key_square: Float[Tensor, "layer head"]
+    query_square: Float[Tensor, "layer head"]
+    key_factor: Float[Tensor, "layer kv_head rank d_head"]
     score_scale: Float[Tensor, " layer"]
     mlp_gate_norm: Float[Tensor, " layer"]
     mlp_in_norm: Float[Tensor, " layer"]
@@ -112,7 +114,6 @@ def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:
     value_gram = per_head(per_head(value_gram, heads, 0), heads, 1)
     output_gram = einsum(output, output, "a i d, b j d -> a b i j")
     d_model = query.shape[1]
-    key_inside = key if w.key_gain is None else key * wide(w.key_gain)
     return {
         "ov_norm": _product_norm(value, bare) * _largest(post),
         "ov_trace": einsum(value, output, "h d i, h i d -> h") / d_model,
@@ -121,7 +122,8 @@ def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:
         "worst_output_factor": None if post is None else _factor(bare) * _largest(post),
         "query_norm": torch.linalg.svdvals(query)[:, 0] * _largest(w.query_gain),
         "key_norm": torch.linalg.svdvals(key)[:, 0] * _largest(w.key_gain),
-        "key_square": key_inside.square().sum((1, 2)),
+        "query_square": _as_scores_see(gain, w.query, w.query_gain, layout).square().sum((1, 2)),
+        "key_factor": torch.linalg.qr(_as_scores_see(gain, w.key, w.key_gain, layout), mode="r").R,
         "score_scale": gain.new_tensor(w.score_scale),
         **_mlp_norms(w, layout),
     }
@@ -139,6 +141,18 @@ def _mlp_norms(w: LayerWeights, layout: Layout) -> dict[str, Tensor]:
         _norm(gain.new_ones(w.mlp_out.shape[0]), w.mlp_out) * _largest(w.mlp_post_gain),
     )
     return dict(zip(names, found, strict=True))
+
+
+def _as_scores_see(
+    gain: Float[Tensor, "d_model 1"],
+    weight: Float[Tensor, "head d_model d_head"],
+    inside: Float[Tensor, " d_head"] | None,
+    layout: Layout,
+) -> Float[Tensor, "head d_model d_head"]:
+    """How queries or keys follow the normalised residual, the gain of their own norm included."""
+    weight = gain * wide(weight)
+    weight = weight if inside is None else weight * wide(inside)
+    return weight - weight.mean(1, keepdim=True) if layout.centred else weight
 
 
 def _largest(gain: Float[Tensor, " gain"] | None) -> float:
