@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -33,10 +33,24 @@ from benchmarks.trained import trained
 from oversquash_lens.files import write_atomically
 from oversquash_lens.measure.compare import spearman
 from oversquash_lens.measure.sweep_work import model_identity
+from oversquash_lens.record.attention import per_head
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}
-ESTIMATES: dict[str, Callable[[Any], Any]] = {"mean_field": osl.mean_field_sensitivity}  # of a trace
+
+
+def with_average_keys(trace: osl.Trace) -> osl.PathProfile:
+    """The estimate as it was: every query pulls on keys as the average direction does, and nothing on its own row."""
+    gains = trace.gains
+    heads, d_head = gains.query_norm.shape[1], gains.key.shape[-1]
+    strength = (gains.weights.key_factor.square().sum((-1, -2)) / d_head).sqrt()
+    pull = gains.query_norm * per_head(strength, heads, 1)[..., None]
+    before = replace(gains, key_pull=pull.to(gains.key_pull), key=torch.zeros_like(gains.key))
+    return osl.mean_field_sensitivity(replace(trace, gains=before))
+
+
+# Of a trace: the formula before, and the one that was kept.
+ESTIMATES: dict[str, Callable[[Any], Any]] = {"before": with_average_keys, "mean_field": osl.mean_field_sensitivity}
 GROUPS = {"real text": REAL, "repeated": ("repeated",), "random": ("random",)}
 COLOURS = {"real text": "#3b6ea5", "repeated": "#e08214", "random": "#999999"}
 
@@ -70,11 +84,11 @@ class Row:
 
 
 def main() -> None:
-    options = _options()
+    options = chosen_options(__doc__)
     rows = []
     for name in options.models:
         points = []
-        for half, sample in tqdm(_chosen(options), desc=name, unit="prompt", leave=False):
+        for half, sample in tqdm(chosen(options), desc=name, unit="prompt", leave=False):
             ids = tokens(sample, model_of(name)).cpu()
             truth = measured(TRUTH_OF[name], sample, ids, options)
             trace = osl.record(model_of(name), ids)
@@ -88,8 +102,9 @@ def main() -> None:
     write_atomically(options.out / "rows.json", json.dumps([asdict(each) for each in rows], indent=1).encode())
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def chosen_options(doc: str) -> argparse.Namespace:
+    """What the command line says; `doc` of the module that is run."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(TRUTH_OF), choices=list(TRUTH_OF))
     parser.add_argument("--half", default="both", choices=("first", "second", "both"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
@@ -101,7 +116,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _chosen(options: argparse.Namespace) -> list[tuple[str, Sample]]:
+def chosen(options: argparse.Namespace) -> list[tuple[str, Sample]]:
     both = zip(("first", "second"), halves(), strict=True)
     wanted = [(half, sample) for half, part in both for sample in part if options.half in (half, "both")]
     return [(half, sample) for half, sample in wanted if sample.kind in options.kinds]
@@ -119,16 +134,18 @@ def mark_of(name: str) -> str:
 
 
 def measured(owner: str, sample: Sample, ids: Tensor, options: argparse.Namespace) -> Truth:
-    """The truth, from the folder if it is there already."""
+    """The truth, from the folder if it is there already, as it was asked for or exact."""
     probes = None if len(ids) <= options.exact else options.probes
-    effort = "exact" if probes is None else str(probes)
-    file = options.out / "truth" / f"{owner}-{mark_of(owner)}-{sample.name}-{effort}.safetensors"
-    if file.exists():
-        kept = load_file(file)
-        if torch.equal(kept["ids"], ids):  # another text under this name is measured anew
-            return Truth(kept["values"], kept["error"])
+    folder, name = options.out / "truth", f"{owner}-{mark_of(owner)}-{sample.name}"
+    exact = folder / f"{name}-exact.safetensors"
+    file = exact if probes is None else folder / f"{name}-{probes}.safetensors"
+    for known in (exact, file):
+        if known.exists():
+            kept = load_file(known)
+            if torch.equal(kept["ids"], ids):  # another text under this name is measured anew
+                return Truth(kept["values"], kept["error"])
     found = osl.measured_sensitivity(model_of(owner), ids, probes=probes)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save({"ids": ids, "values": found.values, "error": found.standard_error}))
     return Truth(found.values, found.standard_error)
 

@@ -9,6 +9,7 @@ import torch
 
 from oversquash_lens.measure.audit import Audit, AuditRow
 from oversquash_lens.measure.edges import Parts
+from oversquash_lens.measure.expected import ExpectedError
 from oversquash_lens.measure.flow import Flow
 from oversquash_lens.measure.jacobian import MeasuredSensitivity
 from oversquash_lens.measure.paths import PathProfile
@@ -151,4 +152,5 @@ def audit_result(
         bounds=bounds,
         mean_field=profile("mean_field", tokens, n_layers, 9),
         rows=tuple(rows),
+        expected=ExpectedError(response=0.2, offset=-0.25, offset_error=0.1, spread=0.2),
     )

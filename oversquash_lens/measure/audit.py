@@ -16,6 +16,7 @@ from oversquash_lens.errors import whole_number
 from oversquash_lens.measure.bounds import CALIBRATED, PRINTED, VARIANTS
 from oversquash_lens.measure.compare import compare
 from oversquash_lens.measure.costs import MOST_FROZEN, check_audit, fitting_memory
+from oversquash_lens.measure.expected import ExpectedError, foretold
 from oversquash_lens.measure.jacobian import (
     MEMORY,
     MeasuredSensitivity,
@@ -24,6 +25,7 @@ from oversquash_lens.measure.jacobian import (
     frobenius_estimate,
     probe_rows,
 )
+from oversquash_lens.measure.mean_field import mean_field_weighing
 from oversquash_lens.measure.paths import PathProfile, json_numbers
 from oversquash_lens.measure.profiles import path_weighing
 from oversquash_lens.measure.weighing import weigh
@@ -64,6 +66,7 @@ class Audit:
     bounds: dict[str, PathProfile]
     mean_field: PathProfile
     rows: tuple[AuditRow, ...]
+    expected: ExpectedError  # of the estimate, foretold without the truth
 
     @property
     def sentence(self) -> str:
@@ -103,6 +106,7 @@ class Audit:
             ],
             "truth": self.truth.to_dict(),
             "mean_field": self.mean_field.to_dict(),
+            "expected": self.expected.to_dict(),
             "bounds": {name: profile.to_dict() for name, profile in self.bounds.items()},
         }
 
@@ -193,8 +197,9 @@ def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -
     if beta == "measured":
         weighings[UNIT_BETA] = path_weighing(trace, "proof", 1.0)
     weighings["mean_field"] = path_weighing(trace, "mean_field")
+    weighings["attention fixed"] = mean_field_weighing(trace, attention_fixed=True)
     bounds = dict(zip(weighings, weigh(list(weighings.values())), strict=True))
-    estimate = bounds.pop("mean_field")
+    estimate, fixed = bounds.pop("mean_field"), bounds.pop("attention fixed")
     rows = [_row("mean_field", estimate, truths.frobenius, truths, "‖J‖_F")]
     for name, bound in bounds.items():
         frozen = name == "calibrated"
@@ -202,7 +207,7 @@ def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
         label = label if truth is None or truth.exact else f"{label}, from below"
         rows.append(_row(name, bound, truth, truths, label))
-    return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows))
+    return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), foretold(estimate, fixed))
 
 
 def measure_truths(

@@ -36,8 +36,10 @@ def mean_field_sensitivity(trace: Trace) -> PathProfile:
     return mean_field_weighing(trace).profile()
 
 
-def mean_field_weighing(trace: Trace) -> Weighing:
-    """Mean-square edges and node gains of this trace; their path sum is S."""
+def mean_field_weighing(trace: Trace, *, attention_fixed: bool = False) -> Weighing:
+    """Mean-square edges and node gains of this trace; their path sum is S. `attention_fixed` leaves the softmax's
+    derivative out, as if attention weights were constants.
+    """
     gains = trace.gains
     log_constant = 0.5 * math.log(trace.about.d_model * gains.final_gain_square / gains.final_scale**2)
     notes = ["an estimate from one forward pass, not a bound", f"node gains from {gains.node_probes} probes"]
@@ -46,7 +48,7 @@ def mean_field_weighing(trace: Trace) -> Weighing:
     if trace.about.final_gain == "unknown":
         notes.append("the final gain was folded into the unembedding and is not known: y lacks it")
     log_gain = None if trace.parallel else gains.node_gain.log()
-    edges = MeanSquareEdges(trace.parallel, trace.about.d_model)
+    edges = MeanSquareEdges(trace.parallel, trace.about.d_model, attention_fixed)
     return Weighing("mean_field", trace, edges, log_gain, log_constant, tuple(notes), power=0.5)
 
 
@@ -60,11 +62,14 @@ class MeanSquareEdges(SplitEdges):
 
     parallel: bool
     d_model: int
+    attention_fixed: bool = False
 
     def factored(self, block: Block) -> Factored:
         dest, src = self._divisors(block)
-        core = block.quadratic + block.summed_squared_pull(FACTOR, self._key_side(block))
-        own = self._own(block) + 2 * self._interference(block) + self._query_side(block).sum(0)
+        core, own = block.quadratic, self._own(block) + 2 * self._interference(block)
+        if not self.attention_fixed:
+            core = core + block.summed_squared_pull(FACTOR, self._key_side(block))
+            own = own + self._query_side(block).sum(0)
         itself = wide(core.diagonal(offset=block.start)) * dest * src[block.start :]
         return Factored(core, block.start, own.maximum(-itself), dest, src)  # a mean square, whatever rounding says
 
@@ -75,10 +80,12 @@ class MeanSquareEdges(SplitEdges):
         rows, weights = block.attention, block.gains.weights
         edges = self.factored(block).dense().to(rows)
         dest, src = (factor.to(rows) for factor in self._divisors(block))
-        alone = block.pull(FACTOR).square().mul_(self._key_side(block).to(rows)[:, :, None])
-        alone.addcmul_(rows * rows, weights.ov_gram[block.index].to(rows).diagonal()[:, None, None])
+        alone = (rows * rows).mul_(weights.ov_gram[block.index].to(rows).diagonal()[:, None, None])
+        if not self.attention_fixed:
+            alone.addcmul_(block.pull(FACTOR).square(), self._key_side(block).to(rows)[:, :, None])
         alone.mul_(torch.outer(dest, src))
-        alone.diagonal(block.start, dim1=1, dim2=2).add_(self._query_side(block).to(rows))
+        if not self.attention_fixed:
+            alone.diagonal(block.start, dim1=1, dim2=2).add_(self._query_side(block).to(rows))
         own = self._own(block).to(rows)
         total = alone.sum(0)
         total.diagonal(offset=block.start).add_(own)
