@@ -88,12 +88,6 @@ class Layer:
     def key_is_normalised(self) -> bool:
         return bool((self.gains.key_scale[self.index] != 1).any())
 
-    @cached_property
-    def keys(self) -> Float[Tensor, "kv_head pos d_head_1"]:
-        """k_k, ‖k_k‖²: what attention makes of them tells how far keys lie apart."""
-        keys = self.gains.key[self.index]
-        return torch.cat([keys, keys.square().sum(-1, keepdim=True)], -1)
-
     def per_position(self, name: str) -> Float[Tensor, "head pos"]:
         """One of the gains that are counted per key/value head or per head, for every head."""
         values = getattr(self.gains, name)[self.index]
@@ -187,10 +181,11 @@ class Block:
     @cached_property
     def key_spread(self) -> Float[Tensor, "head dest"]:
         """Σ_k α_jk ‖k_k - k̄_j‖², k̄_j = Σ_k α_jk k_k: how differently the keys that j looks at follow its query."""
-        keys, rows = self.layer.keys[:, : self.stop].to(self.attention), self.attention
+        rows, keys = self.attention, self.gains.key[self.index][:, : self.stop].to(self.attention)
         grouped = rows.reshape(len(keys), -1, self.stop)  # heads that share keys: as one
         mean = (grouped @ keys).view(*rows.shape[:2], -1)
-        return (mean[..., -1] - mean[..., :-1].square().sum(-1)).clamp(min=0)
+        norm = self.layer.per_position("key_norm")[:, : self.stop].to(rows)
+        return (_row_sums(rows, norm.square()) - mean.square().sum(-1)).clamp(min=0)
 
     def summed_pull(self, factor: str, weight: str) -> Float[Tensor, "dest src"]:
         return self._combined(self.pull(factor), getattr(self.gains.weights, weight)[self.index])
@@ -205,8 +200,7 @@ class Block:
             reached = torch.linalg.vector_norm(moved, dim=-1).square()
             scale = self.gains.weights.score_scale[self.index].abs().to(moved)
             keys = self.layer.per_position("key_norm")[:, : self.stop].to(moved)
-            # One product a head: a batch of matrices times vectors is ten times slower.
-            drift = scale * torch.stack([torch.mv(*each) for each in zip(moved, keys, strict=True)])
+            drift = scale * _row_sums(moved, keys)
             queries = self.gains.query_norm[self.index][:, self.start : self.stop].to(moved)
             moved.mul_((queries * scale)[:, :, None])
             if self.layer.key_is_normalised:
@@ -242,8 +236,13 @@ class Block:
 
     def _combined(self, maps: Float[Tensor, "head dest src"], weight: Float[Tensor, head * dest]) -> Tensor:
         """Σ_h w_h maps_h, a product for each row: so small a left factor would keep one core busy, not all."""
-        weight = weight.to(maps).reshape(len(maps), -1).T[:, None]
+        weight = weight.to(maps).reshape(len(maps), -1).T.contiguous()[:, None]
         return torch.bmm(weight.expand(maps.shape[1], -1, -1), maps.transpose(0, 1))[:, 0]
 
     def _room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape) if self.layer.room is None else self.layer.room.take(name, tuple(shape), like)
+
+
+def _row_sums(maps: Float[Tensor, "head dest src"], weight: Float[Tensor, "head src"]) -> Float[Tensor, "head dest"]:
+    """Σ_k w_k maps_jk: one product a head, since a batch of matrices times vectors is ten times slower."""
+    return torch.stack([torch.mv(*each) for each in zip(maps, weight, strict=True)])
