@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import bridge, has_bridge, hooked
+from small_models import NO_HOOKED, bridge, has_bridge, has_hooked, hooked, tokens_for
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import oversquash_lens as osl
+from benchmarks import estimate_anatomy as anatomy
+from benchmarks import estimate_calibration as calibration
 from benchmarks import estimate_vs_truth as harness
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, samples, tokens
+from oversquash_lens.measure.compare import spearman
 
 BYTES = SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(d_vocab=256))  # a model that reads bytes
 
@@ -105,3 +110,86 @@ def test_a_truth_is_measured_once_and_again_for_another_text_or_other_weights(tm
     harness.mark_of.cache_clear()
     assert not torch.equal(harness.measured("m", samples()[0], ids, options).values, first.values)
     assert calls == [None, 3, None]
+
+
+@pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
+def test_true_lengths_of_the_anatomy_are_those_of_autograd() -> None:
+    model, ids = hooked(4, n_layers=3, norm="RMS"), tokens_for(4, 7)[0]
+    with torch.no_grad():
+        model.ln_final.w.fill_(1.0)  # it reads y before the final gain
+    true = anatomy.squares(model, ids, 4000)
+    exact = osl.measured_sensitivity(model, ids, probes=None).values.double()
+    assert torch.allclose(true.entering[0].sqrt(), exact, rtol=0.1)
+    assert true.entering.shape == (4, 7)
+    assert true.middle.shape == (3, 7)
+    assert (true.entering[-1][:-1] == 0).all()
+
+
+@pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
+def test_anatomy_ends_with_the_whole_estimate() -> None:
+    model, ids = hooked(4, n_layers=3), tokens_for(4, 7)[0]
+    trace, true = osl.record(model, ids), anatomy.squares(model, ids, 64)
+    last = anatomy.steps(trace, true)[-1]
+    estimate = osl.mean_field_sensitivity(trace)
+    assert last.rho == pytest.approx(spearman(estimate.values, true.entering[0]))
+    # above the last layer there is nothing but the constant, which is left out on neither side
+    ratio = (2 * estimate.log_by_layer[0]).exp() * true.entering[-1][-1] / true.entering[0]
+    assert last.below == pytest.approx((ratio.log10().median().item() / 2, ratio.log10().std().item() / 2))
+
+
+def test_coefficients_find_the_line_that_errors_were_drawn_from() -> None:
+    correction = calibration.Correction(0.9, 0.9, (), 0.1, 0.1, 0.04, 0.0)
+    rows = [
+        calibration.Row(
+            "deep", f"p{i}", "prose", "first", 20, x, 0, 0, 0.5 * x - 0.25, math.exp(x - 2), (), {1: correction}
+        )
+        for i, x in enumerate((0.0, 0.1, 0.4, 0.5))
+    ]
+    said = calibration.coefficients(rows)
+    assert "OFFSET = (-0.250, 0.500), OFFSET_ERROR = 0.000, SPREAD = (-2.000, 1.000)" in said
+    assert "scatters by 0.040" in said
+    assert "too few" in calibration.coefficients(rows[:2])
+
+
+def test_one_row_of_the_calibration_is_what_its_parts_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small(3), tokens_for(3, 9)[0]
+    monkeypatch.setattr(calibration, "model_of", lambda name: model)
+    exact = osl.measured_sensitivity(model, ids, probes=None).values
+    sample = Sample("x-1", "prose", None, 9)
+    row = calibration.row("deep", "second", sample, ids, harness.Truth(exact, torch.zeros_like(exact)))
+    off = (osl.mean_field_sensitivity(osl.record(model, ids)).values / exact.double()).log10()
+    assert row.came == pytest.approx(off.square().mean().sqrt().item())
+    assert row.spread == pytest.approx(off.std().item())
+    found = osl.probe_corrected_sensitivity(model, ids, probes=2, seed=calibration.SEED)
+    inside = ((found.low <= exact) & (exact <= found.high)).double().mean().item()
+    assert row.corrections[2].covered[calibration.LEVELS.index(0.9)] == pytest.approx(inside)
+    assert list(row.covered) == sorted(row.covered)
+    calibration.draw([row], tmp_path / "calibration.png")
+    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+    assert "deep     second real text" in calibration.table([row])
+
+
+def test_a_kept_exact_truth_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small(3), tokens_for(3, 9)[0]
+    monkeypatch.setattr(harness, "model_of", lambda name: model)
+    monkeypatch.setattr(harness, "mark_of", lambda name: "mark")
+    sample = Sample("x-1", "prose", None, 9)
+    exact, probed = Namespace(out=tmp_path, exact=16, probes=4), Namespace(out=tmp_path, exact=0, probes=4)
+    first = harness.measured("deep", sample, ids, probed)
+    assert (first.error > 0).all()
+    best = harness.measured("deep", sample, ids, exact)
+    assert (best.error == 0).all()
+    assert torch.equal(harness.measured("deep", sample, ids, probed).values, best.values)
+
+
+def test_average_keys_pull_by_their_frobenius_norm() -> None:
+    """What the formula was before: ‖q‖² ‖W_K‖_F²/d_head for each head, and no query side."""
+    trace = osl.record(small(3), tokens_for(3, 9)[0])
+    gains, weights = trace.gains, trace.gains.weights
+    before = harness.with_average_keys(trace)
+    factor = weights.key_factor.repeat_interleave(gains.query_norm.shape[1] // weights.key_factor.shape[1], 1)
+    square = gains.query_norm.square() * factor.square().sum((2, 3))[..., None] / gains.key.shape[-1]
+    by_hand = replace(gains, key_pull=square.sqrt(), key=torch.zeros_like(gains.key))
+    wanted = osl.mean_field_sensitivity(replace(trace, gains=by_hand))
+    assert torch.allclose(before.log_values, wanted.log_values, rtol=1e-6)
+    assert not torch.allclose(before.log_values, osl.mean_field_sensitivity(trace).log_values, rtol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from small_models import (
 )
 
 import oversquash_lens as osl
+from oversquash_lens.measure.mean_field import mean_field_weighing
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -184,3 +186,31 @@ def test_estimates_the_truth_on_every_class(name: str) -> None:
     estimate = osl.mean_field_sensitivity(record(model, tokens, node_probes=None)).log_values
     truth = frobenius(exact_jacobian(model, tokens)).log()
     assert ((estimate - truth) / math.log(10)).abs().max() < 0.5
+
+
+@needs_hooked
+@pytest.mark.parametrize("norm", ["LN", "RMS"])
+@pytest.mark.parametrize("seed", range(3))
+def test_key_side_is_the_derivative_through_keys(norm: str, seed: int) -> None:
+    """One head, positions not turned, divisors held: ‖∂(attention at j)/∂x_k‖_F² through the key alone, by autograd."""
+    model, n = hooked(seed, norm=norm, n_layers=1, n_heads=1, strength=2.0), 6
+    tokens = tokens_for(seed, n)
+    trace, block = record(model, tokens), model.blocks[0]
+    seen: dict[str, torch.Tensor] = {}
+    model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: seen.update(x=x.detach()))])
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        """The norm with its divisors as they are on this prompt."""
+        centred = x - x.mean(-1, keepdim=True) if norm == "LN" else x
+        return centred / trace.gains.attention_scale[0][:, None] * block.ln1.w + getattr(block.ln1, "b", 0.0)
+
+    still = normed(seen["x"]).detach()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: block.attn(still, normed(x), still)[0], seen["x"]
+    )  # [dest, out, 1, src, into]
+    through_keys = jacobian[:, :, 0].square().sum((1, 3))
+    unmoved = replace(trace, gains=replace(trace.gains, key_pull=torch.zeros_like(trace.gains.key_pull)))
+    with_keys, without = (mean_field_weighing(each).rows(0, 0, n) for each in (trace, unmoved))
+    found = (with_keys - without) * model.cfg.d_model
+    assert torch.allclose(found, through_keys, rtol=1e-9, atol=1e-12 * through_keys.max().item())
+    assert through_keys.tril(-1).max() > 0

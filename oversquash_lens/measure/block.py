@@ -184,8 +184,8 @@ class Block:
         rows, keys = self.attention, self.gains.key[self.index][:, : self.stop].to(self.attention)
         grouped = rows.reshape(len(keys), -1, self.stop)  # heads that share keys: as one
         mean = (grouped @ keys).view(*rows.shape[:2], -1)
-        norm = self.layer.per_position("key_norm")[:, : self.stop].to(rows)
-        return (_row_sums(rows, norm.square()) - mean.square().sum(-1)).clamp(min=0)
+        square = per_head(keys.square().sum(-1), len(rows))
+        return (_row_sums(rows, square) - mean.square().sum(-1)).clamp(min=0)
 
     def summed_pull(self, factor: str, weight: str) -> Float[Tensor, "dest src"]:
         return self._combined(self.pull(factor), getattr(self.gains.weights, weight)[self.index])
