@@ -77,10 +77,14 @@ def squares(model: Any, ids: Tensor, probes: int) -> Squares:
 
     before, between = ([f"blocks.{i}.hook_resid_{place}" for i in range(n_layers)] for place in ("pre", "mid"))
     after = f"blocks.{n_layers - 1}.hook_resid_post"
-    hooks = [(before[0], leaf), *((name, kept) for name in (*before[1:], *between, after, "unembed.hook_in"))]
-    with torch.enable_grad():
-        model.run_with_hooks(ids[None], fwd_hooks=hooks, return_type=None)
-    y = seen["unembed.hook_in"][0, -1]
+    hooks = [(before[0], leaf), *((name, kept) for name in (*before[1:], *between, after))]
+    reading = model.unembed.register_forward_pre_hook(lambda unembed, inputs: seen.update(y=inputs[0]))
+    try:
+        with torch.enable_grad():
+            model.run_with_hooks(ids[None], fwd_hooks=hooks)
+    finally:
+        reading.remove()
+    y = seen["y"][0, -1]
     omega = torch.randn(probes, len(y), generator=random_source(0), dtype=y.dtype)
     places = [seen[name] for name in (*before, after, *between)]
     rows = torch.autograd.grad(y, places, omega, is_grads_batched=True)
