@@ -80,7 +80,7 @@ def kept_bytes(size: Size, n: int, route: str = "kept") -> dict[str, int]:
     """What a Trace of n tokens holds, by the route (layout.ROUTES) that it was recorded on."""
     wide = max(4, size.itemsize)
     heads = size.n_heads * size.d_head * (wide if size.itemsize >= 4 else 0)  # what they read, kept where it is exact
-    per_position = size.n_kv_heads * (size.d_head + 1) * wide + heads + size.n_heads * wide + 5 * 8
+    per_position = size.n_kv_heads * (2 * size.d_head + 1) * wide + heads + 2 * size.n_heads * wide + 5 * 8
     if route != "kept":
         per_position += (size.n_heads + size.n_kv_heads) * size.d_head * size.itemsize + size.n_heads * wide
         return {"queries, keys and values of all layers": round((1 + SCRAP) * size.n_layers * n * per_position)}
