@@ -13,6 +13,7 @@ from oversquash_lens.measure.bounds import CALIBRATED, VARIANTS
 from oversquash_lens.measure.compare import compare
 
 SHORT = "The capital of France is"
+AGREED = "The committee met on Tuesday. Alice wanted books, Bob a new roof. They agreed to split the"
 COUNTING = "How many ones are in the following sequence? 1 1 1 1 1 Answer:"
 
 
@@ -102,3 +103,19 @@ def test_saved_and_loaded_it_gives_the_same_estimate(traces: tuple[osl.Trace, os
         again = osl.Trace.load(trace.save(tmp_path / "trace.safetensors"))
         one, two = osl.mean_field_sensitivity(trace), osl.mean_field_sensitivity(again)
         assert torch.equal(one.log_by_layer, two.log_by_layer)
+
+
+def test_one_probe_corrects_the_estimate(smollm2: Any) -> None:
+    truth = osl.measured_sensitivity(smollm2, AGREED, probes=64, seed=100)
+    found = [osl.probe_corrected_sensitivity(smollm2, AGREED, probes=1, seed=seed) for seed in range(4)]
+    alone = [compare(each.estimate, truth) for each in found]
+    assert sum(compare(each, truth).spearman for each in found) > sum(each.spearman for each in alone)
+    inside = [((each.low <= truth.values) & (truth.values <= each.high)).double().mean().item() for each in found]
+    assert sum(inside) / len(inside) > 0.7  # 0.9 is promised, over prompts and probes
+
+
+def test_an_expected_error_is_said_of_the_real_model(smollm2: Any) -> None:
+    expected = osl.expected_error(osl.record(smollm2, AGREED))
+    assert 0.05 < expected.response < 1
+    assert 0.3 < expected.size < 1.2
+    assert 1.5 < expected.factor() < 3
