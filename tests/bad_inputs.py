@@ -21,6 +21,7 @@ PROMPTED: dict[str, Callable[[World, Any, Any], Any]] = {
     "audit": lambda w, model, prompt: osl.audit(model, prompt, probes=1),
     "findings": lambda w, model, prompt: osl.findings(model, prompt, probes=1),
     "measured_sensitivity": lambda w, model, prompt: osl.measured_sensitivity(model, prompt, probes=1),
+    "probe_corrected_sensitivity": lambda w, model, prompt: osl.probe_corrected_sensitivity(model, prompt),
     "report": lambda w, model, prompt: osl.report(model, prompt, w.folder / "page.html", probes=1),
     "reports": lambda w, model, prompt: osl.reports(model, [prompt], w.folder, probes=1),
     "what_if": lambda w, model, prompt: osl.what_if(model, prompt, osl.edits.window(2), probes=1),
@@ -102,6 +103,7 @@ TRACED: dict[str, Callable[[Any], Any]] = {
     "flow": lambda trace: osl.flow(trace),
     "flows": lambda trace: osl.flows(trace, (0,)),
     "squashing": lambda trace: osl.squashing(trace),
+    "expected_error": lambda trace: osl.expected_error(trace),
 }
 FLOWING: dict[str, Callable[[Any], Any]] = {
     "heaviest_edges": lambda flow: osl.heaviest_edges(flow),
@@ -162,6 +164,10 @@ def _recorded(**options: Any) -> Call:
 
 def _measured(**options: Any) -> Call:
     return lambda w: osl.measured_sensitivity(w.model, PROMPT, **options)
+
+
+def _corrected(**options: Any) -> Call:
+    return lambda w: osl.probe_corrected_sensitivity(w.model, PROMPT, **options)
 
 
 def _what_if(*edits: Any, **options: Any) -> Call:
@@ -297,6 +303,10 @@ ARGUMENTS = [
     Case("flows", "no source", "no source", lambda w: osl.flows(w.trace, ())),
     Case("flows", "one source that is no list", "int", lambda w: osl.flows(w.trace, 3)),
     Case("Flow", "a layer that it has not", "layer 9", lambda w: w.flow.edge(9)),
+    Case("probe_corrected_sensitivity", "no probes", "probes=0", _corrected(probes=0)),
+    Case("probe_corrected_sensitivity", "all probes there are", "probes=None", _corrected(probes=None)),
+    Case("probe_corrected_sensitivity", "a certain interval", "level=1.0", _corrected(level=1.0)),
+    Case("probe_corrected_sensitivity", "a level as a word", "level='most'", _corrected(level="most")),
     Case("squashing", "unknown kind", "'median'", lambda w: osl.squashing(w.trace, "median")),
     Case("heaviest_edges", "no edges", "k=0", lambda w: osl.heaviest_edges(w.flow, 0)),
     Case("heaviest_edges", "half an edge", "k=2.5", lambda w: osl.heaviest_edges(w.flow, 2.5)),

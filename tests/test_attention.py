@@ -569,22 +569,6 @@ def test_rows_made_anew_come_back_from_disk(cell: tuple[str, str], tmp_path: Pat
     assert max(differences(trace, again).values()) == 0
 
 
-def test_a_file_of_version_2_is_read(fresh: tuple[Model, torch.Tensor], tmp_path: Path) -> None:
-    """Before there were rows made anew: patterns only, nothing of what the heads read."""
-    trace = osl.record(*fresh, attention="kept")
-    path = trace.save(tmp_path / "t.safetensors")
-    header = header_of(path)
-    del header["attention"]
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(".mixed")}
-    save_file(tensors, path, metadata={FORMAT: json.dumps(header | {"version": 2})})
-    again = osl.Trace.load(path)
-    assert kinds(again) == {KeptAttention}
-    for one, two in zip(trace.attention, again.attention, strict=True):
-        assert two.mixed is None
-        assert torch.equal(one.pattern, two.pattern)
-    assert max(differences(trace, again).values()) < 1e-9
-
-
 def header_of(path: Path) -> dict:
     from safetensors import safe_open
 

@@ -192,7 +192,7 @@ def test_no_file_or_a_folder(tmp_path: Path) -> None:
         assert "is not a file" in refusal(path)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "1"], ids=str)
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, FORMAT_VERSION - 1, 2, 0, None, "1"], ids=str)
 def test_another_format_version(version: Any, saved: Path) -> None:
     rewrite(saved, header_of(saved) | {"version": version})
     said = refusal(saved)

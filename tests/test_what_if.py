@@ -107,6 +107,7 @@ def test_sharpening_gives_the_numbers_of_scaled_scores(power: float, name: str) 
         reading = read(model, tokens)
         for layer in reading.layers:  # as √power in each would be right, and power once in both sides of the bound
             layer.q, layer.k = power * layer.q, power * layer.k
+            layer.q_here, layer.k_here = power * layer.q_here, power * layer.k_here
         estimate = mean_field(reading, model)
     assert close(found.truth.values, truth, name)
     for variant, profile in (("proof", found.bound), ("calibrated_full", found.calibrated)):

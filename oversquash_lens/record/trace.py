@@ -181,7 +181,8 @@ def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})[FORMAT])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied: products of unaligned memory, as a file gives it, are rounded otherwise.
+            return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise TraceFileError(
             f"{path} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); expected a file "
