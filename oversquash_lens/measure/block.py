@@ -234,7 +234,7 @@ class Block:
             h, j, src = head[part[:, 0]], dest[part[:, 0]], part[:, 1]
             squared[h, j, src] = (source[h, src, :-2] + mean[h, j, :-2] / 2).square().sum(-1)
 
-    def _combined(self, maps: Float[Tensor, "head dest src"], weight: Float[Tensor, head * dest]) -> Tensor:
+    def _combined(self, maps: Float[Tensor, "head dest src"], weight: Float[Tensor, "head ..."]) -> Tensor:
         """Σ_h w_h maps_h, a product for each row: so small a left factor would keep one core busy, not all."""
         weight = weight.to(maps).reshape(len(maps), -1).T.contiguous()[:, None]
         return torch.bmm(weight.expand(maps.shape[1], -1, -1), maps.transpose(0, 1))[:, 0]
