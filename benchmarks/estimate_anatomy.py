@@ -11,6 +11,7 @@ starts from the true lengths at a layer's exit and goes on as assumed: what the 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def main() -> None:
                 continue
             trace, true = osl.record(model, ids), squares(model, ids, options.probes)
             prompts.append(steps(trace, true))
-            off = osl.mean_field_sensitivity(trace).log_values / torch.log(torch.tensor(10.0))
+            off = osl.mean_field_sensitivity(trace).log_values / math.log(10)
             for place, error in enumerate((off - true.entering[0].log10() / 2).tolist()):
                 errors[kind_of(trace.tokens[place], place)].append(error)
         print(f"\n{name}, {len(prompts)} prompts\n{table(prompts)}\n{by_kind(errors)}", flush=True)

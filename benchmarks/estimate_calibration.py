@@ -15,18 +15,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean, linear_regression, median, stdev, variance
+from statistics import fmean, linear_regression, median, stdev, variance
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 import oversquash_lens as osl
-from benchmarks.estimate_prompts import REAL, Sample, tokens
-from benchmarks.estimate_vs_truth import TRUTH_OF, Truth, chosen, chosen_options, measured, model_of
+from benchmarks.estimate_prompts import REAL, Sample
+from benchmarks.estimate_vs_truth import GROUPS, Prompted, Truth, chosen_options, judged, model_of
 from oversquash_lens.files import write_atomically
 from oversquash_lens.measure.compare import spearman
+from oversquash_lens.measure.expected import deviations, estimate_and_error
 
 SEED = 1  # of the probes that correct: others than those that the truth comes from
 PROBES = (1, 2)
@@ -48,14 +48,9 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Prompted):
     """One prompt on one model; all logs of the estimate's error are log₁₀(estimate/truth)."""
 
-    model: str
-    prompt: str
-    kind: str
-    half: str
-    n: int
     response: float
     foretold: float  # root mean square error, as expected_error has it
     came: float
@@ -69,9 +64,8 @@ def main() -> None:
     options = chosen_options(__doc__)
     rows = []
     for name in options.models:
-        for half, sample in tqdm(chosen(options), desc=name, unit="prompt", leave=False):
-            ids = tokens(sample, model_of(name)).cpu()
-            rows.append(row(name, half, sample, ids, measured(TRUTH_OF[name], sample, ids, options)))
+        for half, sample, ids, truth in judged(name, options):
+            rows.append(row(name, half, sample, ids, truth))
     print(coefficients([each for each in rows if each.half == "first" and each.model != "hooked"]))
     print(table(rows), flush=True)
     write_atomically(options.out / "calibration.json", json.dumps([asdict(each) for each in rows], indent=1).encode())
@@ -79,8 +73,7 @@ def main() -> None:
 
 
 def row(name: str, half: str, sample: Sample, ids: Tensor, truth: Truth) -> Row:
-    trace = osl.record(model_of(name), ids)
-    expected, estimate = osl.expected_error(trace), osl.mean_field_sensitivity(trace)
+    estimate, expected = estimate_and_error(osl.record(model_of(name), ids))
     off = (estimate.values / truth.values.double()).log10()
     within = [expected.factor(level) for level in LEVELS]
     return Row(
@@ -103,11 +96,11 @@ def correction(name: str, ids: Tensor, probes: int, truth: Truth) -> Correction:
     found = osl.probe_corrected_sensitivity(model_of(name), ids, probes=probes, seed=SEED)
     values = truth.values.double()
     noise, off = (found.probed / values).log(), (found.values / values).log()
-    half_width = (found.high / found.values).log() / NormalDist().inv_cdf((1 + found.level) / 2)
+    error = found.standard_error / found.values  # of the logarithm
     return Correction(
         probes_rho=spearman(found.probed, values),
         rho=spearman(found.values, values),
-        covered=tuple(_inside(off, half_width * NormalDist().inv_cdf((1 + level) / 2)) for level in LEVELS),
+        covered=tuple(_inside(off, error * deviations(level)) for level in LEVELS),
         probes_error=noise.abs().mean().item(),
         error=off.abs().mean().item(),
         noise_variance=noise.var().item(),
@@ -148,10 +141,9 @@ def table(rows: Sequence[Row]) -> str:
         f"{'model':8} {'half':6} {'kinds':10}{'foretold':>9}{'came':>6}{'covered':>8}"
         + (f"{'rho':>8}{'':8}" + f"{'rho':>8}{'':8}{'covered':>8}") * 2,
     ]
-    groups = {"real text": REAL, "repeated": ("repeated",), "random": ("random",)}
     for name in dict.fromkeys(each.model for each in rows):
         for half in ("first", "second"):
-            for label, kinds in groups.items():
+            for label, kinds in GROUPS.items():
                 part = [each for each in rows if (each.model, each.half) == (name, half) and each.kind in kinds]
                 if part:
                     lines.append(f"{name:8} {half:6} {label:10}{_summary(part)}")
@@ -176,9 +168,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     promised, corrected, errors = figure.subplots(1, 3)
-    judged = [each for each in rows if each.half == "second"] or list(rows)
-    for name in dict.fromkeys(each.model for each in judged):
-        part = [each for each in judged if each.model == name]
+    shown = [each for each in rows if each.half == "second"] or list(rows)
+    for name in dict.fromkeys(each.model for each in shown):
+        part = [each for each in shown if each.model == name]
         kept: dict[Any, list[tuple[float, ...]]] = {
             promised: [each.covered for each in part if each.kind in REAL],
             corrected: [each.corrections[1].covered for each in part if each.kind in REAL],

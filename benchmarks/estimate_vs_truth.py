@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -64,15 +64,21 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One estimate on one prompt: rank correlation, Pearson's of logs, and log₁₀ of estimate over truth."""
+class Prompted:
+    """Which prompt of n tokens on which model."""
 
     model: str
     prompt: str
     kind: str
     half: str
-    estimate: str
     n: int
+
+
+@dataclass(frozen=True)
+class Row(Prompted):
+    """One estimate on one prompt: rank correlation, Pearson's of logs, and log₁₀ of estimate over truth."""
+
+    estimate: str
     exact: bool
     spearman: float
     pearson: float
@@ -88,9 +94,7 @@ def main() -> None:
     rows = []
     for name in options.models:
         points = []
-        for half, sample in tqdm(chosen(options), desc=name, unit="prompt", leave=False):
-            ids = tokens(sample, model_of(name)).cpu()
-            truth = measured(TRUTH_OF[name], sample, ids, options)
+        for half, sample, ids, truth in judged(name, options):
             trace = osl.record(model_of(name), ids)
             for estimate, function in ESTIMATES.items():
                 values = function(trace).values.double()
@@ -114,6 +118,13 @@ def chosen_options(doc: str) -> argparse.Namespace:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     return options
+
+
+def judged(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Sample, Tensor, Truth]]:
+    """Every chosen prompt: its half, its ids on this model, and the truth."""
+    for half, sample in tqdm(chosen(options), desc=name, unit="prompt", leave=False):
+        ids = tokens(sample, model_of(name)).cpu()
+        yield half, sample, ids, measured(TRUTH_OF[name], sample, ids, options)
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[str, Sample]]:

@@ -151,8 +151,7 @@ def run_bound(options: argparse.Namespace) -> None:
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.measure.bounds import path_bound
-    from oversquash_lens.measure.expected import expected_error
-    from oversquash_lens.measure.mean_field import mean_field_sensitivity
+    from oversquash_lens.measure.expected import estimate_and_error
     from oversquash_lens.record.recorder import record
 
     model = load(options)
@@ -160,7 +159,7 @@ def run_bound(options: argparse.Namespace) -> None:
         return
     trace = record(model, prompt, **recording_options(options))
     if options.variant == "mean_field":
-        profile, expected = mean_field_sensitivity(trace), expected_error(trace)
+        profile, expected = estimate_and_error(trace)
         table = f"{_profile_table(profile, options.top)}\n\n{expected.sentence}"
         deliver(options, {**profile.to_dict(), "expected": expected.to_dict()}, table)
     else:

@@ -88,9 +88,15 @@ class Layer:
     def key_is_normalised(self) -> bool:
         return bool((self.gains.key_scale[self.index] != 1).any())
 
+    @cached_property
+    def key_square(self) -> Float[Tensor, "head pos"]:
+        return self._per_head(self.gains.key[self.index].square().sum(-1))
+
     def per_position(self, name: str) -> Float[Tensor, "head pos"]:
         """One of the gains that are counted per key/value head or per head, for every head."""
-        values = getattr(self.gains, name)[self.index]
+        return self._per_head(getattr(self.gains, name)[self.index])
+
+    def _per_head(self, values: Float[Tensor, "group pos"]) -> Float[Tensor, "head pos"]:
         return per_head(values, self.gains.query_norm.shape[1])
 
     def reach(self, factor: str) -> Reach:
@@ -184,7 +190,7 @@ class Block:
         rows, keys = self.attention, self.gains.key[self.index][:, : self.stop].to(self.attention)
         grouped = rows.reshape(len(keys), -1, self.stop)  # heads that share keys: as one
         mean = (grouped @ keys).view(*rows.shape[:2], -1)
-        square = per_head(keys.square().sum(-1), len(rows))
+        square = self.layer.key_square[:, : self.stop].to(rows)
         return (_row_sums(rows, square) - mean.square().sum(-1)).clamp(min=0)
 
     def summed_pull(self, factor: str, weight: str) -> Float[Tensor, "dest src"]:

@@ -9,7 +9,6 @@ this very prompt; how far probes scatter follows from the rank of Jacobians (doc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import whole_number
-from oversquash_lens.measure.expected import LEVEL, check_level
+from oversquash_lens.measure.expected import LEVEL, deviations
 from oversquash_lens.measure.jacobian import MEMORY, MeasuredSensitivity, differentiate, probe_rows
 from oversquash_lens.measure.mean_field import mean_field_sensitivity
 from oversquash_lens.measure.paths import PathProfile, json_numbers
@@ -72,7 +71,7 @@ def probe_corrected_sensitivity(
     enough. `seed` draws the probes, as in `measured_sensitivity`, and those of the nodes.
     """
     whole_number("probes", probes)
-    check_level(level)
+    deviations(level)  # refused before the model runs
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     estimate = mean_field_sensitivity(record_tokens(model, tokenized, node_probes=node_probes, seed=seed))
     rows, _ = probe_rows(differentiate(model, model_layout(model), tokenized), probes, seed, memory, progress)
@@ -99,7 +98,7 @@ def corrected(
     held = common / (common + shared + own * part)
     log_values = torch.where(known, prior + held * offset + weight * (seen - prior - offset), probed.log())
     error = ((1 - part) * weight * own + (1 - held) * common) ** 0.5
-    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    reach = deviations(level) * error
     return CorrectedSensitivity(
         tokens=estimate.tokens,
         values=log_values.exp(),

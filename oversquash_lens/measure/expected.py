@@ -47,8 +47,7 @@ class ExpectedError:
 
     def factor(self, level: float = LEVEL) -> float:
         """Of all positions the share `level` is expected within this factor of estimate / `size`."""
-        check_level(level)
-        return 10 ** (NormalDist().inv_cdf((1 + level) / 2) * math.hypot(self.spread, self.offset_error))
+        return 10 ** (deviations(level) * math.hypot(self.spread, self.offset_error))
 
     @property
     def sentence(self) -> str:
@@ -66,7 +65,13 @@ class ExpectedError:
 def expected_error(trace: Trace | object) -> ExpectedError:
     """How far `mean_field_sensitivity` of this trace is likely to be off; no pass of the model, one sweep."""
     check_trace(trace)
-    return foretold(*weigh([mean_field_weighing(trace), mean_field_weighing(trace, attention_fixed=True)]))
+    return estimate_and_error(trace)[1]
+
+
+def estimate_and_error(trace: Trace) -> tuple[PathProfile, ExpectedError]:
+    """`mean_field_sensitivity` and `expected_error` from the one sweep that the latter needs."""
+    estimate, fixed = weigh([mean_field_weighing(trace), mean_field_weighing(trace, attention_fixed=True)])
+    return estimate, foretold(estimate, fixed)
 
 
 def foretold(estimate: PathProfile, attention_fixed: PathProfile) -> ExpectedError:
@@ -81,7 +86,8 @@ def foretold(estimate: PathProfile, attention_fixed: PathProfile) -> ExpectedErr
     )
 
 
-def check_level(level: float) -> None:
-    """A share of positions that an interval is to hold."""
+def deviations(level: float) -> float:
+    """How many standard deviations to either side hold this share of normal numbers."""
     if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
         raise InputError(f"level={one_line(repr(level), 60)} came; expected a share between 0 and 1: give 0.9")
+    return NormalDist().inv_cdf((1 + level) / 2)

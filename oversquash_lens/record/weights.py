@@ -122,8 +122,8 @@ def _layer_gains(w: LayerWeights, layout: Layout) -> dict[str, Tensor | None]:
         "worst_output_factor": None if post is None else _factor(bare) * _largest(post),
         "query_norm": torch.linalg.svdvals(query)[:, 0] * _largest(w.query_gain),
         "key_norm": torch.linalg.svdvals(key)[:, 0] * _largest(w.key_gain),
-        "query_square": _as_scores_see(gain, w.query, w.query_gain, layout).square().sum((1, 2)),
-        "key_factor": torch.linalg.qr(_as_scores_see(gain, w.key, w.key_gain, layout), mode="r").R,
+        "query_square": _as_scores_see(query, w.query_gain, layout).square().sum((1, 2)),
+        "key_factor": torch.linalg.qr(_as_scores_see(gain * wide(w.key), w.key_gain, layout), mode="r").R,
         "score_scale": gain.new_tensor(w.score_scale),
         **_mlp_norms(w, layout),
     }
@@ -144,13 +144,9 @@ def _mlp_norms(w: LayerWeights, layout: Layout) -> dict[str, Tensor]:
 
 
 def _as_scores_see(
-    gain: Float[Tensor, "d_model 1"],
-    weight: Float[Tensor, "head d_model d_head"],
-    inside: Float[Tensor, " d_head"] | None,
-    layout: Layout,
+    weight: Float[Tensor, "head d_model d_head"], inside: Float[Tensor, " d_head"] | None, layout: Layout
 ) -> Float[Tensor, "head d_model d_head"]:
-    """How queries or keys follow the normalised residual, the gain of their own norm included."""
-    weight = gain * wide(weight)
+    """diag(γ₁)W as queries or keys follow the residual: centred as it is, with the gain `inside` of their own norm."""
     weight = weight if inside is None else weight * wide(inside)
     return weight - weight.mean(1, keepdim=True) if layout.centred else weight
 

@@ -64,16 +64,7 @@ def _trust(found: Findings) -> str:
     return (
         f"How far to trust the pictures: the estimate behind them ranks tokens with ρ = {number(row.spearman, '.2f')} "
         f"to the measured truth and is typically {number(_size(row), '.2g')} times its size. "
-        f"{_foretold(found)}"
-    )
-
-
-def _foretold(found: Findings) -> str:
-    """What one would have to go by without the truth."""
-    expected, level = found.audit.expected, 0.9
-    return (
-        f"Without the truth, from the recording alone, one would expect {number(expected.size, '.2g')} times its size, "
-        f"and nine of ten tokens within a factor of {number(expected.factor(level), '.2g')} of that."
+        f"{escape(found.audit.expected.sentence)}"
     )
 
 
