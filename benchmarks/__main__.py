@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.cells import Cell, Results, measure
 from benchmarks.machine import cores, in_words, machine
 from benchmarks.table import FUSED_ONLY, growth, lens_table, limits, peer_table, verdicts
-from oversquash_lens.files import write_atomically
+from oversquash_lens.storage import write_atomically
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import oversquash_lens as osl
 from benchmarks.prompts import seven_prompts
-from oversquash_lens.files import write_atomically
+from oversquash_lens.storage import write_atomically
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from oversquash_lens.files import write_atomically
+from oversquash_lens.storage import write_atomically
 
 WORDS = 300  # characters of an error that are kept
 

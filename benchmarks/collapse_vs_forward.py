@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.measure.collapse import collapse_curve
-from oversquash_lens.paper import families
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import collapse_curve
 
 FAMILIES = {
     "counting": families.counting,  # one chain of prefixes

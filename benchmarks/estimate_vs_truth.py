@@ -30,10 +30,10 @@ import oversquash_lens as osl
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, tokens
 from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
-from oversquash_lens.files import write_atomically
-from oversquash_lens.measure.compare import spearman
-from oversquash_lens.measure.sweep_work import model_identity
-from oversquash_lens.record.attention import per_head
+from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.capture.attention import per_head
+from oversquash_lens.storage import write_atomically
+from oversquash_lens.sweeps.work import model_identity
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}

@@ -40,7 +40,7 @@ LENGTH = 300  # tokens, about
 
 def fact_prompts(model: object) -> list[tuple[str, int]]:
     """(prompt, position of the asked word's first token) of each fact; the filler starts elsewhere in each."""
-    from oversquash_lens.record.prompt import text_ids
+    from oversquash_lens.capture.tokens import text_ids
 
     prompts = []
     for i, (fact, question) in enumerate(FACTS):

@@ -16,7 +16,7 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import seconds
-from oversquash_lens.measure.profiles import KINDS, path_weighing
+from oversquash_lens.paths.profiles import KINDS, path_weighing
 
 
 def main() -> None:

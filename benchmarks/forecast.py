@@ -105,16 +105,16 @@ STEPS: dict[str, Callable] = {
 
 def cut(kind: str, layers: int) -> Any:
     """The first layers of the embedded model, with its last norm and unembedding."""
-    from oversquash_lens import models
+    from oversquash_lens.models import loading
 
-    found = models.load_twin()
+    found = loading.load_twin()
     found.model.set_attn_implementation("eager")
     found.model.model.layers = found.model.model.layers[:layers]
     found.model.config.num_hidden_layers = layers
-    loading, model_class = models._loading("float32", "cpu", None, False), models._model_class(kind)
+    loading, model_class = loading._loading("float32", "cpu", None, False), loading._model_class(kind)
     if model_class.__name__ == "TransformerBridge":
-        return models._bridge(model_class, found, loading).eval()
-    return models._hooked(model_class, found, loading, False).eval()
+        return loading._bridge(model_class, found, loading).eval()
+    return loading._hooked(model_class, found, loading, False).eval()
 
 
 def peak_and_seconds(step: Callable[[], object], clock: Callable[[], float]) -> tuple[float, float]:

@@ -19,9 +19,9 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import plain, seconds
-from oversquash_lens.record import attending, gate
-from oversquash_lens.record.layer import LayerRecord
-from oversquash_lens.record.recorder import Recorder
+from oversquash_lens.capture import attending
+from oversquash_lens.capture.layer import LayerRecord
+from oversquash_lens.capture.recorder import Recorder
 
 CHECKS = [(gate, name) for name in vars(gate) if name.startswith("check_")]
 CHECKS += [(LayerRecord, "_check_projections"), (LayerRecord, "_check_norm")]

@@ -25,10 +25,10 @@ import torch
 
 import oversquash_lens as osl
 from benchmarks.table import DASH, gigabytes, markdown
-from oversquash_lens.measure.bounds import VARIANTS
-from oversquash_lens.measure.profiles import profiles
-from oversquash_lens.models import load_twin
-from oversquash_lens.sources import Weights
+from oversquash_lens.models.loading import load_twin
+from oversquash_lens.models.sources import Weights
+from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.profiles import profiles
 
 SHAPES = {
     "llama3-8b": {

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, help="default: standard output")
     options = parser.parse_args()
-    from oversquash_lens.models import load_twin
+    from oversquash_lens.models.loading import load_twin
 
     text = long_text(load_twin(device="cpu").tokenizer, options.tokens)
     if options.out is None:

@@ -17,9 +17,9 @@ import torch
 
 import oversquash_lens as osl
 from benchmarks.facts import fact_prompts
-from oversquash_lens.files import write_atomically
-from oversquash_lens.measure.compare import spearman
-from oversquash_lens.record.hooks import attached
+from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.capture.hooks import attached
+from oversquash_lens.storage import write_atomically
 
 SEED = 20261122
 

@@ -12,7 +12,7 @@ import oversquash_lens as osl
 from benchmarks import peers
 from benchmarks.long_text import long_prompt
 from benchmarks.timing import plain
-from oversquash_lens.measure.bounds import VARIANTS
+from oversquash_lens.paths.bounds import VARIANTS
 
 KINDS = (*VARIANTS, "mean_field")
 
@@ -41,7 +41,7 @@ class Bench:
 
     @cached_property
     def _weights(self) -> Any:
-        from oversquash_lens.models import load_twin
+        from oversquash_lens.models.loading import load_twin
 
         return load_twin(device="cpu")
 
@@ -72,7 +72,7 @@ class Bench:
 
     def sweep(self) -> None:
         """Every bound and the mean-field estimate of what `record` has left."""
-        from oversquash_lens.measure.profiles import profiles
+        from oversquash_lens.paths.profiles import profiles
 
         trace, self._trace = self._trace, None
         profiles(trace, KINDS)

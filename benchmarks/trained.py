@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.files import check_place, write_atomically
+from oversquash_lens.storage import check_place, write_atomically
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

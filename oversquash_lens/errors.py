@@ -18,7 +18,7 @@ class ModelError(OversquashError):
     """A model that cannot be found, loaded or described by the measures."""
 
 
-class GateError(OversquashError):
+class HookMismatchError(OversquashError):
     """What was recorded does not describe the model: a hook that did not fire, a row that does not sum to 1, …"""
 
 
@@ -48,5 +48,5 @@ def whole_number(name: str, came: Any, least: int = 1, otherwise: str = "") -> i
         found = least - 1
     if found < least:
         shown = one_line(repr(came), 60)
-        raise InputError(f"{name}={shown} came; expected at least {least}{otherwise}, as a whole number")
+        raise InputError(f"expected at least {least}{otherwise}, as a whole number, got {name}={shown}")
     return found

@@ -60,7 +60,7 @@ def faults(message: str, came: str) -> list[str]:
     checks = {
         "it is not one line": "\n" not in message and "\r" not in message,
         f"it has more than {LONGEST} characters ({len(message)})": len(message) <= LONGEST,
-        f"it does not name what came ({came!r})": came in message,
+        f"got it does not name what ({came!r})": came in message,
         "it does not say what was expected": EXPECTATION.search(message) is not None,
         "it does not say what to do": bool(INSTRUCTION.search(message) or VALUES.search(message)),
         "it is nobody's words but Python's": "Traceback" not in message and " object at 0x" not in message,

@@ -10,7 +10,7 @@ import torch
 from bad_days import PROMPT, Case, World
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, InputError, ModelError, TraceFileError
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError, TraceFileError
 
 Call = Callable[[World], Any]
 
@@ -237,8 +237,8 @@ ARGUMENTS = [
     Case("record", "a seed beyond 64 bits", str(2**80), _recorded(seed=2**80)),
     Case("record", "a seed that is a word", "'zero'", _recorded(seed="zero")),
     Case("recording", "a batch of two", "batch of 2", _batch_of_two),
-    Case("recording", "two passes in one recording", "second time", _two_passes, GateError),
-    Case("recording", "no pass in a recording", "not recorded", _no_pass, GateError),
+    Case("recording", "two passes in one recording", "second time", _two_passes, HookMismatchError),
+    Case("recording", "no pass in a recording", "not recorded", _no_pass, HookMismatchError),
     Case("recording", "no node probes", "node_probes=-1", lambda w: osl.recording(w.model, node_probes=-1).__enter__()),
     Case("Trace", "a path that is no file", "nowhere", lambda w: osl.Trace.load(w.folder / "nowhere"), TraceFileError),
     Case("Trace", "a folder", "is not a file", lambda w: osl.Trace.load(w.folder), TraceFileError),
@@ -347,7 +347,7 @@ ARGUMENTS = [
     ),
     # edits and what they do
     Case("edits.window", "no width", "window of 0", lambda w: osl.edits.window(0)),
-    Case("edits.window", "a width of words", "window of wide", lambda w: osl.edits.window("wide")),
+    Case("edits.window", "a width of words", "window of wide", lambda w: osl.edits.window("to_float64")),
     Case("edits.window", "half a position", "window of 2.5", lambda w: osl.edits.window(2.5)),
     Case("edits.sliding_window", "less than none", "window of -3", lambda w: osl.edits.sliding_window(-3)),
     Case("edits.mask_position", "before the prompt", "position -1", lambda w: osl.edits.mask_position(-1)),
@@ -421,8 +421,8 @@ ARGUMENTS = [
     Case("collapse_curve", "no formats", "no dtypes", _curve(dtypes=())),
     Case("collapse_curve", "an unknown format", "'float7'", _curve(dtypes=("float7",))),
     Case("collapse_curve", "one format that is no list", "'f'", _curve(dtypes="float32")),
-    Case("collapse_curve", "a family that is none", "a str came", _curve(family="ones")),
-    Case("collapse_curve", "a family of words", "a str came", _curve(family=lambda k: "w5 w9")),
+    Case("collapse_curve", "a family that is none", "got a str", _curve(family="ones")),
+    Case("collapse_curve", "a family of words", "got a str", _curve(family=lambda k: "w5 w9")),
     Case("collapse_curve", "a family of one token", "1 token", _curve(family=lambda k: [5])),
     Case("collapse_curve", "two prompts alike", "equal", _two_pairs([5, 9], [5, 9])),
     Case("collapse_curve", "beyond the vocabulary", "token id 99", _two_pairs([5, 9], [5, 99])),
@@ -475,7 +475,7 @@ ARGUMENTS = [
     Case(
         "lemmas.softmax_total_variation",
         "a list",
-        "a list came",
+        "got a list",
         lambda w: osl.lemmas.softmax_total_variation([1.0], [2.0]),
     ),
     Case(
@@ -574,7 +574,7 @@ def _ill() -> list[Case]:
         for word, value in ill.items():
             for part in (("embed",), ("0", "mlp"), ("1", "attn")):
                 where = " ".join(part)
-                kind = InputError if name == "reports" else (GateError, ModelError)
+                kind = InputError if name == "reports" else (HookMismatchError, ModelError)
                 cases.append(Case(name, f"{word} weights in {where}", "NaN or infinite", fed(name, value, *part), kind))
     return cases
 

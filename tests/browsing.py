@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from oversquash_lens.render.document import document
-from oversquash_lens.render.html import View, runtime, visible_token
+from oversquash_lens.viz.document import document
+from oversquash_lens.viz.html import View, runtime, visible_token
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -102,7 +102,7 @@ class Opened:
         from selenium.webdriver.support.ui import WebDriverWait
 
         return WebDriverWait(self.driver, WAIT, 0.05).until(
-            lambda driver: driver.execute_script(condition, *arguments), f"never came true: {condition}"
+            lambda driver: driver.execute_script(condition, *arguments), f"got never true: {condition}"
         )
 
     def ask(self, script: str, *arguments: object):

@@ -19,11 +19,11 @@ from torch.nn import functional
 from zoo import float64_throughout, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.measure.bounds import PRINTED
-from oversquash_lens.measure.compare import compare
-from oversquash_lens.record.hooks import attached
-from oversquash_lens.record.layout import model_layout
-from oversquash_lens.record.support import MEASURES, STATES, Verdict
+from oversquash_lens.analyses.compare import compare
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.support import MEASURES, STATES, Verdict
+from oversquash_lens.paths.bounds import PRINTED
 
 LENGTH = 10
 
@@ -130,7 +130,7 @@ class Subject:
             ]
         with torch.no_grad(), attached(self.model, hooks):
             self.model(self.tokens.repeat(len(nudges), 1))
-        restore = model_layout(self.model).restore_gain
+        restore = read_architecture(self.model).restore_gain
         return found[0] if restore is None else found[0] * restore.double()
 
 
@@ -180,7 +180,7 @@ def _tried(measure: str, subjects: list[Subject]) -> Found:
     for subject in subjects:
         try:
             numbers.append(JUDGES[measure](subject))
-        except (osl.ModelError, osl.GateError) as error:
+        except (osl.ModelError, osl.HookMismatchError) as error:
             return Found("refused", str(error))
         except BrokenError:
             raise

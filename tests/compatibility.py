@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.files import write_atomically
+from oversquash_lens.storage import write_atomically
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2, 3, 4)

@@ -168,7 +168,7 @@ def on_tiny(cli: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Callab
         on_tiny.asked = {"name": name, **options}
         return tiny
 
-    monkeypatch.setattr("oversquash_lens.models.load_model", load_model)
+    monkeypatch.setattr("oversquash_lens.models.loading.load_model", load_model)
 
     def on_tiny(*arguments: str) -> SimpleNamespace:
         return cli(*arguments)

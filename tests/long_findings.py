@@ -9,11 +9,11 @@ import torch
 from small_findings import findings_result
 from small_results import about, audit_result
 
-from oversquash_lens.measure.edges import Parts
-from oversquash_lens.measure.findings import Findings
-from oversquash_lens.measure.flow import Flow
-from oversquash_lens.measure.heaviest import HeavyEdge, HeavyPath
-from oversquash_lens.measure.squashing import Squashing
+from oversquash_lens.analyses.findings import Findings
+from oversquash_lens.paths.edges import Parts
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath
+from oversquash_lens.paths.squashing import Squashing
 
 SENTENCE = ("The", " seals", " lay", " on", " the", " sk", "erry", " and", " sang", ".", "\n")
 

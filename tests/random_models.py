@@ -18,7 +18,7 @@ from small_models import D_VOCAB, N_CTX, has_hooked, hooked, random_spec, tokens
 from zoo import CELLS, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, ModelError
+from oversquash_lens.errors import HookMismatchError, ModelError
 
 SINK = 1  # the token that plays BOS
 LENGTHS = (2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -77,7 +77,7 @@ def refused(architecture: str) -> str:
     model, tokens = build(Case(0, architecture, "Gaussian", "random", 5, "float64"))
     try:
         osl.record(model, tokens)
-    except (ModelError, GateError) as error:
+    except (ModelError, HookMismatchError) as error:
         return str(error)
     return ""
 

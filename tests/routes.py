@@ -12,11 +12,11 @@ from small_models import tokens_for
 from zoo import CELLS, float64_throughout, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.measure.bounds import VARIANTS
-from oversquash_lens.record.fused import why_not_fused
-from oversquash_lens.record.layout import ROUTES, model_layout
-from oversquash_lens.record.prompt import tokenize
-from oversquash_lens.record.recorder import Recorder, record_on
+from oversquash_lens.capture.architecture import ROUTES, read_architecture
+from oversquash_lens.capture.fused import why_not_fused
+from oversquash_lens.capture.recorder import Recorder, record_on
+from oversquash_lens.capture.tokens import tokenize
+from oversquash_lens.paths.bounds import VARIANTS
 
 LENGTH = 12  # more than the window of the windowed ones, and none of them
 
@@ -84,12 +84,12 @@ def compared(name: str, kind: str, dtype: torch.dtype) -> list[Difference]:
     """Nothing for a model that cannot be recorded at all."""
     model, tokens = zoo(name, kind, dtype=dtype), tokens_for(4, LENGTH)
     try:
-        layout = model_layout(model)
+        architecture = read_architecture(model)
     except osl.ModelError:
         return []
     kept, found = on_route(model, tokens, "kept"), []
     for route in ROUTES[1:]:
-        why = why_not_fused(model, layout) if route == "fused" else None
+        why = why_not_fused(model, architecture) if route == "fused" else None
         if why is None:
             found.append(Difference(name, kind, route, "", differences(kept, on_route(model, tokens, route))))
         else:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from small_results import TOKENS, audit_result, flow_result
 
-from oversquash_lens.measure.assumptions import Assumption
-from oversquash_lens.measure.compare import Comparison
-from oversquash_lens.measure.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, Findings
-from oversquash_lens.measure.flow import Flow
-from oversquash_lens.measure.heaviest import heaviest_edges, heaviest_paths
-from oversquash_lens.measure.squashing import Squashing
-from oversquash_lens.record.about import About
+from oversquash_lens.analyses.assumptions import Assumption
+from oversquash_lens.analyses.compare import Comparison
+from oversquash_lens.analyses.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, Findings
+from oversquash_lens.capture.about import About
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
+from oversquash_lens.paths.squashing import Squashing
 
 REAL = Comparison(0.93, -0.09, -0.55, 0.22)
 IMPOSED = Comparison(0.41, 0.5, -1.0, 2.0)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from oversquash_lens.measure.audit import Audit, AuditRow
-from oversquash_lens.measure.edges import Parts
-from oversquash_lens.measure.expected import ExpectedError
-from oversquash_lens.measure.flow import Flow
-from oversquash_lens.measure.jacobian import MeasuredSensitivity
-from oversquash_lens.measure.paths import PathProfile
-from oversquash_lens.record.about import About
+from oversquash_lens.analyses.audit import Audit, AuditRow
+from oversquash_lens.capture.about import About
+from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.paths.edges import Parts
+from oversquash_lens.paths.expected_error import ExpectedError
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.paths import PathProfile
 
 TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")
 EVIL = (

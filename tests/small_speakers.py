@@ -16,9 +16,9 @@ from small_models import NO_BRIDGE, NO_HOOKED, has_bridge, has_hooked
 from torch import Tensor
 
 import oversquash_lens as osl
-from oversquash_lens.models import load_twin
+from oversquash_lens.models.loading import load_twin
+from oversquash_lens.models.sources import Weights
 from oversquash_lens.paper.speakers import GREEDY, Reply, Sampling, Speaker
-from oversquash_lens.sources import Weights
 
 N_CTX = 1024
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"

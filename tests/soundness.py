@@ -21,8 +21,8 @@ import torch
 from random_models import Case, build
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, ModelError
-from oversquash_lens.record.layout import model_layout
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.errors import HookMismatchError, ModelError
 
 SOUND = ("calibrated", "calibrated_full")
 ROUNDINGS = 64  # a layer
@@ -59,7 +59,7 @@ def jacobians(model: Any, tokens: torch.Tensor, *, freeze_attention: bool) -> li
         inputs = [kept[layer] for layer in layers]
         rows = [torch.autograd.grad(part, inputs, retain_graph=True) for part in kept["y"][0, -1]]
     found = [torch.stack([row[layer][0] for row in rows], dim=1).double() for layer in layers]
-    gain = model_layout(model).restore_gain
+    gain = read_architecture(model).restore_gain
     return found if gain is None else [jacobian * gain.double()[:, None] for jacobian in found]
 
 
@@ -90,7 +90,7 @@ def judge(case: Case) -> list[Judged] | str:
     model, tokens = build(case)
     try:
         trace = osl.record(model, tokens)
-    except GateError as error:
+    except HookMismatchError as error:
         return str(error)
     found = []
     for variant in SOUND:

@@ -17,21 +17,21 @@ from torch import nn
 from zoo import CELLS, WINDOW, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, InputError, ModelError
-from oversquash_lens.record import attending, attention, fused, rotation
-from oversquash_lens.record.attention import (
+from oversquash_lens.capture import attending, attention, fused, rotation
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.capture.attention import (
     AttentionRows,
     KeptAttention,
     RecomputedAttention,
     UniformAttention,
     recomputed,
 )
-from oversquash_lens.record.edits import edited_attention, window
-from oversquash_lens.record.fused import why_not_fused
-from oversquash_lens.record.layout import model_layout
-from oversquash_lens.record.room import MEMORY_VARIABLE
-from oversquash_lens.record.route import planned_route
-from oversquash_lens.record.trace import FORMAT
+from oversquash_lens.capture.edits import edited_attention, window
+from oversquash_lens.capture.fused import why_not_fused
+from oversquash_lens.capture.route import planned_route
+from oversquash_lens.capture.trace import FORMAT
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError
+from oversquash_lens.memory import MEMORY_VARIABLE
 
 Model = Any
 HEADS, KV_HEADS, D_HEAD, N = 4, 2, 3, 21
@@ -198,11 +198,11 @@ def test_which_architectures_are_fused(name: str, kind: str) -> None:
         pytest.skip(why)
     model = zoo(name, kind)
     try:
-        layout = model_layout(model)
+        architecture = read_architecture(model)
     except ModelError:
         assert name == "olmo2"
         return
-    found = why_not_fused(model, layout)
+    found = why_not_fused(model, architecture)
     expected = "HookedTransformer" if kind == "hooked" else NOT_FUSED.get((name, kind))
     assert (found is None) if expected is None else (expected in found)
 
@@ -267,7 +267,7 @@ def test_short_prompts_keep_their_patterns_and_long_ones_do_not(monkeypatch: pyt
 @needs_hooked
 def test_what_cannot_be_recomputed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = zoo("gpt2", "hooked"), tokens_for(4, 12)
-    monkeypatch.setattr("oversquash_lens.record.structure.rotation", lambda model, hooks: "unknown")
+    monkeypatch.setattr("oversquash_lens.capture.structure.rotation", lambda model, hooks: "unknown")
     monkeypatch.setenv(MEMORY_VARIABLE, "300MB")
     assert kinds(osl.record(model, tokens)) == {KeptAttention}
     with pytest.raises(ModelError, match="expected a model that shows it"):
@@ -402,7 +402,7 @@ def test_no_square_is_made_by_fused_attention(monkeypatch: pytest.MonkeyPatch) -
             return out
 
     model, tokens = zoo("llama", "bridge"), tokens_for(4, n)
-    monkeypatch.setattr("oversquash_lens.record.gate.ROWS", 2)
+    monkeypatch.setattr("oversquash_lens.capture.checks.ROWS", 2)
     with Watch():
         on_route(model, tokens, "fused", node_probes=2)
     assert len(made) > 100
@@ -413,7 +413,7 @@ def test_no_square_is_made_by_fused_attention(monkeypatch: pytest.MonkeyPatch) -
 
 
 def caught(model: Model, route: str, *said: str, **how: Any) -> None:
-    with pytest.raises(GateError) as found:
+    with pytest.raises(HookMismatchError) as found:
         on_route(model, tokens_for(5, 12), route, **how)
     assert all(word in str(found.value) for word in said), str(found.value)
 
@@ -428,14 +428,14 @@ def sabotaged() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "kind"), list(sabotaged()))
 def test_a_wrong_scale_is_caught(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo(name, kind)
-    monkeypatch.setattr("oversquash_lens.record.structure.score_factor", lambda model: 1.05)
+    monkeypatch.setattr("oversquash_lens.capture.structure.score_factor", lambda model: 1.05)
     caught(model, "recomputed", "layer 0", "differs from")
 
 
 @pytest.mark.parametrize(("name", "kind"), list(sabotaged()))
 def test_a_scale_that_the_weights_do_not_tell_is_caught(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo(name, kind)
-    monkeypatch.setattr("oversquash_lens.record.parameters._score_scale", lambda attn: 0.55)
+    monkeypatch.setattr("oversquash_lens.capture.parameters._score_scale", lambda attn: 0.55)
     for route in ("recomputed", "fused") if kind == "bridge" else ("recomputed",):
         caught(model, route, "layer 0")
 
@@ -488,22 +488,22 @@ def test_a_hook_that_fires_twice_is_caught(fresh: tuple[Model, torch.Tensor]) ->
     twice = model.hook_dict["blocks.1.mlp.hook_post"]
     calls = type(twice).__call__
     twice.__class__ = type("Echo", (type(twice),), {"__call__": lambda self, value: calls(self, calls(self, value))})
-    for route in ("recomputed", "fused") if why_not_fused(model, model_layout(model)) is None else ("recomputed",):
+    for route in ("recomputed", "fused") if why_not_fused(model, read_architecture(model)) is None else ("recomputed",):
         caught(model, route, "layer 1, mlp.hook_post", "second time")
 
 
 def test_auto_falls_back_to_what_the_hooks_show(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oversquash_lens.record.fused._CPU_KERNEL", "none")
+    monkeypatch.setattr("oversquash_lens.capture.fused._CPU_KERNEL", "none")
     monkeypatch.setattr(fused.functional, "scaled_dot_product_attention", lambda query, *rest, **options: query)
     assert kinds(osl.record(llama, tokens_for(4, 12))) == {KeptAttention}
-    with pytest.raises(GateError, match="pattern · v"):
+    with pytest.raises(HookMismatchError, match="pattern · v"):
         osl.record(llama, tokens_for(4, 12), attention="recomputed")
 
 
 def test_without_the_kernel_sums_are_our_own(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tokens_for(4, 12)
     before = on_route(llama, tokens, "fused")
-    monkeypatch.setattr("oversquash_lens.record.fused._CPU_KERNEL", "none")
+    monkeypatch.setattr("oversquash_lens.capture.fused._CPU_KERNEL", "none")
     assert max(differences(before, on_route(llama, tokens, "fused")).values()) < 1e-9
 
 
@@ -531,7 +531,7 @@ def test_the_model_is_left_as_it_was(name: str, where: str, count_hooks: Callabl
 
     monkeypatch.setattr(fused, "_attend", interrupted)
     if where == "before":
-        monkeypatch.setattr("oversquash_lens.record.recorder.last_logits_only", _interrupt)
+        monkeypatch.setattr("oversquash_lens.capture.recorder.last_logits_only", _interrupt)
     if where == "never":
         osl.record(model, tokens)
     else:
@@ -590,9 +590,9 @@ def test_a_header_that_holds_no_number(number: Any, llama: Model, tmp_path: Path
 def test_windows_are_where_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose window is not seen would look further back than the model does: caught where it is as wide."""
     model, tokens = zoo("mistral-window", "hooked"), tokens_for(4, 12)
-    assert model_layout(model).windows == (WINDOW, WINDOW)
-    monkeypatch.setattr("oversquash_lens.record.structure.window", lambda model, layer: None)
-    with pytest.raises(GateError, match="softmax"):
+    assert read_architecture(model).windows == (WINDOW, WINDOW)
+    monkeypatch.setattr("oversquash_lens.capture.structure.window", lambda model, layer: None)
+    with pytest.raises(HookMismatchError, match="softmax"):
         on_route(model, tokens, "recomputed")
 
 

@@ -18,7 +18,7 @@ from small_speakers import characters
 from small_speakers import model as speaking_model
 
 import oversquash_lens as osl
-from oversquash_lens.sources import Weights
+from oversquash_lens.models.sources import Weights
 
 CASES = [*INPUT_CASES, *FILE_CASES, *SWEEP_CASES]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,7 +51,6 @@ def test_a_mistake_is_answered(case: Case, world: World) -> None:
 @pytest.fixture
 def shell(cli: Callable, shared: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
     """The command line; where no model is named, a small one stands in for the embedded default."""
-    from oversquash_lens import models
 
     small = Weights(speaking_model(), characters(), "a small model")
     monkeypatch.setattr(models, "_find_embedded", lambda loading: small)
@@ -98,7 +97,7 @@ def public_doors() -> list[str]:
 def own_functions(module: ModuleType) -> list[str]:
     names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
     inside = [name for name in names if inspect.isfunction(getattr(module, name))]
-    ours = "oversquash_lens.render" if module.__name__ == "oversquash_lens.render.views" else module.__name__
+    ours = "oversquash_lens.viz" if module.__name__ == "oversquash_lens.viz.views" else module.__name__
     return [name for name in inside if getattr(module, name).__module__.startswith(ours)]
 
 

@@ -22,10 +22,10 @@ from bad_days import PROMPT, World, faults
 from bad_writers import KINDS
 
 import oversquash_lens as osl
-from oversquash_lens import embedded
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.files import check_place, check_writable, folder_for, write_atomically
+from oversquash_lens.models import embedded
 from oversquash_lens.paper.kept_curves import kept_curve
+from oversquash_lens.storage import check_place, check_writable, folder_for, write_atomically
 
 KILLS = int(os.environ.get("OVERSQUASH_LENS_KILLS", "12"))
 HERE = Path(__file__).parent
@@ -213,10 +213,10 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import torch
 from small_speakers import characters, model
-from oversquash_lens import models
+from oversquash_lens.models import loading
 from oversquash_lens.paper.speakers import Speaker
-from oversquash_lens.sources import Weights
-models.load_twin = lambda name, **options: Weights(model(), characters(), "a small model")
+from oversquash_lens.models.sources import Weights
+loading.load_twin = lambda name, **options: Weights(model(), characters(), "a small model")
 replies = Speaker.replies
 def slowly(self, *arguments, **options):
     time.sleep({pause})
@@ -312,15 +312,15 @@ CURVES = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from small_speakers import loaded
-from oversquash_lens import models
-from oversquash_lens.measure import pair_run
+from oversquash_lens.models import loading
+from oversquash_lens.collapse import pairs
 model = loaded("bridge")
-models.load_model = lambda name, **options: model
-read = pair_run.read
+loading.load_model = lambda name, **options: model
+read = pairs.read
 def slowly(*arguments, **options):
     time.sleep({pause})
     return read(*arguments, **options)
-pair_run.read = slowly
+pairs.read = slowly
 from oversquash_lens.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -13,11 +13,11 @@ from small_models import tokenizer, tokens_for
 from zoo import CELLS, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.record import batch
-from oversquash_lens.record.batch import batch_bytes, record_batch, unpadded
-from oversquash_lens.record.prompt import TokenizedPrompt
-from oversquash_lens.record.size import record_bytes, size_of
-from oversquash_lens.record.trace import Gains, Trace
+from oversquash_lens.capture import batch
+from oversquash_lens.capture.batch import batch_bytes, record_batch, unpadded
+from oversquash_lens.capture.size import record_bytes, size_of
+from oversquash_lens.capture.tokens import TokenizedPrompt
+from oversquash_lens.capture.trace import Gains, Trace
 
 LENGTHS = (3, 12, 7, 12, 2)
 SAME = {torch.float64: 1e-6, torch.float32: 2e-5}  # relative; bridges of float64 weights compute norms in float32
@@ -159,7 +159,7 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(monkeypatch: pytest.M
         ([[5, 6]], [[1, 1, 1]], r"ids of shape \(1, 2\) came with an attention_mask of shape \(1, 3\)"),
         ([5, 6], [1, 1], r"ids of shape \(2,\)"),
         ([[5, 6]], [[1, 2]], "other numbers than 0 and 1"),
-        (["w5 w6"], [[1, 1]], "an attention_mask came with list"),
+        (["w5 w6"], [[1, 1]], "got an attention_mask with list"),
         ([[5, 6, 7], [5, 6, 7]], [[1, 1, 1], [0, 0, 1]], "prompt 1: a prompt of 1 token"),
     ],
 )
@@ -171,9 +171,9 @@ def test_masks_that_say_nothing(ids: Any, mask: Any, said: str, tiny: Any) -> No
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("w5 w6", "prompts of type str came"),
+        ("w5 w6", "got prompts of type str"),
         (7, "prompts of type int"),
-        ([], "no prompt came"),
+        ([], "got no prompt"),
         ([5, 6, 7], "prompt 0: "),
         (["w5 w6", "w5 " * 20], "prompt 1: a prompt of 2"),
         (["w5 w6", ""], "prompt 1: an empty prompt"),
@@ -215,7 +215,7 @@ def test_what_does_not_describe_the_model_is_found_out(tiny: Any) -> None:
 
     tiny.add_hook("blocks.0.hook_resid_mid", edit)
     try:
-        with pytest.raises(osl.GateError, match="layer 0"):
+        with pytest.raises(osl.HookMismatchError, match="layer 0"):
             record_batch(tiny, prompts())
     finally:
         tiny.reset_hooks()

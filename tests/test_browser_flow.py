@@ -9,9 +9,9 @@ import torch
 from browsing import CELLS, PHONE, Opened, contrast, dark, page_of, screen, seen
 from small_results import EVIL, TOKENS, flow_result, profile
 
-from oversquash_lens.measure.heaviest import heaviest_edges
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.views import activations, heads, layers, prompts, route
+from oversquash_lens.paths.heaviest import heaviest_edges
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.views import activations, heads, layers, prompts, route
 
 pytestmark = pytest.mark.browser
 

@@ -14,9 +14,9 @@ from small_findings import findings_result
 from small_models import hooked, tokens_for
 from small_results import EVIL, TOKENS
 
-from oversquash_lens.measure.findings import Findings, findings
-from oversquash_lens.render.page import render_page
-from oversquash_lens.render.reports import reports
+from oversquash_lens.analyses.findings import Findings, findings
+from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.reports import reports
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")]
 DESKTOP = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}

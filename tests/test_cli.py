@@ -19,7 +19,7 @@ from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens
 from oversquash_lens.cli import DEFAULT_PROMPT, VARIANT_NAMES
-from oversquash_lens.measure.bounds import VARIANTS
+from oversquash_lens.paths.bounds import VARIANTS
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 PROMPT = "w5 w9 w5 w30"
@@ -192,7 +192,7 @@ def test_without_a_prompt_it_counts_ones(on_tiny: Callable) -> None:
     """The paper's own kind of prompt; far beyond what this model reads."""
     assert DEFAULT_PROMPT.startswith("How many ones are in the following sequence? 1 1 1")
     n = len(DEFAULT_PROMPT.split()) + 1
-    refused(on_tiny("bound"), f"a prompt of {n} tokens came; this model reads at most n_ctx = 16")
+    refused(on_tiny("bound"), f"got a prompt of {n} tokens; this model reads at most n_ctx = 16")
 
 
 def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +209,8 @@ def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pyte
 
 WITH_TINY: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["bound", "--prompt", ""], "empty"),
-    "one token": (["bound", "--prompt", "w5", "--no-bos"], "1 token came"),
-    "nothing but spaces": (["bound", "--prompt", "   ", "--no-bos"], "0 tokens came"),
+    "one token": (["bound", "--prompt", "w5", "--no-bos"], "got 1 token"),
+    "nothing but spaces": (["bound", "--prompt", "   ", "--no-bos"], "got 0 tokens"),
     "beyond n_ctx": (["audit", "--prompt", "w5 " * 17], "n_ctx = 16"),
     "report beyond n_ctx": (["report", "--prompt", "w5 " * 17], "n_ctx = 16"),
     "unknown variant": (["bound", "--prompt", PROMPT, "--variant", "theorem_9"], "theorem_9"),
@@ -272,7 +272,7 @@ def test_a_model_of_nans_is_one_line(part: str, name: str, cli: Callable, monkey
         module = module[int(step)] if step.isdigit() else getattr(module, step)
     with torch.no_grad():
         next(module.parameters()).fill_(float("nan"))
-    monkeypatch.setattr("oversquash_lens.models.load_model", lambda *a, **o: model)
+    monkeypatch.setattr("oversquash_lens.models.loading.load_model", lambda *a, **o: model)
     refused(cli(name, "--prompt", PROMPT), "NaN")
 
 
@@ -325,7 +325,7 @@ def test_an_interrupt_is_said_and_leaves_nothing(on_tiny: Callable, monkeypatch:
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("oversquash_lens.models.load_model", interrupt)
+    monkeypatch.setattr("oversquash_lens.models.loading.load_model", interrupt)
     result = on_tiny("report", "--prompt", PROMPT)
     assert result.code == 130
     assert re.search(r"^oversquash-lens: interrupted", result.err, re.MULTILINE)
@@ -344,7 +344,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_a_table_on_a_terminal_that_knows_ascii_only() -> None:
     """Greek letters and subscripts are replaced, not fatal."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from small_models import bridge; import oversquash_lens.models as m\n"
+        "import sys; sys.path.insert(0, 'tests'); from small_models import bridge\n"
+        "import oversquash_lens.models.loading as m\n"
         "m.load_model = lambda *a, **o: bridge(1)\n"
         f"from oversquash_lens.cli import main; sys.exit(main(['audit', '--prompt', {PROMPT!r}, '--probes', '2']))"
     )
@@ -377,10 +378,10 @@ def test_many_prompts_make_pages_and_an_index(on_tiny: Callable, name: str, cont
     ("content", "arguments", "said"),
     [
         ("", (), "is empty; expected one prompt a line"),
-        ("w5 w9", ("--prompt", "w5"), "--prompts-file came with one prompt or --json beside it"),
-        ("w5 w9", ("--json",), "--prompts-file came with one prompt or --json beside it"),
+        ("w5 w9", ("--prompt", "w5"), "got --prompts-file with one prompt or --json beside it"),
+        ("w5 w9", ("--json",), "got --prompts-file with one prompt or --json beside it"),
         ("w5 w9", ("--out", "/proc/no"), "/proc/no"),
-        ("w5 w9", ("--probes", "0"), "--probes 0 came"),
+        ("w5 w9", ("--probes", "0"), "got --probes 0"),
     ],
 )
 def test_many_prompts_refused(
@@ -404,7 +405,6 @@ def test_a_report_s_truth_has_fewer_probes_on_a_long_prompt(monkeypatch, n, prob
     from argparse import Namespace
 
     from oversquash_lens.cli import lens
-    from oversquash_lens.record import prompt
 
     monkeypatch.setattr(prompt, "tokenize", lambda *args, **options: SimpleNamespace(ids=range(n)))
     assert lens._usual_probes("model", "text", Namespace(chat=False, bos=None)) == probes

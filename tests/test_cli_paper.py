@@ -16,15 +16,15 @@ from small_speakers import KINDS, loaded
 
 from oversquash_lens.cli.common import FIGURE_FILES
 from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_NAMES, TASK_NAMES, lengths_of
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import collapse_curve
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import collapse_curve
-from oversquash_lens.paper import families
 from oversquash_lens.paper.experiments import FIGURES, Reproduced
 from oversquash_lens.paper.prompts import COTS
 from oversquash_lens.paper.questions import TASKS
 from oversquash_lens.paper.speakers import Sampling, Speaker
 from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 HOOKED = KINDS[1]
 SHORT = ("--lengths", "1-4", "--dtypes", "float64", "--no-floor")
@@ -42,8 +42,8 @@ def cli(cli: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch) ->
         return load
 
     hooked, twin = loaded(HOOKED), loaded("twin")
-    monkeypatch.setattr("oversquash_lens.models.load_model", giving(hooked))
-    monkeypatch.setattr("oversquash_lens.models.load_twin", giving(twin))
+    monkeypatch.setattr("oversquash_lens.models.loading.load_model", giving(hooked))
+    monkeypatch.setattr("oversquash_lens.models.loading.load_twin", giving(twin))
 
     def run(*arguments: str) -> SimpleNamespace:
         run.asked = []
@@ -303,31 +303,31 @@ def test_every_option_reaches_reproduce(cli: Callable, monkeypatch: pytest.Monke
 # ---------------------------------------------------------------- bad input
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "family": (["collapse", "--family", "sheep"], "family 'sheep' came; expected one of counting,"),
-    "lengths": (["collapse", "--lengths", "3-1"], "--lengths '3-1' came"),
-    "lengths of tasks": (["tasks", "--lengths", ""], "--lengths '' came"),
-    "number format": (["collapse", "--dtypes", "float32,float7"], "'float7' came"),
+    "family": (["collapse", "--family", "sheep"], "expected one of counting,, got family 'sheep'"),
+    "lengths": (["collapse", "--lengths", "3-1"], "got --lengths '3-1'"),
+    "lengths of tasks": (["tasks", "--lengths", ""], "got --lengths ''"),
+    "number format": (["collapse", "--dtypes", "float32,float7"], "got 'float7'"),
     "float8 cannot compute": (["collapse", "--dtypes", "float8_e5m2"], "no device here computes in it"),
-    "no number format": (["collapse", "--dtypes", ""], "'' came as the format to compute in"),
-    "a figure of no kind": (["collapse", "--figure", "curve.gif"], "--figure curve.gif came"),
-    "a figure's name": (["collapse", "--figure", "a curve.png"], "the file name 'a curve.png' came"),
+    "no number format": (["collapse", "--dtypes", ""], "got '' as the format to compute in"),
+    "a figure of no kind": (["collapse", "--figure", "curve.gif"], "got --figure curve.gif"),
+    "a figure's name": (["collapse", "--figure", "a curve.png"], "got the file name 'a curve.png'"),
     "a figure in no folder": (["collapse", "--figure", "no/such/curve.png"], "does not exist"),
     "out, a folder": (["collapse", "--out", "/"], "is a folder"),
     "out in no folder": (["tasks", "--out", "/no/such/folder/x.json"], "does not exist"),
     "answers in no folder": (["tasks", "--answers", "/no/such/folder/x.jsonl"], "does not exist"),
-    "task": (["tasks", "--task", "sing"], "task 'sing' came; expected one of sum, ones,"),
-    "chain of thought": (["tasks", "--cot", "much"], "--cot much came; expected one of none, zero_shot, few_shot"),
-    "temperature": (["tasks", "--temperature", "-1"], "temperature=-1.0 came"),
-    "temperature, nan": (["tasks", "--temperature", "nan"], "temperature=nan came"),
-    "no samples": (["tasks", "--samples", "0"], "--samples 0 came; expected at least 1"),
-    "no tokens": (["tasks", "--max-new-tokens", "0"], "max_new_tokens=0 came; expected at least 1"),
-    "figure": (["reproduce", "5", "13"], "figure 13 came; expected any of 1, 2, 3,"),
+    "task": (["tasks", "--task", "sing"], "expected one of sum, ones,, got task 'sing'"),
+    "chain of thought": (["tasks", "--cot", "much"], "expected one of none, zero_shot, few_shot, got --cot much"),
+    "temperature": (["tasks", "--temperature", "-1"], "got temperature=-1.0"),
+    "temperature, nan": (["tasks", "--temperature", "nan"], "got temperature=nan"),
+    "no samples": (["tasks", "--samples", "0"], "expected at least 1, got --samples 0"),
+    "no tokens": (["tasks", "--max-new-tokens", "0"], "expected at least 1, got max_new_tokens=0"),
+    "figure": (["reproduce", "5", "13"], "expected any of 1, 2, 3,, got figure 13"),
     "no figures": (["reproduce"], "FIGURE"),
-    "longest": (["reproduce", "2", "--longest", "50"], "a longest length of 50 came; expected at least 100"),
-    "reproduce's number format": (["reproduce", "5", "--dtypes", "float7"], "'float7' came"),
-    "reproduce's samples": (["reproduce", "3", "--samples", "-1"], "samples=-1 came"),
-    "reproduce's probes": (["reproduce", "window", "--probes", "0"], "probes=0 came"),
-    "reproduce's temperature": (["reproduce", "3", "--temperature", "inf"], "temperature=inf came"),
+    "longest": (["reproduce", "2", "--longest", "50"], "expected at least 100, got a longest length of 50"),
+    "reproduce's number format": (["reproduce", "5", "--dtypes", "float7"], "got 'float7'"),
+    "reproduce's samples": (["reproduce", "3", "--samples", "-1"], "got samples=-1"),
+    "reproduce's probes": (["reproduce", "window", "--probes", "0"], "got probes=0"),
+    "reproduce's temperature": (["reproduce", "3", "--temperature", "inf"], "got temperature=inf"),
     "no whole number": (["reproduce", "3", "--samples", "many"], "--samples"),
     "an unknown option": (["reproduce", "3", "--hurry"], "--hurry"),
 }
@@ -341,14 +341,14 @@ def test_bad_input_is_one_line_and_no_model(name: str, cli: Callable) -> None:
 
 
 WITH_A_MODEL: dict[str, tuple[list[str], str]] = {
-    "groups of none": (["collapse", "--family", "separated", "--every", "0"], "every=0, step=1 came"),
-    "a side": (["collapse", "--family", "separated", "--counted-from", "above"], "counted_from='above' came"),
+    "groups of none": (["collapse", "--family", "separated", "--every", "0"], "got every=0, step=1"),
+    "a side": (["collapse", "--family", "separated", "--counted-from", "above"], "got counted_from='above'"),
     "no words": (["collapse", "--family", "words"], "came as the words"),
     "two equal prompts": (["collapse", "--prompts", "the same", "the same"], "are equal"),
     "a short prompt": (["collapse", "--prompts", "a", "b"], "1 token"),
     "beyond n_ctx": (["collapse", "--lengths", "1,2000"], "at most n_ctx = 1024: 1 is the longest that fits"),
     "tasks beyond n_ctx": (["tasks", "--task", "sum", "--lengths", "400"], "n_ctx = 1024"),
-    "a length too short to ask about": (["tasks", "--task", "copy_last", "--lengths", "1"], "a length of 1 came"),
+    "a length too short to ask about": (["tasks", "--task", "copy_last", "--lengths", "1"], "got a length of 1"),
 }
 
 
@@ -384,6 +384,6 @@ def test_a_failing_disk_leaves_nothing(cli: Callable, monkeypatch: pytest.Monkey
 
 
 def test_the_figure_files_are_those_that_can_be_written() -> None:
-    from oversquash_lens.render.figures import FORMATS
+    from oversquash_lens.viz.figures import FORMATS
 
     assert {suffix.removeprefix(".") for suffix in FIGURE_FILES} == set(FORMATS)

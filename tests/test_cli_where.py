@@ -61,10 +61,10 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--variant", "prof"], "variant 'prof' came; expected one of mean_field, proof"),
-        (["--top", "0"], "--top 0 came; expected at least 1"),
-        (["--source", "9"], "source=9 came; expected a position 0 …"),
-        (["--source", "w5"], "--source 'w5' came; expected a position 0 …"),
+        (["--variant", "prof"], "expected one of mean_field, proof, got variant 'prof'"),
+        (["--top", "0"], "expected at least 1, got --top 0"),
+        (["--source", "9"], "expected a position 0 …, got source=9"),
+        (["--source", "w5"], "expected a position 0 …, got --source 'w5'"),
         (["--source", "nothing"], "no token is that"),
         (["--out", "/proc/no/where.json"], "/proc/no"),
         (["--figures", "/proc/no"], "/proc/no"),
@@ -110,7 +110,7 @@ def test_what_if_prints_a_table_and_json(on_tiny: Callable, tiny: object, tmp_pa
 def test_an_edit_that_is_none_is_refused(on_tiny: Callable, edit: str) -> None:
     result = on_tiny("what-if", "--prompt", PROMPT, "--edit", edit)
     assert result.code == 2
-    assert f"--edit {edit!r} came; expected one of window:WIDTH" in result.err.splitlines()[-1]
+    assert f"expected one of window:WIDTH, got --edit {edit!r}" in result.err.splitlines()[-1]
     assert on_tiny.asked is None, "a model was loaded for nothing"
 
 

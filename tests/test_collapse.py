@@ -15,11 +15,11 @@ from small_results import about
 from zoo import zoo
 
 import oversquash_lens as osl
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
+from oversquash_lens.collapse.family import Family, as_family, repeats_last
+from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.family import Family, as_family, repeats_last
-from oversquash_lens.measure.precision import computing_in, number_format
-from oversquash_lens.paper import families
 
 Model = Any
 Watch = Callable[..., dict[str, torch.Tensor]]
@@ -146,7 +146,7 @@ def test_logits_go_through_a_few_pairs_at_a_time(monkeypatch: pytest.MonkeyPatch
     """Pairs that overlap, in any order of their prompts, over the edges of the pieces."""
     model, family = made("gpt2"), as_family(lambda k: ones(8 - k), step=1)
     whole = collapse_curve(model, family, range(1, 7), ("float64",))
-    monkeypatch.setattr("oversquash_lens.measure.pair_run.LOGITS", 2)
+    monkeypatch.setattr("oversquash_lens.collapse.pairs.LOGITS", 2)
     pieces = collapse_curve(model, family, range(1, 7), ("float64",))
     for key in ("logits", "margin_shift"):
         assert torch.allclose(getattr(whole, key)["float64"], getattr(pieces, key)["float64"], rtol=1e-6), key
@@ -496,7 +496,7 @@ def test_what_the_curve_does_not_hold_is_told() -> None:
         for ask in (curve.first_collapsed, curve.merging_layer):
             with pytest.raises(InputError, match=says):
                 ask(wrong)
-    with pytest.raises(InputError, match="'bytes' came; expected one of epsilon, bits, top1"):
+    with pytest.raises(InputError, match="expected one of epsilon, bits, top1, got 'bytes'"):
         curve.first_collapsed("float32", "bytes")
 
 
@@ -536,30 +536,30 @@ def test_bit_equal_prompts_are_found_so() -> None:
 
 
 BAD = {
-    "no family": ({"family": None}, "NoneType came as the family"),
-    "a name": ({"family": "counting"}, "str came as the family"),
+    "no family": ({"family": None}, "got NoneType as the family"),
+    "a name": ({"family": "counting"}, "got str as the family"),
     "equal prompts": ({"family": Family("same", lambda k: ([1, 2], [1, 2]))}, "two prompts of length 1 are equal"),
     "a constant function": ({"family": lambda k: [5, 6, 7]}, r"are equal \(3 tokens\)"),
-    "one token": ({"family": lambda k: [5] * k}, "1 tokens came for length 1; expected at least 2"),
+    "one token": ({"family": lambda k: [5] * k}, "expected at least 2, got 1 tokens for length 1"),
     "no pair": ({"family": Family("one", lambda k: [1, 2, 3])}, r"pair\(1\) gave a list"),
     "three prompts": ({"family": Family("three", lambda k: ([1, 2], [1, 3], [1, 4]))}, "expected two token lists"),
-    "texts": ({"family": lambda k: "1" * (k + 1)}, "str came as a prompt of length 1; expected token ids"),
+    "texts": ({"family": lambda k: "1" * (k + 1)}, "expected token ids, got str as a prompt of length 1"),
     "fractions": ({"family": lambda k: [1.5, 2.5, *[3] * k]}, "expected token ids, whole numbers"),
-    "a number": ({"family": lambda k: k}, "int came as a prompt"),
+    "a number": ({"family": lambda k: k}, "got int as a prompt"),
     "beyond n_ctx": (
         {"lengths": (1, 5, 12, 200)},
         r"length 12 makes 18 tokens; .* n_ctx = 16: 5 is the longest that fits",
     ),
-    "all beyond n_ctx": ({"lengths": (200,)}, "none came that fits"),
+    "all beyond n_ctx": ({"lengths": (200,)}, "got none that fits"),
     "beyond the vocabulary": ({"family": lambda k: [5, *[50] * k]}, r"token id 50 came; expected ids in 0 … 49"),
-    "below the vocabulary": ({"family": lambda k: [5, *[-1] * k]}, "token id -1 came"),
+    "below the vocabulary": ({"family": lambda k: [5, *[-1] * k]}, "got token id -1"),
     "no lengths": ({"lengths": ()}, "expected increasing whole numbers"),
     "length 0": ({"lengths": (0, 1)}, "expected increasing whole numbers"),
     "falling": ({"lengths": (3, 2)}, "expected increasing whole numbers"),
     "twice": ({"lengths": (2, 2)}, "expected increasing whole numbers"),
     "half": ({"lengths": (1.5, 2)}, "expected increasing whole numbers"),
     "words": ({"lengths": ("1", "2")}, "expected increasing whole numbers"),
-    "no dtypes": ({"dtypes": ()}, "no dtypes came"),
+    "no dtypes": ({"dtypes": ()}, "got no dtypes"),
     "an unknown dtype": ({"dtypes": ("float31",)}, "float31"),
     "float8 computing": ({"dtypes": ("float8_e4m3",)}, "store="),
 }
@@ -585,7 +585,7 @@ def test_a_format_that_overflows_is_told_and_leaves_the_model_whole() -> None:
     tokens = torch.tensor([ones(2)])
     with torch.no_grad():
         before = model(tokens)
-    with pytest.raises(osl.GateError, match="use a wider dtype"):
+    with pytest.raises(osl.HookMismatchError, match="use a wider dtype"):
         collapse_curve(model, ones, LENGTHS, ("float32", "float16"))
     with torch.no_grad():
         assert torch.equal(model(tokens), before)

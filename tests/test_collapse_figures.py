@@ -11,15 +11,16 @@ import pytest
 import torch
 from small_speakers import KINDS, N_CTX, loaded
 
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
+from oversquash_lens.collapse.family import Family
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.family import Family
 from oversquash_lens.paper import collapse_figures as recipe
-from oversquash_lens.paper import families, prompts, published
+from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.collapse_figures import FIGURE_1_LINES, Case, figure_1, figure_5, figure_12
 from oversquash_lens.paper.setting import LENGTHS, Options, Setting
-from oversquash_lens.render.chart import Chart, Panel
-from oversquash_lens.render.collapse_chart import (
+from oversquash_lens.viz.chart import Chart, Panel
+from oversquash_lens.viz.collapse_chart import (
     collapse_chart,
     collapse_series,
     curve_numbers,
@@ -146,7 +147,7 @@ def test_what_the_model_cannot_read_is_left_out_and_said(tmp_path: Path) -> None
     assert note == (f"Lengths beyond {over + 1} are left out: this model reads n_ctx = {N_CTX} tokens.",)
     assert setting.readable((1, 2), family) == ((1, 2), ())
     nothing, _ = setting.readable((5000, 6000), family)
-    with pytest.raises(InputError, match=f"at most n_ctx = {N_CTX}: none came that fits"):
+    with pytest.raises(InputError, match=f"got at most n_ctx = {N_CTX}: none that fits"):
         collapse_curve(setting.model, family, nothing)
 
 

@@ -13,8 +13,8 @@ from small_models import CASES, case
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.corrected import APART, OFFSET_SPREAD, RANK, corrected
-from oversquash_lens.measure.paths import PathProfile
+from oversquash_lens.jacobian.correction import APART, OFFSET_SPREAD, RANK, corrected
+from oversquash_lens.paths.paths import PathProfile
 
 
 def profile(logs: torch.Tensor) -> PathProfile:
@@ -119,8 +119,8 @@ def test_is_a_measured_sensitivity_for_all_that_take_one() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"probes": 0}, "probes=0 came; expected at least 1"),
-        ({"level": 1.0}, "level=1.0 came; expected a share between 0 and 1"),
+        ({"probes": 0}, "expected at least 1, got probes=0"),
+        ({"level": 1.0}, "expected a share between 0 and 1, got level=1.0"),
     ],
 )
 def test_bad_input(options: dict, said: str) -> None:

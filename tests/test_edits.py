@@ -9,9 +9,7 @@ import pytest
 import torch
 from small_models import tokens_for
 
-from oversquash_lens.errors import InputError
-from oversquash_lens.measure.jacobian import measured_sensitivity
-from oversquash_lens.record.edits import (
+from oversquash_lens.capture.edits import (
     ADAPTIVE,
     ADAPTIVE_FROM,
     Edit,
@@ -29,9 +27,11 @@ from oversquash_lens.record.edits import (
     without_bos,
     without_first,
 )
-from oversquash_lens.record.hooks import attached
-from oversquash_lens.record.prompt import tokenize
-from oversquash_lens.record.recorder import record
+from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.recorder import record
+from oversquash_lens.capture.tokens import tokenize
+from oversquash_lens.errors import InputError
+from oversquash_lens.jacobian.measured import measured_sensitivity
 
 N = 7
 
@@ -261,15 +261,15 @@ def test_bos_is_dropped(make: Callable) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: sliding_window(0), "window of 0 came; expected at least 1"),
+        (lambda: sliding_window(0), "expected at least 1, got window of 0"),
         (lambda: window(-3), "window of -3"),
-        (lambda: mask_position(-1), "position -1 came; expected one from 0 on"),
+        (lambda: mask_position(-1), "expected one from 0 on, got position -1"),
         (lambda: ablate_head(-1, 0), "layer -1"),
         (lambda: ablate_head(0, -2), "head -2"),
-        (lambda: sharpen(0.0), "power of 0.0 came; expected a positive number"),
+        (lambda: sharpen(0.0), "expected a positive number, got power of 0.0"),
         (lambda: sharpen(float("nan")), "power of nan"),
         (lambda: sharpen(float("inf")), "power of inf"),
-        (lambda: separators(0), "every 0 tokens came"),
+        (lambda: separators(0), "got every 0 tokens"),
         (lambda: separators(3, ""), "an empty separator"),
     ],
 )
@@ -282,18 +282,18 @@ def test_edits_that_nothing_can_do(wrong: Callable, said: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "text", "said"),
     [
-        (ablate_head(2, 0), "w3 w4", "layer 2 came; expected 0 … 1, the layers of this model"),
-        (ablate_head(1, 4), "w3 w4", "head 4 came; expected 0 … 3, the heads of this model"),
-        (mask_position(2), "w3 w4", "position 2 came; expected 0 … 1, the positions of this prompt"),
-        (separators(3), "w3 w4 w5", "a prompt of 3 tokens came, too short to separate"),
+        (ablate_head(2, 0), "w3 w4", "expected 0 … 1, the layers of this model, got layer 2"),
+        (ablate_head(1, 4), "w3 w4", "expected 0 … 3, the heads of this model, got head 4"),
+        (mask_position(2), "w3 w4", "expected 0 … 1, the positions of this prompt, got position 2"),
+        (separators(3), "w3 w4 w5", "got a prompt of 3 tokens, too short to separate"),
         (
             separators(1, "w9 w9 w9"),
             "w3 w4 w5 w6 w7 w8",
-            "behind every token: a prompt of 21 tokens came; .* n_ctx = 16",
+            "got behind every token: a prompt of 21 tokens; .* n_ctx = 16",
         ),
-        (without_bos(), "w3 w4", "without BOS: a prompt without BOS came"),
-        (with_bos(), "<bos> w3", "with BOS: a prompt that starts with BOS came"),
-        (without_bos(), "<bos> w3", "without BOS: a prompt of 1 token came"),
+        (without_bos(), "w3 w4", "got without BOS: a prompt without BOS"),
+        (with_bos(), "<bos> w3", "got with BOS: a prompt that starts with BOS"),
+        (without_bos(), "<bos> w3", "got without BOS: a prompt of 1 token"),
     ],
     ids=lambda edit: getattr(edit, "label", ""),
 )

@@ -12,8 +12,8 @@ from small_models import CASES, case
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.expected import OFFSET, OFFSET_ERROR, SPREAD, ExpectedError
-from oversquash_lens.measure.mean_field import mean_field_weighing
+from oversquash_lens.paths.expected_error import OFFSET, OFFSET_ERROR, SPREAD, ExpectedError
+from oversquash_lens.paths.mean_field import mean_field_weighing
 
 
 def without_response(trace: osl.Trace) -> osl.Trace:

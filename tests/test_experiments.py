@@ -17,8 +17,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper import experiments
 from oversquash_lens.paper.experiments import FIGURES, Reproduced, chosen_figures, reproduce
 from oversquash_lens.paper.setting import LENGTHS
-from oversquash_lens.render import gallery
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.viz import gallery
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 SYNTHETIC = ("8", "9", "10")
 WITH_A_MODEL = tuple(name for name in FIGURES if name not in SYNTHETIC)
@@ -117,22 +117,22 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("oversquash_lens.models.load_model", refuse)
-    monkeypatch.setattr("oversquash_lens.models.load_twin", refuse)
+    monkeypatch.setattr("oversquash_lens.models.loading.load_model", refuse)
+    monkeypatch.setattr("oversquash_lens.models.loading.load_twin", refuse)
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "unknown figure": (["5", "13"], {}, "figure 13 came; expected any of 1, 2, 3,"),
+    "unknown figure": (["5", "13"], {}, "expected any of 1, 2, 3,, got figure 13"),
     "no figure": ([], {}, r"figure \(none\) came"),
     "unknown option": ("5", {"lenght": 3, "quik": True}, r"options \['lenght', 'quik'\] came; expected some of bos,"),
-    "longest, too short": (["8", "2"], {"longest": 99}, "a longest length of 99 came; expected at least 100, the"),
-    "longest, zero": ("all", {"longest": 0, "quick": True}, "a longest length of 0 came"),
-    "number format": ("5", {"dtypes": ("float32", "float7")}, "'float7' came as the format to compute in"),
+    "longest, too short": (["8", "2"], {"longest": 99}, "expected at least 100, the, got a longest length of 99"),
+    "longest, zero": ("all", {"longest": 0, "quick": True}, "got a longest length of 0"),
+    "number format": ("5", {"dtypes": ("float32", "float7")}, "got 'float7' as the format to compute in"),
     "computing in float8": ("5", {"dtypes": ("float8_e4m3",)}, "no device here computes in it"),
-    "samples": ("3", {"samples": 0}, "samples=0 came; expected at least 1"),
-    "probes": ("ushape", {"probes": 0}, "probes=0 came; expected at least 1"),
+    "samples": ("3", {"samples": 0}, "expected at least 1, got samples=0"),
+    "probes": ("ushape", {"probes": 0}, "expected at least 1, got probes=0"),
     "temperature": ("3", {"temperature": -0.5}, r"temperature=-0.5 came; expected 0 \(greedy\) or more"),
-    "a number as the model": ("5", {"model": 7}, "a int came as the model; expected a name, a path or a hooked model"),
+    "a number as the model": ("5", {"model": 7}, "expected a name, a path or a hooked model, got a int as the model"),
 }
 
 

@@ -11,10 +11,8 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 from small_readers import Reader
 
-from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import collapse_curve
-from oversquash_lens.measure.family import Family, repeats_last
-from oversquash_lens.paper.families import (
+from oversquash_lens.collapse.curve import collapse_curve
+from oversquash_lens.collapse.families import (
     alternating,
     copying,
     counting,
@@ -24,6 +22,8 @@ from oversquash_lens.paper.families import (
     two_prompts,
     word_list,
 )
+from oversquash_lens.collapse.family import Family, repeats_last
+from oversquash_lens.errors import InputError
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 30, 100, 999)
 ONES = "How many ones are in the following sequence?"
@@ -275,8 +275,8 @@ def test_word_lists_are_checked(words: Any) -> None:
 
 BAD_GROUPS = {
     "no side": ({"counted_from": "middle"}, "expected 'left' or 'right'"),
-    "empty groups": ({"every": 0}, "every=0, step=1 came"),
-    "no step": ({"step": 0}, "every=3, step=0 came"),
+    "empty groups": ({"every": 0}, "got every=0, step=1"),
+    "no step": ({"step": 0}, "got every=3, step=0"),
 }
 
 

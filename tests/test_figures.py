@@ -28,12 +28,12 @@ from small_charts import ALL, LENGTHS, PRECISION, collapse, decay, graph, grid, 
 from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.paths import count_paths
-from oversquash_lens.render import figures
-from oversquash_lens.render.chart import Chart, Panel, Series
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.scales import log_ticks, number, scale
-from oversquash_lens.render.style import COLOURS, MARKERS, RIGHT, SOFT, WRONG, printable
+from oversquash_lens.paths.paths import count_paths
+from oversquash_lens.viz import figures
+from oversquash_lens.viz.chart import Chart, Panel, Series
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.scales import log_ticks, number, scale
+from oversquash_lens.viz.style import COLOURS, MARKERS, RIGHT, SOFT, WRONG, printable
 
 
 def one_panel(*series: Series, **rest: object) -> Chart:
@@ -364,7 +364,7 @@ def test_words_are_shown_as_they_are() -> None:
 
 def test_figures_need_no_pyplot_and_import_matplotlib_when_drawing() -> None:
     code = (
-        "import sys; from oversquash_lens.render import figures, gallery\n"
+        "import sys; from oversquash_lens.viz import figures, gallery\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from small_charts import decay\n"
         "figures.chart(decay())\n"
@@ -487,7 +487,7 @@ def test_a_figure_of_the_user_s_own_can_be_saved(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda folder: figures.chart("a chart"), "str came|of a str"),
+        (lambda folder: figures.chart("a chart"), "got str|of a str"),
         (lambda folder: figures.chart(Chart("n", "n", (), ())), "at least one panel"),
         (lambda folder: figures.profile(truth()), "expected a PathProfile"),
         (lambda folder: figures.sensitivity(profile()), "expected what measured_sensitivity returns"),

@@ -28,12 +28,12 @@ from small_results import EVIL, TOKENS, flow_result, profile, truth
 from test_figures import check_sheet, drawn, legend_labels, same, tick_labels, words
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.flow import Flow
-from oversquash_lens.measure.squashing import Squashing
-from oversquash_lens.render import figures
-from oversquash_lens.render.chart import Chart, Panel
-from oversquash_lens.render.diagrams import Heat, Route
-from oversquash_lens.render.flow_chart import (
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.squashing import Squashing
+from oversquash_lens.viz import figures
+from oversquash_lens.viz.chart import Chart, Panel
+from oversquash_lens.viz.diagrams import Heat, Route
+from oversquash_lens.viz.flow_chart import (
     MOST_ALONE,
     heads_panel,
     map_panel,
@@ -42,12 +42,12 @@ from oversquash_lens.render.flow_chart import (
     route_panel,
     width_panel,
 )
-from oversquash_lens.render.gallery import write_chart, write_index
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.maps import MOST_COLUMNS
-from oversquash_lens.render.routes import GATHERED, MOVES, STAYS
-from oversquash_lens.render.scales import short
-from oversquash_lens.render.style import COLOURS, DPI, RAMP, printable
+from oversquash_lens.viz.gallery import write_chart, write_index
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.maps import MOST_COLUMNS
+from oversquash_lens.viz.routes import GATHERED, MOVES, STAYS
+from oversquash_lens.viz.scales import short
+from oversquash_lens.viz.style import COLOURS, DPI, RAMP, printable
 
 BITING = (*EVIL, "$x$", "$\\frac{", "漢字", " a very long token indeed, too long for any axis", "\x00\x1b", " is")
 SIZES = {  # positions, layers, heads
@@ -426,7 +426,7 @@ def test_two_processes_write_the_same_bytes(tmp_path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from small_results import flow_result\n"
-        "from oversquash_lens.render import figures\n"
+        "from oversquash_lens.viz import figures\n"
         "flow = flow_result(tuple(f' t{i}' for i in range(47)), 12, 4, source=3)\n"
         "for make in (figures.flow, figures.heads, figures.width, figures.route):\n"
         "    figures.save(make(flow), sys.argv[1], make.__name__)\n"
@@ -489,7 +489,7 @@ def test_a_notebook_gets_a_png() -> None:
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("value", [None, "flow", profile(), truth(), torch.ones(2, 2)])
 def test_what_is_no_flow_is_refused(make, value) -> None:
-    with pytest.raises(InputError, match=f"a {type(value).__name__} came; expected a Flow") as caught:
+    with pytest.raises(InputError, match=f"expected a Flow, got a {type(value).__name__}") as caught:
         make(value)
     assert "\n" not in str(caught.value)
 

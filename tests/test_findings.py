@@ -14,15 +14,15 @@ from small_models import CASES, case, tokens_for
 from zoo import zoo
 
 import oversquash_lens as osl
+from oversquash_lens.analyses import findings as findings_module
+from oversquash_lens.analyses.assumptions import assumptions
+from oversquash_lens.analyses.audit import held_against, measure_truths
+from oversquash_lens.analyses.compare import compare, spearman
+from oversquash_lens.analyses.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, chosen_sources, findings
+from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure import findings as findings_module
-from oversquash_lens.measure.assumptions import assumptions
-from oversquash_lens.measure.audit import held_against, measure_truths
-from oversquash_lens.measure.compare import compare, spearman
-from oversquash_lens.measure.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, chosen_sources, findings
-from oversquash_lens.measure.heaviest import heaviest_edges, heaviest_paths
-from oversquash_lens.measure.squashing import squashing
-from oversquash_lens.record.prompt import tokenize
+from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
+from oversquash_lens.paths.squashing import squashing
 
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 SOME = ("ln-plain-learned", "rms-gated-rotary-gqa", "bridge-llama")

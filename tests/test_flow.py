@@ -16,12 +16,12 @@ from reference import Reading, geometric_mean, mean_field, read, reference
 from small_models import CASES, NO_HOOKED, case, has_hooked, hooked, random_spec, tokens_for
 
 import oversquash_lens as osl
+from oversquash_lens.capture.attention import KeptAttention
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure import block as block_module
-from oversquash_lens.measure import flow as flow_module
-from oversquash_lens.measure.block import Layer
-from oversquash_lens.measure.profiles import KINDS, path_weighing
-from oversquash_lens.record.attention import KeptAttention
+from oversquash_lens.paths import block as block_module
+from oversquash_lens.paths import flow as flow_module
+from oversquash_lens.paths.block import Layer
+from oversquash_lens.paths.profiles import KINDS, path_weighing
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -267,13 +267,13 @@ def test_json_has_every_number() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"source": 5}, "source=5 came; expected a position 0 … 4"),
-        ({"source": -1}, "source=-1 came"),
-        ({"source": "Alice"}, "source='Alice' came; expected a position 0 … 4"),
-        ({"source": 1.5}, "source=1.5 came"),
-        ({"kind": "prof"}, "kind 'prof' came; expected one of mean_field, proof"),
-        ({"beta": 1.0}, "beta=1.0 came with kind 'mean_field'"),
-        ({"kind": "calibrated", "beta": 2.0}, "beta=2.0 came with variant 'calibrated'"),
+        ({"source": 5}, "expected a position 0 … 4, got source=5"),
+        ({"source": -1}, "got source=-1"),
+        ({"source": "Alice"}, "expected a position 0 … 4, got source='Alice'"),
+        ({"source": 1.5}, "got source=1.5"),
+        ({"kind": "prof"}, "expected one of mean_field, proof, got kind 'prof'"),
+        ({"beta": 1.0}, "got beta=1.0 with kind 'mean_field'"),
+        ({"kind": "calibrated", "beta": 2.0}, "got beta=2.0 with variant 'calibrated'"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict, said: str) -> None:
@@ -288,12 +288,12 @@ def test_a_source_that_nobody_can_hear_is_refused() -> None:
     trace = osl.record(hooked(2), tokens_for(2, 5))
     alone = KeptAttention(torch.eye(5, dtype=torch.float64).expand(trace.about.n_heads, -1, -1).contiguous())
     deaf = replace(trace, attention=(alone,) * trace.n_layers)
-    with pytest.raises(InputError, match="source=1 came, from which no path has any weight"):
+    with pytest.raises(InputError, match="got source=1, from which no path has any weight"):
         osl.flow(deaf, source=1)
     assert osl.flow(deaf).node[:, -1].tolist() == [1.0] * 3
-    with pytest.raises(InputError, match="no source came"):
+    with pytest.raises(InputError, match="got no source"):
         osl.flows(trace, ())
-    with pytest.raises(InputError, match="layer 2 came; expected 0 … 1"):
+    with pytest.raises(InputError, match="expected 0 … 1, got layer 2"):
         osl.flow(trace).edge(2)
 
 

@@ -17,9 +17,9 @@ from small_results import EVIL
 from test_page import Outline
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.render import figures
-from oversquash_lens.render.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.render.gallery import write_chart, write_index
+from oversquash_lens.viz import figures
+from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
+from oversquash_lens.viz.gallery import write_chart, write_index
 
 FILES = ("pdf", "svg", "png", "csv", "json")
 

@@ -12,9 +12,9 @@ import torch
 from small_models import D_VOCAB, N_CTX, NO_BRIDGE, NO_HOOKED, has_bridge, has_hooked, hooked, tokenizer, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, InputError, ModelError, OversquashError
-from oversquash_lens.record import gate
-from oversquash_lens.record.layout import FINAL_HOOKS, LAYER_HOOKS, model_layout
+from oversquash_lens.capture import checks
+from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, read_architecture
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError, OversquashError
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
@@ -43,7 +43,7 @@ def test_a_hook_that_never_fires_is_found_out(
     count_hooks: Callable,
 ) -> None:
     model, tokens = fresh
-    has_it = key in model_layout(model).layer_hooks(attention)
+    has_it = key in read_architecture(model).layer_hooks(attention)
     monkeypatch.setitem(LAYER_HOOKS, key, NEVER_FIRES)
     before = count_hooks(model)
 
@@ -55,7 +55,7 @@ def test_a_hook_that_never_fires_is_found_out(
     if not has_it:  # the architecture has no such hook, or the route does not need it: nobody waits for it
         assert recorded().n_positions == 6
         return
-    with pytest.raises(GateError) as caught:
+    with pytest.raises(HookMismatchError) as caught:
         recorded()
     assert f"layer 0: the hook {NEVER_FIRES} did not fire" in one_line(caught.value)
     assert count_hooks(model) == before
@@ -66,7 +66,7 @@ def test_a_hook_behind_the_last_layer_that_never_fires(
     key: str, fresh: tuple[Model, Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FINAL_HOOKS, key, f"blocks.0.{NEVER_FIRES}")
-    with pytest.raises(GateError) as caught:
+    with pytest.raises(HookMismatchError) as caught:
         osl.record(*fresh)
     assert NEVER_FIRES in one_line(caught.value)
 
@@ -77,7 +77,7 @@ def test_a_hook_that_a_later_block_lacks(
     model, tokens = fresh
     before = count_hooks(model)
     monkeypatch.setitem(FINAL_HOOKS, "final_scale", "blocks.1.no_such_hook")
-    with pytest.raises(GateError, match=r"blocks\.1\.no_such_hook"):
+    with pytest.raises(HookMismatchError, match=r"blocks\.1\.no_such_hook"):
         osl.record(model, tokens)
     assert count_hooks(model) == before
 
@@ -94,7 +94,7 @@ def test_a_hook_that_the_first_block_lacks(fresh: tuple[Model, Tokens], monkeypa
 def test_no_pass_at_all(fresh: tuple[Model, Tokens]) -> None:
     with osl.recording(fresh[0]) as recorder:
         pass
-    with pytest.raises(GateError, match="expected one whole forward pass"):
+    with pytest.raises(HookMismatchError, match="expected one whole forward pass"):
         recorder.trace()
 
 
@@ -103,7 +103,7 @@ def test_two_passes_in_one_recording(fresh: tuple[Model, Tokens], count_hooks: C
     before = count_hooks(model)
     with osl.recording(model):
         model(tokens)
-        with pytest.raises(GateError, match="second time"):
+        with pytest.raises(HookMismatchError, match="second time"):
             model(tokens)
     assert count_hooks(model) == before
 
@@ -113,14 +113,14 @@ def test_a_pass_that_stops_halfway(make: Callable) -> None:
     model = make("hooked-ln")
     with osl.recording(model) as recorder:
         model(tokens_for(1, 5), stop_at_layer=1)
-    with pytest.raises(GateError, match="not recorded"):
+    with pytest.raises(HookMismatchError, match="not recorded"):
         recorder.trace()
 
 
 def test_a_batch(fresh: tuple[Model, Tokens], count_hooks: Callable) -> None:
     model, tokens = fresh
     before = count_hooks(model)
-    with pytest.raises(InputError, match="a batch of 2 came"), osl.recording(model):
+    with pytest.raises(InputError, match="got a batch of 2"), osl.recording(model):
         model(tokens.expand(2, -1))
     assert count_hooks(model) == before
 
@@ -156,13 +156,13 @@ def test_a_generating_bridge(name: str, make: Callable) -> None:
     ],
 )
 def test_optional_hook_points_change_nothing_or_are_refused(setting: str, name: str, make: Callable) -> None:
-    """They compute the same numbers another way: so are the trace's, or a plain GateError says that it cannot."""
+    """They compute the same numbers another way: so are the trace's, or a plain error says that it cannot."""
     model, tokens = make(name), tokens_for(5, 6)
     plain = osl.mean_field_sensitivity(osl.record(model, tokens)).log_values
     getattr(model, {"attn_in": "set_use_attn_in"}.get(setting, f"set_use_{setting}"))(True)
     try:
         trace = osl.record(model, tokens)
-    except GateError as error:
+    except HookMismatchError as error:
         one_line(error)
         return
     assert torch.allclose(osl.mean_field_sensitivity(trace).log_values, plain, rtol=1e-9)
@@ -206,7 +206,7 @@ def test_activations_that_contradict_each_other(
 ) -> None:
     model, tokens = fresh
     before = count_hooks(model)
-    with pytest.raises(GateError, match=said) as caught:
+    with pytest.raises(HookMismatchError, match=said) as caught:
         user_edit(model, tokens, at, edit)
     one_line(caught.value)
     if "blocks.1" in at:
@@ -227,7 +227,7 @@ def test_a_wrong_name_of_the_activation(name: str, make: Callable) -> None:
     """A config that names another activation than the model computes."""
     model = make(name)
     said_to_compute(model, "relu")
-    with pytest.raises(GateError, match="hook_post"):
+    with pytest.raises(HookMismatchError, match="hook_post"):
         osl.record(model, tokens_for(5, 6))
 
 
@@ -235,7 +235,7 @@ def test_a_wrong_name_of_the_activation(name: str, make: Callable) -> None:
 def test_an_unknown_activation(name: str, make: Callable) -> None:
     model = make(name)
     said_to_compute(model, "xielu")
-    with pytest.raises(ModelError, match="'xielu' came; expected one of gelu"):
+    with pytest.raises(ModelError, match="expected one of gelu, got 'xielu'"):
         osl.record(model, tokens_for(5, 6))
 
 
@@ -269,7 +269,7 @@ def causal(n: int = 4, heads: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_softmax_passes_in_every_dtype(dtype: torch.dtype) -> None:
-    gate.check_pattern("here", causal(300).to(dtype))
+    checks.check_pattern("here", causal(300).to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -282,32 +282,32 @@ def test_a_softmax_passes_in_every_dtype(dtype: torch.dtype) -> None:
     ids=["sinks", "ahead", "NaN"],
 )
 def test_a_spoiled_pattern(spoil: Callable, said: str) -> None:
-    gate.check_pattern("here", causal())
-    with pytest.raises(GateError, match=f"here.*{said}"):
-        gate.check_pattern("here", spoil(causal()))
+    checks.check_pattern("here", causal())
+    with pytest.raises(HookMismatchError, match=f"here.*{said}"):
+        checks.check_pattern("here", spoil(causal()))
 
 
 def test_one_wrong_row_is_enough() -> None:
     pattern = causal()
     pattern[1, 3] *= 0.99
-    with pytest.raises(GateError, match="sum to 1"):
-        gate.check_pattern("here", pattern)
+    with pytest.raises(HookMismatchError, match="sum to 1"):
+        checks.check_pattern("here", pattern)
 
 
 def test_a_head_that_is_off_passes_and_a_half_of_one_does_not() -> None:
     pattern = causal(4, 3)
     pattern[1] = 0
-    gate.check_pattern("here", pattern)
-    gate.check_pattern("here", torch.zeros_like(pattern))
+    checks.check_pattern("here", pattern)
+    checks.check_pattern("here", torch.zeros_like(pattern))
     for rest in ((1, 2, 0), (1, 3, 3)):
         spoiled = pattern.clone()
         spoiled[rest] = 1e-9
-        with pytest.raises(GateError, match="sum to 1 ± 1;"):
-            gate.check_pattern("here", spoiled)
+        with pytest.raises(HookMismatchError, match="sum to 1 ± 1;"):
+            checks.check_pattern("here", spoiled)
     spoiled = causal(4, 3)
     spoiled[1, :3] = 0
-    with pytest.raises(GateError, match="sum to 1 ± 1;"):
-        gate.check_pattern("here", spoiled)
+    with pytest.raises(HookMismatchError, match="sum to 1 ± 1;"):
+        checks.check_pattern("here", spoiled)
 
 
 def test_a_head_that_is_only_said_to_be_off() -> None:
@@ -316,9 +316,9 @@ def test_a_head_that_is_only_said_to_be_off() -> None:
     pattern, value = causal(4, 2), torch.randn(4, 2, 3, generator=generator)
     z = torch.stack([pattern[h] @ value[:, h] for h in range(2)], 1)
     pattern[1] = 0
-    gate.check_pattern("here", pattern)
-    with pytest.raises(GateError, match="hook_z"):
-        gate.check_output("here", pattern, value, z)
+    checks.check_pattern("here", pattern)
+    with pytest.raises(HookMismatchError, match="hook_z"):
+        checks.check_output("here", pattern, value, z)
 
 
 def test_on_a_model_a_head_that_is_only_said_to_be_off(fresh: tuple[Model, Tokens]) -> None:
@@ -336,15 +336,15 @@ def test_on_a_model_a_head_that_is_only_said_to_be_off(fresh: tuple[Model, Token
         model.run_with_hooks(tokens, fwd_hooks=[(name("pattern"), off)])
     assert not recorder.trace().attention[1].rows(0, 6)[1].any()
     hooks = [(name("pattern"), off), (name("z"), lambda z, hook: was["z"])]
-    with pytest.raises(GateError, match=r"layer 1.*hook_z"), osl.recording(model):
+    with pytest.raises(HookMismatchError, match=r"layer 1.*hook_z"), osl.recording(model):
         model.run_with_hooks(tokens, fwd_hooks=hooks)
 
 
 def test_a_tiny_look_ahead_is_enough() -> None:
     pattern = causal()
     pattern[0, 0, 3] = 1e-9
-    with pytest.raises(GateError, match="later positions"):
-        gate.check_pattern("here", pattern)
+    with pytest.raises(HookMismatchError, match="later positions"):
+        checks.check_pattern("here", pattern)
 
 
 def test_output_and_scores_of_grouped_heads() -> None:
@@ -353,13 +353,13 @@ def test_output_and_scores_of_grouped_heads() -> None:
     pattern, value, query, key = causal(4, 4), draw(4, 2, 3), draw(4, 4, 3), draw(4, 2, 3)
     z = torch.stack([pattern[h] @ value[:, h // 2] for h in range(4)], 1)
     scores = torch.stack([query[:, h] @ key[:, h // 2].T for h in range(4)]) * 0.7
-    gate.check_output("here", pattern, value, z)
+    checks.check_output("here", pattern, value, z)
     on_the_diagonal = scores.diagonal(dim1=1, dim2=2)
-    gate.check_scores("here", on_the_diagonal, query, key, 0.7)
-    with pytest.raises(GateError, match="hook_z"):
-        gate.check_output("here", pattern, value.flip(1), z)
-    with pytest.raises(GateError, match="score"):
-        gate.check_scores("here", on_the_diagonal, query, key, 0.5)
+    checks.check_scores("here", on_the_diagonal, query, key, 0.7)
+    with pytest.raises(HookMismatchError, match="hook_z"):
+        checks.check_output("here", pattern, value.flip(1), z)
+    with pytest.raises(HookMismatchError, match="score"):
+        checks.check_scores("here", on_the_diagonal, query, key, 0.5)
 
 
 # ---------------------------------------------------------------- architectures
@@ -396,7 +396,7 @@ def test_hooked_transformers_that_the_theory_does_not_describe(name: str) -> Non
 def test_positions_that_are_added_to_queries_and_keys_alone() -> None:
     """The shortformer's queries are not those of the norm: collapse can be measured, paths cannot."""
     model = hooked(1, positions="shortformer")
-    with pytest.raises(GateError, match=r"layer 0, attn\.hook_q: norm · gain · W_query differs"):
+    with pytest.raises(HookMismatchError, match=r"layer 0, attn\.hook_q: norm · gain · W_query differs"):
         osl.record(model, tokens_for(1, 5))
 
 

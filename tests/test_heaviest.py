@@ -15,8 +15,8 @@ from test_flow import every_path, paths_of, split
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure import heaviest
-from oversquash_lens.measure.profiles import KINDS
+from oversquash_lens.paths import heaviest
+from oversquash_lens.paths.profiles import KINDS
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 pytestmark = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
@@ -115,5 +115,5 @@ def test_few_paths_are_all_of_them() -> None:
 def test_bad_k_is_refused() -> None:
     flow = osl.flow(osl.record(hooked(9), tokens_for(9, 5)))
     for function in (osl.heaviest_edges, osl.heaviest_paths):
-        with pytest.raises(InputError, match="k=0 came; expected at least 1, as a whole number"):
+        with pytest.raises(InputError, match="expected at least 1, as a whole number, got k=0"):
             function(flow, 0)

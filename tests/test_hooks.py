@@ -10,8 +10,8 @@ import torch
 from small_models import CASES, case, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, InputError
-from oversquash_lens.record.layout import model_layout
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.errors import HookMismatchError, InputError
 
 Model = Any
 Tokens = torch.Tensor
@@ -286,7 +286,7 @@ def test_an_ablated_value_is_refused(way: str, fresh: tuple[Model, Tokens]) -> N
         edited[:, :, 0] = 0
         return edited
 
-    with pytest.raises(GateError, match=r"layer 1, attn.hook_v: norm · gain · W_value differs from hook_v"):
+    with pytest.raises(HookMismatchError, match=r"layer 1, attn.hook_v: norm · gain · W_value differs from hook_v"):
         run_edited(model, tokens, way, "blocks.1.attn.hook_v", ablate)
 
 
@@ -301,7 +301,7 @@ def test_an_ablated_head_output_is_refused(way: str, fresh: tuple[Model, Tokens]
         edited[:, :, 1] = 0
         return edited
 
-    with pytest.raises(GateError, match=r"pattern · v differs from hook_z"):
+    with pytest.raises(HookMismatchError, match=r"pattern · v differs from hook_z"):
         run_edited(model, tokens, way, "blocks.1.attn.hook_z", ablate)
     model.reset_hooks(including_permanent=True)
     assert count_hooks(model) == before
@@ -312,7 +312,7 @@ def test_an_ablated_head_output_is_refused(way: str, fresh: tuple[Model, Tokens]
 def test_an_edit_that_cuts_paths_is_refused(at: str, fresh: tuple[Model, Tokens]) -> None:
     """With a part of the block silenced, no measure may speak of the paths through it as if they were there."""
     model, tokens = fresh
-    with pytest.raises(GateError):
+    with pytest.raises(HookMismatchError):
         run_edited(model, tokens, "inside", f"blocks.0.{at}", lambda value, hook: torch.zeros_like(value))
 
 
@@ -360,7 +360,7 @@ def test_a_reset_of_everything_is_found_out(fresh: tuple[Model, Tokens], count_h
     with osl.recording(model) as recorder:
         model.reset_hooks(including_permanent=True)
         model(tokens)
-    with pytest.raises(GateError, match="not recorded"):
+    with pytest.raises(HookMismatchError, match="not recorded"):
         recorder.trace()
     assert count_hooks(model) == before
 
@@ -422,7 +422,7 @@ def test_recordings_nest(fresh: tuple[Model, Tokens], count_hooks: Callable) -> 
 def test_a_users_edit_reaches_the_truth_as_it_reaches_the_trace(fresh: tuple[Model, Tokens]) -> None:
     """Layer 0 and layer 1 read the first position only: then the truth hears no other but the last."""
     model, tokens = fresh
-    names = [f"blocks.{i}.attn.hook_pattern" for i in range(model_layout(model).n_layers)]
+    names = [f"blocks.{i}.attn.hook_pattern" for i in range(read_architecture(model).n_layers)]
     with model.hooks(fwd_hooks=[(name, to_the_first) for name in names]):
         trace = osl.record(model, tokens)
         truth = osl.measured_sensitivity(model, tokens, probes=None).values

@@ -15,10 +15,10 @@ from evil_strings import CORPUS
 from small_findings import findings_result, with_origin
 from small_results import about
 
-from oversquash_lens.render.document import plain
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.page import render_page
-from oversquash_lens.render.reports import Entry, file_name, render_index
+from oversquash_lens.viz.document import plain
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.reports import Entry, file_name, render_index
 
 ALLOWED = {
     *("html", "head", "meta", "link", "title", "style", "body", "main", "script", "noscript", "nav", "section"),

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oversquash_lens.errors import InputError
-from oversquash_lens.measure.lemmas import (
+from oversquash_lens.collapse.lemmas import (
     alternating_total_variation,
     averaging_counting_limit,
     counting_limit,
@@ -21,7 +20,8 @@ from oversquash_lens.measure.lemmas import (
     total_variation,
     total_variation_bound,
 )
-from oversquash_lens.measure.precision import number_format, stored
+from oversquash_lens.collapse.precision import number_format, stored
+from oversquash_lens.errors import InputError
 
 ROUNDING = 1e-12
 STORAGE = ("bfloat16", "float16", "float8_e4m3", "float8_e5m2")

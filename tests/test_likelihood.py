@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_speakers import KINDS, characters, logits, other_architecture, plain_speaker, speaker
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.models import load_twin
+from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper.likelihood import Continuations, Trie, Trunk, _parts
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE, copy_prompt, ones_prompt, trailing_zero
 from oversquash_lens.paper.speakers import Speaker
@@ -158,7 +158,7 @@ def test_a_candidate_that_the_tokenizer_joins_to_the_prompt_is_refused() -> None
     assert len(who.log_likelihoods("11", ["21", " 12"])) == 2
     with pytest.raises(InputError, match="the candidate '' does not begin"):
         who.log_likelihoods("11", [""])
-    with pytest.raises(InputError, match="no candidates came"):
+    with pytest.raises(InputError, match="got no candidates"):
         who.log_likelihoods("11", [])
 
 

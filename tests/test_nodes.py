@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.record import nodes
-from oversquash_lens.record.activations import ACTIVATIONS
-from oversquash_lens.record.nodes import MlpState, layer_probes
-from oversquash_lens.record.parameters import LayerWeights
+from oversquash_lens.capture import nodes
+from oversquash_lens.capture.activations import ACTIVATIONS
+from oversquash_lens.capture.nodes import MlpState, layer_probes
+from oversquash_lens.capture.parameters import LayerWeights
 
 D_MODEL, D_MLP, N = 20, 28, 5
 EPS = 1e-5

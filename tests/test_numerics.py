@@ -23,8 +23,8 @@ from soundness import jacobians, spectral_norms
 from zoo import lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.measure.lemmas import total_variation
-from oversquash_lens.record.attention import KeptAttention
+from oversquash_lens.capture.attention import KeptAttention
+from oversquash_lens.collapse.lemmas import total_variation
 
 PACKAGE = Path(osl.__file__).parent
 CELLS = [

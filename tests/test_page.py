@@ -15,12 +15,12 @@ import torch
 from small_findings import findings_result
 from small_results import EVIL, TOKENS
 
+from oversquash_lens.analyses.audit import Audit
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.audit import Audit
-from oversquash_lens.render import page as page_module
-from oversquash_lens.render.curve import width_curve
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.page import render_page, report
+from oversquash_lens.viz import page as page_module
+from oversquash_lens.viz.curve import width_curve
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.page import render_page, report
 
 VOID = {"meta", "link", "br", "img", "input"}
 
@@ -335,7 +335,7 @@ def test_a_failing_disk_leaves_the_old_report_and_nothing_else(asked, tmp_path, 
 
 def test_a_failing_measure_writes_nothing(tmp_path, monkeypatch):
     def findings(model, prompt, **options):
-        raise InputError("an empty prompt came")
+        raise InputError("got an empty prompt")
 
     monkeypatch.setattr(page_module, "findings", findings)
     with pytest.raises(InputError, match="empty prompt"):

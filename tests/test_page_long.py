@@ -11,14 +11,14 @@ from long_findings import long_findings
 from small_results import EVIL, TOKENS, profile
 from test_page import Outline
 
-from oversquash_lens.measure.findings import Findings
-from oversquash_lens.render.cells import FEW_CELLS, MOST_CELLS
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.page import render_page
-from oversquash_lens.render.passages import passages
-from oversquash_lens.render.strips import MOST_INSIDE
-from oversquash_lens.render.tokens import MOST_ROWS
-from oversquash_lens.render.views import layers, positions, route
+from oversquash_lens.analyses.findings import Findings
+from oversquash_lens.viz.cells import FEW_CELLS, MOST_CELLS
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.passages import passages
+from oversquash_lens.viz.strips import MOST_INSIDE
+from oversquash_lens.viz.tokens import MOST_ROWS
+from oversquash_lens.viz.views import layers, positions, route
 
 N, LAYERS = 8192, 30
 

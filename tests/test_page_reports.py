@@ -11,10 +11,10 @@ from small_models import case
 from test_page import Outline
 
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.render import reports as reports_module
-from oversquash_lens.render.html import visible_token
-from oversquash_lens.render.page import render_page
-from oversquash_lens.render.reports import file_name, render_index, reports
+from oversquash_lens.viz import reports as reports_module
+from oversquash_lens.viz.html import visible_token
+from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.reports import file_name, render_index, reports
 
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 GOOD = findings_result()
@@ -28,7 +28,7 @@ def asked(monkeypatch) -> list:
     def findings(model, prompt, **options):
         calls.append((prompt, options))
         if "bad" in str(prompt):
-            raise InputError(f"{prompt} came; expected better")
+            raise InputError(f"expected better, got {prompt}")
         return GOOD
 
     monkeypatch.setattr(reports_module, "findings", findings)
@@ -58,7 +58,7 @@ def test_a_prompt_that_cannot_be_used_has_a_row_and_the_others_go_on(asked, tmp_
     index = reports("model", ["one", "bad <b>", "two"], tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["1-one.html", "3-two.html", "index.html"]
     page = Outline(index.read_text())
-    assert page.row("prompt 2") == ["prompt 2", "bad <b>", "bad <b> came; expected better"]
+    assert page.row("prompt 2") == ["prompt 2", "bad <b>", "expected better, got bad <b>"]
     assert "3 prompts, 2 reports; 1 could not be used." in "".join(page.text)
 
 
@@ -97,7 +97,7 @@ def test_what_is_no_list_of_prompts_is_refused(asked, tmp_path, wrong):
 
 
 def test_no_prompt_at_all_is_refused(asked, tmp_path):
-    with pytest.raises(InputError, match="no prompt came"):
+    with pytest.raises(InputError, match="got no prompt"):
         reports("model", [], tmp_path)
 
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from small_models import NO_BRIDGE, NO_HOOKED, _gpt2, _llama, has_bridge, has_hooked, hooked, tokenizer, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.errors import InputError
-from oversquash_lens.measure.precision import (
+from oversquash_lens.collapse.precision import (
     COMPUTE,
     STORAGE,
     WEIGHTS,
@@ -28,6 +27,7 @@ from oversquash_lens.measure.precision import (
     overflowing,
     stored,
 )
+from oversquash_lens.errors import InputError
 
 FLOAT8 = ("float8_e4m3", "float8_e5m2")
 HOOKED = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
@@ -80,17 +80,17 @@ def test_names_and_labels(spec: Any, name: str, label: str) -> None:
     [
         ("float8_e4m3", "no device here computes in it.*'float32:store=float8_e4m3'"),
         (torch.float8_e5m2, "'float32:store=float8_e5m2'"),
-        ("float31", "'float31' came as the format to compute in; expected one of float64, float32, bfloat16, float16"),
-        ("", "'' came as the format to compute in"),
-        ("float32:store=int8", "'int8' came as the format to store in; expected one of .*float8_e5m2"),
-        ("float32:weights=int3", "'int3' came as the format of weights; expected one of int8, int4"),
-        ("float32:weights=", "'' came as the format of weights"),
-        ("float32:round=bfloat16", "'round=bfloat16' came in the number format"),
+        ("float31", "expected one of float64, float32, bfloat16, float16, got 'float31' as the format to compute in"),
+        ("", "got '' as the format to compute in"),
+        ("float32:store=int8", "expected one of .*float8_e5m2, got 'int8' as the format to store in"),
+        ("float32:weights=int3", "expected one of int8, int4, got 'int3' as the format of weights"),
+        ("float32:weights=", "got '' as the format of weights"),
+        ("float32:round=bfloat16", "got 'round=bfloat16' in the number format"),
         ("float32:bfloat16", "expected store=FORMAT and weights=FORMAT"),
         ("float32:store=float16:store=bfloat16", "each at most once"),
-        (torch.int64, "'int64' came as the format to compute in"),
-        (32, "32 came as a number format; expected a text"),
-        (None, "None came as a number format"),
+        (torch.int64, "got 'int64' as the format to compute in"),
+        (32, "expected a text, got 32 as a number format"),
+        (None, "got None as a number format"),
     ],
 )
 def test_formats_that_are_none(spec: Any, said: str) -> None:
@@ -250,7 +250,7 @@ def test_bridge_as_if_loaded_in_that_dtype(folder: Path, dtype: str) -> None:
 
 
 def test_the_twin_as_if_loaded_in_that_dtype(folder: Path) -> None:
-    from oversquash_lens.models import load_twin
+    from oversquash_lens.models.loading import load_twin
 
     twin, loaded = (load_twin(folder, device="cpu", dtype=dtype).model for dtype in ("float32", "bfloat16"))
     tokens = tokens_for(5, 12)
@@ -341,7 +341,7 @@ def test_given_back_when_memory_ends_halfway(fresh: tuple[Any, torch.Tensor], mo
             raise MemoryError
         return fake_quantised(weight, *args)
 
-    monkeypatch.setattr("oversquash_lens.measure.precision.fake_quantised", failing)
+    monkeypatch.setattr("oversquash_lens.collapse.precision.fake_quantised", failing)
     with pytest.raises(MemoryError), computing_in(model, "bfloat16:weights=int4"):
         pass
     whole.check()

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from oversquash_lens.record.prefixes import Branch, Place, Plan, Trunk, apart, plan
+from oversquash_lens.capture.prefixes import Branch, Place, Plan, Trunk, apart, plan
 
 Ids = tuple[int, ...]
 # Few kinds of token, so that beginnings are shared often; a long common beginning, so that branching pays.

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from small_models import NO_HOOKED, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
+from oversquash_lens.capture.attention import KeptAttention, UniformAttention, per_head
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure import block as block_module
-from oversquash_lens.measure.block import Layer, Room
-from oversquash_lens.measure.factored import Factored
-from oversquash_lens.measure.paths import FAINT, PathKind, log_path_products, log_path_sums
-from oversquash_lens.measure.profiles import KINDS
-from oversquash_lens.record.attention import KeptAttention, UniformAttention, per_head
+from oversquash_lens.paths import block as block_module
+from oversquash_lens.paths.block import Layer, Room
+from oversquash_lens.paths.factored import Factored
+from oversquash_lens.paths.paths import FAINT, PathKind, log_path_products, log_path_sums
+from oversquash_lens.paths.profiles import KINDS
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 

@@ -10,8 +10,8 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens as osl
+from oversquash_lens.capture.tokens import token_strings, tokenize
 from oversquash_lens.errors import InputError
-from oversquash_lens.record.prompt import token_strings, tokenize
 
 D_VOCAB, N_CTX = 12, 8
 TEMPLATE = "{% for m in messages %}u {{ m.content }} {% endfor %}{% if add_generation_prompt %}a{% endif %}"
@@ -148,17 +148,17 @@ def test_a_token_that_is_half_a_character_keeps_its_name(smollm2: Any) -> None:
     ("model", "prompt", "options", "said"),
     [
         (PLAIN, "", {}, "empty prompt"),
-        (PLAIN, "   ", {}, "0 tokens came"),
-        (PLAIN, "w3", {}, "a prompt of 1 token came"),
-        (WITH_BOS, "w3", {"bos": False}, "a prompt of 1 token came"),
-        (PLAIN, "w3 " * 9, {}, "9 tokens came; this model reads at most n_ctx = 8"),
-        (WITH_BOS, "w3 " * 8, {}, "9 tokens came"),
-        (PLAIN, [3] * 9, {}, "9 tokens came"),
-        (PLAIN, [3], {}, "1 token came"),
+        (PLAIN, "   ", {}, "got 0 tokens"),
+        (PLAIN, "w3", {}, "got a prompt of 1 token"),
+        (WITH_BOS, "w3", {"bos": False}, "got a prompt of 1 token"),
+        (PLAIN, "w3 " * 9, {}, "got 9 tokens; this model reads at most n_ctx = 8"),
+        (WITH_BOS, "w3 " * 8, {}, "got 9 tokens"),
+        (PLAIN, [3] * 9, {}, "got 9 tokens"),
+        (PLAIN, [3], {}, "got 1 token"),
         (PLAIN, [], {}, "shape (0,)"),
         (PLAIN, 3, {}, "shape ()"),
-        (PLAIN, [3, 12], {}, "token id 12 came; expected ids in 0 … 11"),
-        (PLAIN, [-1, 3], {}, "token id -1 came"),
+        (PLAIN, [3, 12], {}, "expected ids in 0 … 11, got token id 12"),
+        (PLAIN, [-1, 3], {}, "got token id -1"),
         (PLAIN, [3.0, 4.0], {}, "float32"),
         (PLAIN, [True, False], {}, "bool"),
         (PLAIN, [[3, 4], [5, 6]], {}, "one prompt at a time"),

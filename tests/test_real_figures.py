@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import oversquash_lens as osl
-from oversquash_lens.paper import families
+from oversquash_lens.collapse import families
 from oversquash_lens.paper.experiments import Reproduced
 from oversquash_lens.paper.remedies import MODEL_REMEDIES, PROMPT_REMEDIES, inner_digits
 from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, planted
-from oversquash_lens.render.chart import Panel, Series
+from oversquash_lens.viz.chart import Panel, Series
 
 NAME = "SmolLM2-135M-Instruct (Q4_1)"
 LONGEST = 11

@@ -15,9 +15,9 @@ import torch
 from small_models import CASES, NO_HOOKED, bridge, case, has_bridge, has_hooked, hooked, tokenizer, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, InputError
-from oversquash_lens.measure.bounds import VARIANTS
-from oversquash_lens.measure.compare import compare
+from oversquash_lens.analyses.compare import compare
+from oversquash_lens.errors import HookMismatchError, InputError
+from oversquash_lens.paths.bounds import VARIANTS
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 needs_both = pytest.mark.skipif(
@@ -253,7 +253,7 @@ def test_a_model_goes_when_its_owner_lets_it_go(name: str, make: Callable) -> No
     trace = osl.record(model, tokens)
     with osl.recording(model) as recorder:
         model(tokens)
-    with pytest.raises(GateError):
+    with pytest.raises(HookMismatchError):
         record_twice(model, tokens)
     store: dict = {}
     hooks = osl.last_token_residual_hooks(model, store) + osl.attention_path_hooks(model, store)
@@ -308,7 +308,7 @@ def test_weights_edited_inside_a_recording_are_those_measured(name: str, make: C
         model(tokens)
     try:
         trace = recorder.trace()
-    except GateError:
+    except HookMismatchError:
         return
     assert furthest(trace, osl.record(model, tokens, attention="kept")) == 0
 

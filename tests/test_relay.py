@@ -12,12 +12,12 @@ from small_models import CASES, bridge, case, has_bridge, hooked, tokens_for
 from zoo import CELLS, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError, ModelError
-from oversquash_lens.measure import costs, jacobian, relay, tape
-from oversquash_lens.measure.jacobian import MEMORY, differentiate
-from oversquash_lens.record.fused import why_not_fused
-from oversquash_lens.record.layout import model_layout
-from oversquash_lens.record.prompt import tokenize
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.capture.fused import why_not_fused
+from oversquash_lens.capture.tokens import tokenize
+from oversquash_lens.errors import HookMismatchError, ModelError
+from oversquash_lens.jacobian import costs, relay, tape
+from oversquash_lens.jacobian.measured import MEMORY, differentiate
 
 FREEZES = [(), ("attention",), ("norms",), ("attention", "norms")]
 FUSED = 1e-6  # float64 weights, but most of transformers' classes take the softmax or the rotations in float32
@@ -59,7 +59,7 @@ def test_blocks_give_what_the_whole_graph_gives(
             measured("blocks", model, tokens, freeze=freeze)
         return
     assert same(measured("blocks", model, tokens, freeze=freeze), whole)
-    if "attention" not in freeze and why_not_fused(model, model_layout(model)) is None:
+    if "attention" not in freeze and why_not_fused(model, read_architecture(model)) is None:
         assert same(measured("fused", model, tokens, freeze=freeze), whole, FUSED)
 
 
@@ -146,11 +146,11 @@ def kept_for_backward(differentiated: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", ["rms-gated-rotary-gqa", "bridge-llama", "bridge-gpt2"])
 def test_the_pass_keeps_no_graph_of_the_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = case(name)
-    layout, tokenized = model_layout(model), tokenize(model, tokens)
+    architecture, tokenized = read_architecture(model), tokenize(model, tokens)
     kept = {}
     for route in ("whole", "blocks"):
         monkeypatch.setattr(jacobian, "truth_route", lambda *_, route=route: route)
-        kept[route] = kept_for_backward(lambda: differentiate(model, layout, tokenized))
+        kept[route] = kept_for_backward(lambda: differentiate(model, architecture, tokenized))
     assert kept["blocks"] < kept["whole"] / 4
 
 
@@ -202,7 +202,7 @@ def test_a_hook_that_does_another_thing_the_second_time_is_found_out(measured: C
 
     with (
         model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", restless)]),
-        pytest.raises(GateError, match=r"block 1, run a second time .*, differs from its first run by"),
+        pytest.raises(HookMismatchError, match=r"block 1, run a second time .*, differs from its first run by"),
     ):
         measured("blocks", model, tokens)
 

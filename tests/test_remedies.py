@@ -12,8 +12,8 @@ import pytest
 import torch
 from small_speakers import KINDS, characters, loaded
 
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper import remedies as recipe
 from oversquash_lens.paper.remedies import (
@@ -31,7 +31,7 @@ from oversquash_lens.paper.remedies import (
     try_remedy,
 )
 from oversquash_lens.paper.setting import Options, Setting
-from oversquash_lens.render.chart import Chart
+from oversquash_lens.viz.chart import Chart
 
 HOOKED = KINDS[1:]
 BY_NAME = {remedy.name: remedy for remedy in (*PROMPT_REMEDIES, *MODEL_REMEDIES)}
@@ -287,5 +287,5 @@ def test_higher_precision_changes_no_distance(chart: Chart) -> None:
 
 
 def test_too_short_is_refused_before_the_model_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a longest length of 5 came; expected at least 11, the shortest of figure"):
+    with pytest.raises(InputError, match="expected at least 11, the shortest of figure, got a longest length of 5"):
         remedies(Setting(Options("no such model", longest=5), tmp_path))

@@ -15,7 +15,7 @@ from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, h
 from torch import nn
 
 import oversquash_lens as osl
-from oversquash_lens.errors import GateError
+from oversquash_lens.errors import HookMismatchError
 
 Model = Any
 LAYERS = 9
@@ -44,7 +44,7 @@ def point(model: Model, layer: int, name: str) -> nn.Module:
 
 
 def refused(model: Model, *said: str, **how: Any) -> None:
-    with pytest.raises(GateError) as caught:
+    with pytest.raises(HookMismatchError) as caught:
         osl.record(model, PROMPT, attention="kept", **how)  # rows made anew have their own in test_attention.py
     message = str(caught.value)
     assert all(word in message for word in said), message

@@ -19,8 +19,9 @@ import torch
 from evil_strings import CORPUS
 
 import oversquash_lens
-from oversquash_lens import embedded, gguf_header, load_model
+from oversquash_lens import load_model
 from oversquash_lens.errors import ModelError, OversquashError
+from oversquash_lens.models import embedded, gguf_header
 
 ROOT = Path(oversquash_lens.__file__).parent
 
@@ -235,12 +236,12 @@ def test_a_wheel_that_is_not_the_pinned_one_is_not_even_opened(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny GPT-2 as a Hugging Face folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=20))
     model.save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    words = Tokenizer(loading.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -299,7 +300,7 @@ def test_code_beside_a_known_architecture_is_not_run(with_code: SimpleNamespace)
 
 def test_code_beside_a_model_runs_for_who_asks_for_it(with_code: SimpleNamespace) -> None:
     """The traps above are traps: with trust_remote_code=True they spring."""
-    from oversquash_lens.models import load_twin
+    from oversquash_lens.models.loading import load_twin
 
     load_twin(with_code.path, device="cpu", trust_remote_code=True)
     assert with_code.mark.exists()
@@ -309,14 +310,14 @@ def test_transformerlens_is_not_let_to_trust_by_itself(
     with_code: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For some hub names it turns trust_remote_code on when it makes a HookedTransformer."""
-    from oversquash_lens import models, sources
+    from oversquash_lens.models import loading, sources
 
     change_json(with_code.path / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    found = sources.from_folder(with_code.path, "x", models._loading("float32", "cpu", None, False))
+    found = sources.from_folder(with_code.path, "x", loading._loading("float32", "cpu", None, False))
     named = sources.Weights(found.model, found.tokenizer, "microsoft/phi-2", hub_name="microsoft/phi-2")
     never = SimpleNamespace(from_pretrained=lambda *_, **__: pytest.fail("TransformerLens was asked"))
     with pytest.raises(ModelError, match=r"microsoft/phi-2 brings code of its own.*trust_remote_code=True"):
-        models._hooked(never, named, models._loading("float32", "cpu", None, False), False)
+        loading._hooked(never, named, loading._loading("float32", "cpu", None, False), False)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
@@ -474,7 +475,7 @@ EVIL_NAMES = (
 
 @pytest.mark.parametrize("name", [*EVIL_NAMES, *CORPUS[::7]], ids=lambda name: repr(name[:30]))
 def test_a_name_is_looked_up_and_nothing_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oversquash_lens import sources
+    from oversquash_lens.models import sources
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sources, "_ask_hub", lambda name: OSError("no network in this test"))
@@ -493,7 +494,7 @@ def test_a_prompt_is_text(prompt: str, on_tiny: Callable) -> None:
 
 
 def test_a_prompt_is_no_template(smollm2: Any) -> None:
-    from oversquash_lens.record.prompt import tokenize
+    from oversquash_lens.capture.tokens import tokenize
 
     asked = "{{ 7*7 }}{% raw %}{{ ''.__class__.__mro__ }}"
     told = "".join(tokenize(smollm2, asked, chat=True).tokens)

@@ -12,12 +12,12 @@ from small_speakers import KINDS, N_CTX, characters, loaded, logits, model, othe
 from transformers import GPT2Config, MambaConfig, MambaForCausalLM
 
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models import load_twin
+from oversquash_lens.models.loading import load_twin
+from oversquash_lens.models.sources import Weights
 from oversquash_lens.paper.engines import engine_for
 from oversquash_lens.paper.prompts import copy_prompt, ones_prompt, trailing_zero
 from oversquash_lens.paper.sampling import GREEDY, Pick, Sampling
 from oversquash_lens.paper.speakers import Reply, Speaker
-from oversquash_lens.sources import Weights
 
 PROMPTS = ["11", "How many ones are in 111?", "x", "copy 10101 please", "1" * 60, "sum: 1 + 1 + 1"]
 WARM = Sampling(temperature=1.3, seed=4, max_new_tokens=20)
@@ -182,7 +182,7 @@ def test_progress_is_shown_only_when_asked(capsys: pytest.CaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Speaker(SimpleNamespace(tokenizer=characters())), "SimpleNamespace came as the model"),
+        (lambda: Speaker(SimpleNamespace(tokenizer=characters())), "got SimpleNamespace as the model"),
         (lambda: Speaker(model()), "without a tokenizer"),
         (lambda: speaker(batch_size=0), "batch_size=0"),
         (lambda: speaker(memory=0), "memory=0"),
@@ -190,7 +190,7 @@ def test_progress_is_shown_only_when_asked(capsys: pytest.CaptureFixture) -> Non
         (lambda: Sampling(temperature=float("nan")), "temperature=nan"),
         (lambda: Sampling(max_new_tokens=0), "max_new_tokens=0"),
         (lambda: speaker().replies([""]), "the prompt ''"),
-        (lambda: speaker().replies(["1"], draws=[0, 1]), "2 draws came with 1 prompts"),
+        (lambda: speaker().replies(["1"], draws=[0, 1]), "got 2 draws with 1 prompts"),
         (lambda: speaker().replies(["\ud800"]), "no valid Unicode"),
     ],
 )

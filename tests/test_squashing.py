@@ -16,9 +16,9 @@ from small_models import NO_HOOKED, has_hooked, hooked, tokens_for
 from test_flow import paths_of
 
 import oversquash_lens as osl
+from oversquash_lens.capture.attention import UniformAttention
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.squashing import maximal_runs
-from oversquash_lens.record.attention import UniformAttention
+from oversquash_lens.paths.squashing import maximal_runs
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -128,7 +128,7 @@ def test_even_attention_is_even() -> None:
     assert torch.allclose(rows.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert rows[1, 1].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
     assert UniformAttention(5, 2, device="meta").rows(0, 2).device.type == "meta"
-    with pytest.raises(InputError, match="rows 3:6 came; expected 0 ≤ start < stop ≤ 5"):
+    with pytest.raises(InputError, match="expected 0 ≤ start < stop ≤ 5, got rows 3:6"):
         attention.rows(3, 6)
 
 

@@ -21,15 +21,15 @@ from small_sweeps import MEASURES, close, exactly_once, model_folder, same_rows,
 from zoo import lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens import files
-from oversquash_lens.measure import sweep_work
-from oversquash_lens.measure.sweep_plan import sweep_plan
-from oversquash_lens.measure.sweep_prompts import read_prompts
-from oversquash_lens.measure.sweep_result import density
-from oversquash_lens.measure.sweep_rows import MEASURES as ALL_MEASURES
-from oversquash_lens.measure.sweep_rows import checked_measures, columns, summary
-from oversquash_lens.record.batch import batch_bytes
-from oversquash_lens.record.size import size_of
+from oversquash_lens import storage
+from oversquash_lens.capture.batch import batch_bytes
+from oversquash_lens.capture.size import size_of
+from oversquash_lens.sweeps import work
+from oversquash_lens.sweeps.plan import sweep_plan
+from oversquash_lens.sweeps.prompts import read_prompts
+from oversquash_lens.sweeps.result import density
+from oversquash_lens.sweeps.rows import MEASURES as ALL_MEASURES
+from oversquash_lens.sweeps.rows import checked_measures, columns, summary
 
 TOO_LONG = "w5 " * 40
 
@@ -47,7 +47,7 @@ def parts(out: Path) -> Path:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts at a time, so that a few prompts make several parts."""
-    monkeypatch.setitem(sweep_work.MOST, "cpu", 3)
+    monkeypatch.setitem(work.MOST, "cpu", 3)
 
 
 # ---------------------------------------------------------------- what the rows say
@@ -126,7 +126,7 @@ def test_a_file_of_rows_is_a_result_again(tiny: Any, out: Path) -> None:
     assert again.measures == MEASURES
     assert json.loads(json.dumps(again.to_dict()))["refused"] == 1
     assert "4  done" in str(again)
-    with pytest.raises(osl.InputError, match="column 'nothing' came"):
+    with pytest.raises(osl.InputError, match="got column 'nothing'"):
         again.table(["nothing"])
 
 
@@ -176,7 +176,7 @@ def test_what_memory_does_not_hold_is_refused_alone(tiny: Any, out: Path, monkey
     assert "recording 12 tokens" in reason
 
 
-@pytest.mark.parametrize("failure", [MemoryError("no room"), osl.GateError("a hook; expected none: remove it")])
+@pytest.mark.parametrize("failure", [MemoryError("no room"), osl.HookMismatchError("a hook; expected none: remove it")])
 def test_a_batch_that_fails_is_tried_one_by_one(
     failure: Exception, tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +188,7 @@ def test_a_batch_that_fails_is_tried_one_by_one(
             raise failure
         return alone(model, tokenized, **options)
 
-    alone = sweep_work.record_tokens
+    alone = work.record_tokens
     monkeypatch.setattr(sweep_work, "record_tokens_batch", fail)
     monkeypatch.setattr(sweep_work, "record_tokens", fail_at_three)
     result = osl.sweep(tiny, [[5] * n for n in (4, 3, 4, 5)], "mean_field", out)
@@ -197,7 +197,7 @@ def test_a_batch_that_fails_is_tried_one_by_one(
 
 
 def test_no_prompt_at_all(tiny: Any, out: Path, tmp_path: Path) -> None:
-    with pytest.raises(osl.InputError, match="no prompt came"):
+    with pytest.raises(osl.InputError, match="got no prompt"):
         osl.sweep(tiny, [], MEASURES, out)
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(osl.InputError, match="holds no prompt"):
@@ -223,7 +223,7 @@ class StoppedError(Exception):
 
 def stopped(*arguments: Any, after: int, **options: Any) -> None:
     """A sweep that is stopped when so many parts are written."""
-    whole, counted = sweep_work._batch_rows, []
+    whole, counted = work._batch_rows, []
 
     def rows(*given: Any) -> Any:
         if len(counted) == after:
@@ -244,7 +244,7 @@ def test_the_next_call_goes_on(after: int, tiny: Any, out: Path, monkeypatch: py
     stopped(tiny, prompts, MEASURES, out, after=after)
     assert not out.exists()
     seen = []
-    whole = sweep_work._batch_rows
+    whole = work._batch_rows
     monkeypatch.setattr(sweep_work, "_batch_rows", lambda m, batch, e: seen.extend(batch) or whole(m, batch, e))
     result = osl.sweep(tiny, prompts, MEASURES, out)
     assert result.reused == 15 - len(seen)
@@ -282,7 +282,7 @@ def test_killed_between_the_file_and_the_tidying(tiny: Any, out: Path, parts: Pa
     parts.mkdir()
     for name, payload in kept.items():
         (parts / name).write_bytes(payload)
-    (parts / f"{files._DRAFT}{'0' * 32}.tmp").write_bytes(b"half")  # what was being written just then
+    (parts / f"{storage._DRAFT}{'0' * 32}.tmp").write_bytes(b"half")  # what was being written just then
     exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
 
 
@@ -301,7 +301,7 @@ def test_a_damaged_part_and_one_that_went_missing(tiny: Any, out: Path, parts: P
 
 @pytest.mark.usefixtures("small_batches")
 def test_parts_that_vanish_while_it_runs(tiny: Any, out: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, whole = texts(8), sweep_work._batch_rows
+    prompts, whole = texts(8), work._batch_rows
 
     def meanwhile(*given: Any) -> Any:
         for part in parts.glob("[0-9]*.parquet"):
@@ -393,7 +393,7 @@ def test_a_full_disk_keeps_what_was_done(
     at: int, tiny: Any, out: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full at run.json, at the first part, at a later one; with room again the sweep goes on."""
-    prompts, whole, written = texts(9), files._replace, []
+    prompts, whole, written = texts(9), storage._replace, []
 
     def replace(target: Path, payload: bytes) -> None:
         written.append(target)
@@ -413,7 +413,7 @@ def test_a_full_disk_keeps_what_was_done(
 
 
 def test_a_full_disk_at_the_end(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = files._replace
+    whole = storage._replace
 
     def replace(target: Path, payload: bytes) -> None:
         if target == out:
@@ -445,22 +445,22 @@ def test_killed_at_any_moment(tmp_path: Path, record_property: Callable) -> None
 
 
 def ready(model: Any, lengths: list[int]) -> list[Any]:
-    effort = sweep_work.Effort(("mean_field",))
-    return [(each, sweep_work._tokenized(model, each, effort)) for each in read_prompts([[5] * n for n in lengths])]
+    effort = work.Effort(("mean_field",))
+    return [(each, work._tokenized(model, each, effort)) for each in read_prompts([[5] * n for n in lengths])]
 
 
 def test_batches_hold_similar_lengths_within_memory(tiny: Any) -> None:
     lengths = [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2]
     size, prompts = size_of(tiny), ready(tiny, [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2])
     for memory in (10**12, sum(batch_bytes(size, [9, 9]).values()), 0):
-        found = list(sweep_work.batches(tiny, prompts, memory))
+        found = list(work.batches(tiny, prompts, memory))
         assert sorted(each.index for batch in found for each, _ in batch) == list(range(len(lengths)))
         for batch in found:
             sizes = [len(tokens.ids) for _, tokens in batch]
-            assert len(sizes) * max(sizes) <= sweep_work.WASTE * sum(sizes)
+            assert len(sizes) * max(sizes) <= work.WASTE * sum(sizes)
             assert len(batch) == 1 or sum(batch_bytes(size, sizes).values()) <= memory
     assert len(found) == len(lengths)  # no memory: each alone
-    many = list(sweep_work.batches(tiny, ready(tiny, [5] * 40), 10**12))
+    many = list(work.batches(tiny, ready(tiny, [5] * 40), 10**12))
     assert [len(batch) for batch in many] == [16, 16, 8]
 
 

@@ -12,7 +12,7 @@ from small_models import N_CTX
 from small_sweeps import exactly_once, texts
 
 import oversquash_lens as osl
-from oversquash_lens.measure.sweep_result import SweepResult
+from oversquash_lens.sweeps.result import SweepResult
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_options_reach_the_sweep(
         asked.update(options, model=model, measures=measures, out=out)
         return done
 
-    monkeypatch.setattr("oversquash_lens.measure.sweep.sweep", sweep)
+    monkeypatch.setattr("oversquash_lens.sweeps.run.sweep", sweep)
     on_tiny("sweep", "--prompts-file", prompts[0], "--no-bos", "--seed", "4", "--verify", "--probes", "3")
     assert (asked["bos"], asked["seed"], asked["verify"], asked["probes"]) == (False, 4, True, 3)
     assert asked["model"] is on_tiny_model(on_tiny, prompts[0])
@@ -93,6 +93,6 @@ def test_options_reach_the_sweep(
 
 def on_tiny_model(on_tiny: Callable, file: str) -> Any:
     """The model that stands in for the default."""
-    from oversquash_lens import models
+    from oversquash_lens.models import loading
 
-    return models.load_model("smollm2-135m")
+    return loading.load_model("smollm2-135m")

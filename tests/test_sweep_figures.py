@@ -9,8 +9,8 @@ import pytest
 from small_sweeps import texts
 
 import oversquash_lens as osl
-from oversquash_lens.render.bands_chart import ENDS, MIDDLE, bands_chart
-from oversquash_lens.render.chart import Chart
+from oversquash_lens.viz.bands_chart import ENDS, MIDDLE, bands_chart
+from oversquash_lens.viz.chart import Chart
 
 MEASURES = ["mean_field", "proof", "flow", "squashing"]
 
@@ -53,9 +53,9 @@ def test_it_is_drawn_and_written(swept: osl.SweepResult, tmp_path: Path) -> None
 
 
 def test_what_cannot_be_drawn(swept: osl.SweepResult) -> None:
-    with pytest.raises(osl.InputError, match="a list came; expected what sweep returns"):
+    with pytest.raises(osl.InputError, match="expected what sweep returns, got a list"):
         osl.figures.bands([])
-    with pytest.raises(osl.InputError, match="no measure came"):
+    with pytest.raises(osl.InputError, match="got no measure"):
         osl.figures.bands(swept, [])
     with pytest.raises(osl.InputError, match="expected one of this sweep's"):
         osl.figures.bands(swept, ["truth"])

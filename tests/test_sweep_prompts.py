@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.measure.sweep_prompts import mark_of, read_prompts
+from oversquash_lens.sweeps.prompts import mark_of, read_prompts
 
 
 def named(prompts: Any, column: str | None = None) -> list[tuple[str | None, Any]]:

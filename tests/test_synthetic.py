@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.paths import count_paths
 from oversquash_lens.paper import agreement, published, readings, synthetic
-from oversquash_lens.render.chart import Chart, Series, Verdict
+from oversquash_lens.paths.paths import count_paths
+from oversquash_lens.viz.chart import Chart, Series, Verdict
 
 
 @pytest.fixture(scope="module")

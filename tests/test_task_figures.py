@@ -21,7 +21,7 @@ from oversquash_lens.paper.setting import Options, Setting
 from oversquash_lens.paper.speakers import Sampling
 from oversquash_lens.paper.task_figures import BIN, QUICK_TOKENS
 from oversquash_lens.paper.tasks import NEW_TOKENS, TASKS, TaskAnswer, TaskResult
-from oversquash_lens.render.chart import Chart, Panel, Series
+from oversquash_lens.viz.chart import Chart, Panel, Series
 
 Answer = Callable[[str, str, int, int], str]  # task, chain of thought, length, right answer -> reply
 FIGURES = {name: getattr(recipe, f"figure_{name}") for name in ("2", "3", "4", "6", "7", "11")}

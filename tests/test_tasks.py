@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from small_speakers import Parrot, PatienceError, speaker
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.models import load_twin
+from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.questions import TASKS, Task, questions
 from oversquash_lens.paper.scores import MEASURES, Score, TaskScores
@@ -242,7 +242,7 @@ def test_digits_are_scored_against_all_ten() -> None:
 def test_the_highest_number_can_be_chosen() -> None:
     found = score_task(Parrot(right), "ones", [5], highest=9)
     assert len(found.scores[0][0].log_probabilities) == 10
-    with pytest.raises(InputError, match="highest=4 came; expected at least 5"):
+    with pytest.raises(InputError, match="expected at least 5, got highest=4"):
         score_task(Parrot(right), "ones", [5], highest=4)
     with pytest.raises(InputError, match="expected one of probability, margin"):
         found.mean("luck")
@@ -251,11 +251,11 @@ def test_the_highest_number_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda: run_task(Parrot(right), "tidy up"), "task 'tidy up' came; expected one of sum, ones"),
+        (lambda: run_task(Parrot(right), "tidy up"), "expected one of sum, ones, got task 'tidy up'"),
         (lambda: run_task(Parrot(right), "ones", cot="some"), "cot='some'"),
         (lambda: run_task(Parrot(right), "ones", []), r"lengths \(\) came"),
         (lambda: run_task(Parrot(right), "ones", [5, 5]), r"lengths \(5, 5\) came; expected whole numbers, each once"),
-        (lambda: run_task(Parrot(right), "ones", [0]), "a length of 0 came"),
+        (lambda: run_task(Parrot(right), "ones", [0]), "got a length of 0"),
         (lambda: run_task(Parrot(right), "bernoulli", [5], samples=0), "samples=0"),
     ],
 )

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from small_models import CASES, case
 
 import oversquash_lens as osl
+from oversquash_lens.capture.trace import FORMAT, FORMAT_VERSION
 from oversquash_lens.errors import InputError, OversquashError, TraceFileError
-from oversquash_lens.measure.bounds import VARIANTS
-from oversquash_lens.record.trace import FORMAT, FORMAT_VERSION
+from oversquash_lens.paths.bounds import VARIANTS
 
 NAME = "prompt.safetensors"
 

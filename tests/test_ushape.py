@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_speakers import KINDS, characters, loaded
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.jacobian import measured_sensitivity
+from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import ushape as recipe
 from oversquash_lens.paper.setting import Options, Setting
 from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, ends_over_middle, planted
@@ -84,7 +84,7 @@ def test_bos_is_put_in_front_and_moves_the_fact() -> None:
 
 @pytest.mark.parametrize("before", [-1, 5])
 def test_a_place_outside_the_prompt_is_refused(before: int) -> None:
-    with pytest.raises(InputError, match=f"before={before} came; expected 0 … 4"):
+    with pytest.raises(InputError, match=f"expected 0 … 4, got before={before}"):
         planted(Reader(), 4, before)
 
 

@@ -15,10 +15,10 @@ from circuitsvis.utils.render import RenderedHTML
 from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError, OversquashError
-from oversquash_lens.render import html as html_module
-from oversquash_lens.render.cells import LONG, MOST_CELLS
-from oversquash_lens.render.html import LARGEST_PAYLOAD, View, inert, runtime, script_json, visible_token
-from oversquash_lens.render.views import layers, positions, side_by_side
+from oversquash_lens.viz import html as html_module
+from oversquash_lens.viz.cells import LONG, MOST_CELLS
+from oversquash_lens.viz.html import LARGEST_PAYLOAD, View, inert, runtime, script_json, visible_token
+from oversquash_lens.viz.views import layers, positions, side_by_side
 
 
 def data_in(html: str) -> dict:
@@ -228,7 +228,7 @@ def test_nan_is_refused_and_named():
 
 
 def test_nothing_cannot_stand_side_by_side():
-    with pytest.raises(InputError, match="no result came"):
+    with pytest.raises(InputError, match="got no result"):
         side_by_side()
 
 

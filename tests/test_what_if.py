@@ -14,14 +14,14 @@ from reference import exact_jacobian, frobenius, matrix_product, mean_field, rea
 from small_models import CASES, HOOKED_CASES, N_CTX, case, tokens_for
 
 import oversquash_lens as osl
+from oversquash_lens.analyses.what_if import MEASURES, Change, Outcome, WhatIf, what_if
+from oversquash_lens.capture import edits
+from oversquash_lens.capture.activations import ACTIVATIONS
+from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.recorder import record
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.bounds import CALIBRATED, VARIANTS, path_bound
-from oversquash_lens.measure.mean_field import mean_field_sensitivity
-from oversquash_lens.measure.what_if import MEASURES, Change, Outcome, WhatIf, what_if
-from oversquash_lens.record import edits
-from oversquash_lens.record.activations import ACTIVATIONS
-from oversquash_lens.record.hooks import attached
-from oversquash_lens.record.recorder import record
+from oversquash_lens.paths.bounds import CALIBRATED, VARIANTS, path_bound
+from oversquash_lens.paths.mean_field import mean_field_sensitivity
 
 # Its norms, softmax and rotations are float32 inside.
 ROUNDING = {"bridge-llama": 2e-5}
@@ -411,19 +411,19 @@ def test_json_there_and_back(tried: tuple[str, WhatIf]) -> None:
 @pytest.mark.parametrize(
     ("asked", "options", "said"),
     [
-        ((), {}, "no edit came; expected at least one"),
-        ((edits.window(2), "window"), {}, "'window' came as an edit; expected one that"),
+        ((), {}, "expected at least one, got no edit"),
+        ((edits.window(2), "window"), {}, "expected one that, got 'window' as an edit"),
         ((lambda pattern: pattern,), {}, "came as an edit"),
-        ((edits.adaptive_temperature(),), {}, "adaptive temperature came; expected an edit under which"),
-        ((edits.ablate_head(9, 0),), {}, "layer 9 came; expected 0 … 1, the layers of this model"),
-        ((edits.window(2), edits.ablate_head(0, 7)), {}, "head 7 came; expected 0 … 3, the heads of this model"),
-        ((edits.mask_position(6),), {}, "position 6 came; expected 0 … 5, the positions of this prompt"),
-        ((edits.separators(1, "w9 w9"),), {}, "behind every token: 16 tokens came, 17 with the last one repeated"),
+        ((edits.adaptive_temperature(),), {}, "expected an edit under which, got adaptive temperature"),
+        ((edits.ablate_head(9, 0),), {}, "expected 0 … 1, the layers of this model, got layer 9"),
+        ((edits.window(2), edits.ablate_head(0, 7)), {}, "expected 0 … 3, the heads of this model, got head 7"),
+        ((edits.mask_position(6),), {}, "expected 0 … 5, the positions of this prompt, got position 6"),
+        ((edits.separators(1, "w9 w9"),), {}, "got behind every token: 16 tokens, 17 with the last one repeated"),
         ((edits.separators(1, "w9 w9 w9"),), {}, "n_ctx = 16"),
-        ((edits.without_bos(),), {}, "a prompt without BOS came"),
-        ((edits.window(2),), {"variant": "theorem"}, "variant 'theorem' came"),
-        ((edits.window(2),), {"probes": 0}, "probes=0 came; expected at least 1"),
-        ((edits.window(2),), {"node_probes": -1}, "node_probes=-1 came"),
+        ((edits.without_bos(),), {}, "got a prompt without BOS"),
+        ((edits.window(2),), {"variant": "theorem"}, "got variant 'theorem'"),
+        ((edits.window(2),), {"probes": 0}, "expected at least 1, got probes=0"),
+        ((edits.window(2),), {"node_probes": -1}, "got node_probes=-1"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_runs(
@@ -444,7 +444,7 @@ def test_what_cannot_be_is_said_before_the_model_runs(
 
 def test_a_prompt_without_room_for_a_repeated_token() -> None:
     model, _ = case("ln-one-layer")
-    with pytest.raises(InputError, match=f"the prompt: {N_CTX} tokens came, {N_CTX + 1} with"):
+    with pytest.raises(InputError, match=f"got the prompt: {N_CTX} tokens, {N_CTX + 1} with"):
         what_if(model, tokens_for(1, N_CTX), edits.window(2))
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_results import EVIL, TOKENS, about, profile, truth
 
+from oversquash_lens.analyses.what_if import Outcome, WhatIf
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.what_if import Outcome, WhatIf
-from oversquash_lens.render.html import View, Views
-from oversquash_lens.render.what_if_view import NEW, what_if
+from oversquash_lens.viz.html import View, Views
+from oversquash_lens.viz.what_if_view import NEW, what_if
 
 
 def outcome(label: str, tokens: tuple[str, ...], places: tuple[int | None, ...], seed: int = 0) -> Outcome:
@@ -151,7 +151,7 @@ def test_a_view_of_something_else(wrong: Any) -> None:
 
 
 def test_a_measure_that_is_none() -> None:
-    with pytest.raises(InputError, match="of='loudness' came; expected one of bound, calibrated, estimate, truth"):
+    with pytest.raises(InputError, match="expected one of bound, calibrated, estimate, truth, got of='loudness'"):
         what_if(with_commas(), "loudness")
 
 

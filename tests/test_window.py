@@ -11,13 +11,13 @@ import pytest
 import torch
 from small_speakers import KINDS, loaded
 
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.jacobian import MeasuredSensitivity, measured_sensitivity
+from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paper import window as recipe
 from oversquash_lens.paper.setting import Options, Setting
 from oversquash_lens.paper.window import START, early_share, least_heard, window
-from oversquash_lens.render.chart import Chart
+from oversquash_lens.viz.chart import Chart
 
 HOOKED = KINDS[1:]
 WIDE = 1000  # more positions than any prompt here has
@@ -68,7 +68,7 @@ def test_against_the_width_are_the_same_numbers(chart: Chart) -> None:
 
 def test_longest_is_the_longest_and_too_short_is_refused(tmp_path: Path) -> None:
     assert Setting(Options(longest=13), tmp_path).lengths("window") == (11, 12, 13)
-    with pytest.raises(InputError, match="a longest length of 10 came; expected at least 11"):
+    with pytest.raises(InputError, match="expected at least 11, got a longest length of 10"):
         window(Setting(Options(longest=10), tmp_path))
 
 

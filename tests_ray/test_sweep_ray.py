@@ -16,7 +16,7 @@ from small_models import N_CTX
 from small_sweeps import MEASURES, exactly_once, model_folder, same_rows, texts
 
 import oversquash_lens as osl
-from oversquash_lens.measure import sweep_ray
+from oversquash_lens.sweeps import on_ray
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[Any]:
     """Two workers on this machine for all tests here."""
-    ray = sweep_ray._ray()
+    ray = on_ray._ray()
     ray.init(num_cpus=2, object_store_memory=1 << 27, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
@@ -103,7 +103,7 @@ def test_a_sweep_that_was_begun_alone_goes_on_on_ray(folder: Path, tmp_path: Pat
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("oversquash_lens.measure.sweep_store.Store.finish", stop)
+        patch.setattr("oversquash_lens.sweeps.store.Store.finish", stop)
         with pytest.raises(StoppedError):
             osl.sweep(osl.load_model(folder), prompts[:40], MEASURES, out)
     for part in sorted((tmp_path / "rows.parquet.parts").glob("[0-9]*.parquet"))[1:]:
@@ -121,7 +121,7 @@ def test_a_prompt_that_kills_every_worker_is_refused_and_the_rest_done(
         """In a worker: what `_measure` does, but one prompt kills the process that touches it, every time."""
         if any(each.text == "w7 w7 w7" for each in chunk):
             os.kill(os.getpid(), signal.SIGKILL)
-        return sweep_ray._measure(name, load, memory, effort, chunk)
+        return on_ray._measure(name, load, memory, effort, chunk)
 
     monkeypatch.setattr(sweep_ray, "_task", deadly)
     monkeypatch.setattr(sweep_ray, "RETRIES", 1)
@@ -134,7 +134,7 @@ def test_a_prompt_that_kills_every_worker_is_refused_and_the_rest_done(
 
 
 def test_an_error_of_ours_in_a_worker_is_that_error_here(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(osl.OversquashError, match="kind 'hoked' came"):
+    with pytest.raises(osl.OversquashError, match="got kind 'hoked'"):
         osl.sweep(str(folder), texts(3), MEASURES, tmp_path / "x.parquet", ray="auto", load={"kind": "hoked"})
     assert list(tmp_path.iterdir()) == []
 

@@ -40,7 +40,7 @@ def _number(kind: type, expected: str) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{one_line(repr(text), 60)} came; expected {expected}") from None
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {one_line(repr(text), 60)}") from None
 
     return read
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.files import check_place, check_writable, write_atomically
+from oversquash_lens.storage import check_place, check_writable, write_atomically
 
 FIGURE_FILES = (".png", ".pdf", ".svg")
 MOST_BYTES = 64 << 20  # of a prompt or a file of prompts; what has no end (/dev/zero) must not fill the memory
@@ -74,7 +74,7 @@ def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, 
     """With --plan print the forecast in place of the result; says whether it did."""
     if not options.plan:
         return False
-    from oversquash_lens.measure.forecast import forecast
+    from oversquash_lens.analyses.plan import forecast
 
     found = forecast(model, prompt, measure, probes=probes, chat=options.chat, bos=options.bos)
     print(json.dumps(found.to_dict()) if options.json else found)
@@ -82,8 +82,8 @@ def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, 
 
 
 def load(options: argparse.Namespace) -> Any:
-    from oversquash_lens.embedded import NAME
-    from oversquash_lens.models import load_model
+    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.loading import load_model
 
     name = options.model if options.model is not None else NAME
     print(f"loading {name} …", file=sys.stderr)
@@ -97,7 +97,7 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
         try:
             return [int(each) for each in options.token_ids.replace(",", " ").split()]
         except ValueError:
-            raise InputError(f"--token-ids {options.token_ids!r} came; expected whole numbers, '504 4922'") from None
+            raise InputError(f"expected whole numbers, '504 4922', got --token-ids {options.token_ids!r}") from None
     if options.prompt_file not in (None, "-"):
         return read_text(options.prompt_file, "--prompt-file")
     if "-" in (options.prompt, options.prompt_file):
@@ -105,7 +105,7 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
     if options.prompt is None:
         return DEFAULT_PROMPT
     if not options.prompt:
-        raise InputError("an empty --prompt came; expected a text of at least two tokens")
+        raise InputError("expected a text of at least two tokens, got an empty --prompt")
     return options.prompt
 
 
@@ -140,7 +140,7 @@ def check_figure(path: str | None) -> None:
         return
     target = Path(path)
     if target.suffix not in FIGURE_FILES:
-        raise InputError(f"--figure {path} came; expected a file that ends in one of {', '.join(FIGURE_FILES)}")
+        raise InputError(f"expected a file that ends in one of {', '.join(FIGURE_FILES)}, got --figure {path}")
     check_writable(path)
     check_place(target.parent, target.name)
 

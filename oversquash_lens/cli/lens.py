@@ -73,8 +73,8 @@ def run_report(options: argparse.Namespace) -> None:
         return _run_reports(options)
     check_out(options)
     prompt, effort = prompt_of(options), _effort(options, options.probes)
-    from oversquash_lens.measure.findings import findings
-    from oversquash_lens.render.page import write_page
+    from oversquash_lens.analyses.findings import findings
+    from oversquash_lens.viz.page import write_page
 
     model = load(options)
     effort["probes"] = None if options.exact else options.probes or _usual_probes(model, prompt, options)
@@ -88,10 +88,10 @@ def run_report(options: argparse.Namespace) -> None:
 def _run_reports(options: argparse.Namespace) -> None:
     if any(given is not None for given in (options.prompt, options.prompt_file, options.token_ids)) or options.json:
         raise InputError(
-            "--prompts-file came with one prompt or --json beside it; expected it alone: leave the others out"
+            "expected it alone, got --prompts-file with one prompt or --json beside it: leave the others out"
         )
-    from oversquash_lens.files import check_place
-    from oversquash_lens.render.reports import reports
+    from oversquash_lens.storage import check_place
+    from oversquash_lens.viz.reports import reports
 
     folder = "reports" if options.out == "report.html" else options.out
     probes = None if options.exact else options.probes if options.probes is not None else PROBES
@@ -131,7 +131,7 @@ def prompts_of(file: str) -> list[str] | list[tuple[str, str]]:
 def run_audit(options: argparse.Namespace) -> None:
     check_out(options)
     prompt, effort = prompt_of(options), _effort(options, options.probes)
-    from oversquash_lens.measure.audit import audit
+    from oversquash_lens.analyses.audit import audit
 
     model = load(options)
     if planned(options, model, prompt, "audit", effort["probes"]):
@@ -143,16 +143,16 @@ def run_audit(options: argparse.Namespace) -> None:
 def run_bound(options: argparse.Namespace) -> None:
     beta = _number_or_word(options.beta)
     if options.variant == "mean_field" and beta != "measured":
-        raise InputError(f"--beta {options.beta} came with mean_field; expected no beta: it uses none")
+        raise InputError(f"expected no beta, got --beta {options.beta} with mean_field: it uses none")
     if options.variant not in (*VARIANT_NAMES, "mean_field"):
-        raise InputError(f"variant {options.variant!r} came; expected one of {', '.join(VARIANT_NAMES)}, or mean_field")
+        raise InputError(f"expected one of {', '.join(VARIANT_NAMES)}, or mean_field, got variant {options.variant!r}")
     if options.top < 1:
-        raise InputError(f"--top {options.top} came; expected at least 1")
+        raise InputError(f"expected at least 1, got --top {options.top}")
     check_out(options)
     prompt = prompt_of(options)
-    from oversquash_lens.measure.bounds import path_bound
-    from oversquash_lens.measure.expected import estimate_and_error
-    from oversquash_lens.record.recorder import record
+    from oversquash_lens.capture.recorder import record
+    from oversquash_lens.paths.bounds import path_bound
+    from oversquash_lens.paths.expected_error import estimate_and_error
 
     model = load(options)
     if planned(options, model, prompt, "bound"):
@@ -168,7 +168,7 @@ def run_bound(options: argparse.Namespace) -> None:
 
 
 def run_models(options: argparse.Namespace) -> None:
-    from oversquash_lens.models import cache_folder, cached_models
+    from oversquash_lens.models.loading import cache_folder, cached_models
 
     found = cached_models()
     if options.json:
@@ -182,7 +182,7 @@ def run_models(options: argparse.Namespace) -> None:
 
 def _usual_probes(model: Any, prompt: Any, options: argparse.Namespace) -> int:
     """As many as a long prompt leaves time for: each probe costs about two passes over it."""
-    from oversquash_lens.record.prompt import tokenize
+    from oversquash_lens.capture.tokens import tokenize
 
     n = len(tokenize(model, prompt, chat=options.chat, bos=options.bos).ids)
     return max(1, min(PROBES, PROBES * FULL_PROBES // n))
@@ -191,7 +191,7 @@ def _usual_probes(model: Any, prompt: Any, options: argparse.Namespace) -> int:
 def _effort(options: argparse.Namespace, probes: int | None) -> dict[str, Any]:
     """How to record and how hard to measure, as `audit` and `findings` take it."""
     if probes is not None and probes < 1:
-        raise InputError(f"--probes {probes} came; expected at least 1")
+        raise InputError(f"expected at least 1, got --probes {probes}")
     return {"probes": probes, **recording_options(options), "progress": True}
 
 
@@ -201,7 +201,7 @@ def _number_or_word(text: str) -> float | str:
     except ValueError:
         if text == "measured":
             return text
-        raise InputError(f"--beta {text!r} came; expected 'measured' or a number") from None
+        raise InputError(f"expected 'measured' or a number, got --beta {text!r}") from None
 
 
 def _profile_table(profile: Any, top: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from oversquash_lens.cli.common import check_figure, check_out, deliver, load, model_command
 from oversquash_lens.errors import InputError
-from oversquash_lens.files import check_writable
+from oversquash_lens.storage import check_writable
 
 FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
 TASK_NAMES = (
@@ -80,12 +80,12 @@ def _add_reproduce(commands: Any) -> None:
 def run_collapse(options: argparse.Namespace) -> None:
     lengths = (1,) if options.prompts else lengths_of(options.lengths)
     if options.family not in FAMILY_NAMES:
-        raise InputError(f"family {options.family!r} came; expected one of {', '.join(FAMILY_NAMES)}")
+        raise InputError(f"expected one of {', '.join(FAMILY_NAMES)}, got family {options.family!r}")
     check_out(options)
     check_figure(options.figure)
     if options.curves is not None:
         check_writable(options.curves)
-    from oversquash_lens.measure.precision import number_format
+    from oversquash_lens.collapse.precision import number_format
     from oversquash_lens.paper.kept_curves import kept_curve
 
     dtypes = [number_format(each) for each in _dtypes(options)]
@@ -93,7 +93,7 @@ def run_collapse(options: argparse.Namespace) -> None:
     keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
     curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
     if options.figure:
-        from oversquash_lens.render.figures import collapse, save
+        from oversquash_lens.viz.figures import collapse, save
 
         path = Path(options.figure)
         save(collapse(curve), path.parent, path.stem, (path.suffix[1:],))
@@ -104,21 +104,21 @@ def run_collapse(options: argparse.Namespace) -> None:
 def run_tasks(options: argparse.Namespace) -> None:
     lengths = lengths_of(options.lengths) if options.lengths is not None else None
     if options.samples < 1:
-        raise InputError(f"--samples {options.samples} came; expected at least 1")
+        raise InputError(f"expected at least 1, got --samples {options.samples}")
     check_out(options)
     if options.answers is not None:
         check_writable(options.answers)
-    from oversquash_lens.embedded import NAME
-    from oversquash_lens.models import load_twin
+    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.questions import find_task
     from oversquash_lens.paper.speakers import Sampling, Speaker
     from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 
     if options.kind != "auto":
-        raise InputError(f"--kind {options.kind!r} came; expected none: answers come from the model without hooks")
+        raise InputError(f"expected none, got --kind {options.kind!r}: answers come from the model without hooks")
     task = find_task(options.task)
     if options.cot not in NEW_TOKENS:
-        raise InputError(f"--cot {options.cot} came; expected one of {', '.join(NEW_TOKENS)}")
+        raise InputError(f"expected one of {', '.join(NEW_TOKENS)}, got --cot {options.cot}")
     longest = NEW_TOKENS[options.cot] if options.max_new_tokens is None else options.max_new_tokens
     sampling = Sampling(options.temperature, options.seed, longest)
     name = options.model if options.model is not None else NAME
@@ -180,12 +180,12 @@ def lengths_of(text: str) -> tuple[int, ...]:
     try:
         spans = [_span(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--lengths {text!r} came; expected numbers and ranges such as 1,11,101 or 5-95:10") from None
+        raise InputError(f"expected numbers and ranges such as 1,11,101 or 5-95:10, got --lengths {text!r}") from None
     if any(span and span[-1] > LONGEST for span in spans):
-        raise InputError(f"--lengths {text!r} came; expected lengths of at most {LONGEST}")
+        raise InputError(f"expected lengths of at most {LONGEST}, got --lengths {text!r}")
     found = [length for span in spans for length in span]
     if not found or found != sorted(set(found)) or found[0] < 1:
-        raise InputError(f"--lengths {text!r} came; expected increasing whole numbers from 1 on")
+        raise InputError(f"expected increasing whole numbers from 1 on, got --lengths {text!r}")
     return tuple(found)
 
 
@@ -197,7 +197,7 @@ def _span(text: str) -> range:
 
 
 def _family(model: Any, options: argparse.Namespace) -> Any:
-    from oversquash_lens.paper import families
+    from oversquash_lens.collapse import families
 
     bos = options.bos
     if options.prompts:

@@ -41,10 +41,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    from oversquash_lens.measure.sweep import sweep
-    from oversquash_lens.measure.sweep_prompts import read_prompts
-    from oversquash_lens.measure.sweep_rows import checked_measures
-    from oversquash_lens.measure.sweep_store import check_out
+    from oversquash_lens.sweeps.prompts import read_prompts
+    from oversquash_lens.sweeps.rows import checked_measures
+    from oversquash_lens.sweeps.run import sweep
+    from oversquash_lens.sweeps.store import check_out
 
     measures = checked_measures([name.strip() for name in options.measures.split(",")])
     check_figure(options.figure)
@@ -65,7 +65,7 @@ def run_sweep(options: argparse.Namespace) -> None:
             f"{options.out}"
         )
     if options.figure:
-        from oversquash_lens.render.figures import bands, save
+        from oversquash_lens.viz.figures import bands, save
 
         path = Path(options.figure)
         save(bands(result), path.parent, path.stem, [path.suffix[1:]])
@@ -74,14 +74,14 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 def _name_and_options(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What a worker of Ray hands to load_model; what is left to its default is left out."""
-    from oversquash_lens.embedded import NAME
+    from oversquash_lens.models.embedded import NAME
 
     given = {name: getattr(options, name) for name in ("kind", "dtype", "device", "device_map")}
     return NAME if options.model is None else options.model, {k: v for k, v in given.items() if v is not None}
 
 
 def _plan(options: argparse.Namespace, prompts: list, measures: tuple[str, ...]) -> None:
-    from oversquash_lens.measure.sweep_plan import sweep_plan
+    from oversquash_lens.sweeps.plan import sweep_plan
 
     found = sweep_plan(load(options), prompts, measures, chat=options.chat, bos=options.bos, probes=options.probes)
     print(json.dumps(found.to_dict()) if options.json else found)

@@ -38,7 +38,7 @@ def run_what_if(options: argparse.Namespace) -> None:
     check_out(options)
     prompt = prompt_of(options)
     edits = [edit_of(text) for text in options.edit]
-    from oversquash_lens.measure.what_if import what_if
+    from oversquash_lens.analyses.what_if import what_if
 
     result = what_if(
         load(options),
@@ -54,7 +54,7 @@ def run_what_if(options: argparse.Namespace) -> None:
 
 def edit_of(text: str) -> Any:
     """The edit that `--edit` means: a name, and behind colons what it needs."""
-    from oversquash_lens.record import edits
+    from oversquash_lens.capture import edits
 
     def window(width: str, keep: str = "") -> Any:
         if keep not in ("", "keep-first"):
@@ -80,4 +80,4 @@ def edit_of(text: str) -> Any:
     except InputError:
         raise
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"--edit {one_line(repr(text), 60)} came; expected one of {FORMS}") from None
+        raise InputError(f"expected one of {FORMS}, got --edit {one_line(repr(text), 60)}") from None

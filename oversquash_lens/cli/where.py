@@ -38,16 +38,16 @@ def add_commands(commands: Any) -> None:
 def run_flow(options: argparse.Namespace) -> None:
     known = ("mean_field", *VARIANT_NAMES)
     if options.variant not in known:
-        raise InputError(f"variant {options.variant!r} came; expected one of {', '.join(known)}")
+        raise InputError(f"expected one of {', '.join(known)}, got variant {options.variant!r}")
     if options.top < 1:
-        raise InputError(f"--top {options.top} came; expected at least 1")
+        raise InputError(f"expected at least 1, got --top {options.top}")
     check_out(options)
     figures = _places(options.figures)
     prompt = prompt_of(options)
-    from oversquash_lens.measure.flow import flow
-    from oversquash_lens.measure.heaviest import heaviest_edges, heaviest_paths
-    from oversquash_lens.measure.squashing import squashing
-    from oversquash_lens.record.recorder import record
+    from oversquash_lens.capture.recorder import record
+    from oversquash_lens.paths.flow import flow
+    from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
+    from oversquash_lens.paths.squashing import squashing
 
     model = load(options)
     if planned(options, model, prompt, "flow"):
@@ -74,17 +74,17 @@ def position_of(text: str, tokens: tuple[str, ...]) -> int:
     if len(places) == 1:
         return places[0]
     said = f"it is at positions {', '.join(map(str, places[:20]))}: give one of them" if places else "no token is that"
-    raise InputError(f"--source {text!r} came; expected a position 0 … {len(tokens) - 1} or one token's text; {said}")
+    raise InputError(f"expected a position 0 … {len(tokens) - 1} or one token's text, got --source {text!r}; {said}")
 
 
 def _places(folder: str | None) -> list:
-    from oversquash_lens.files import check_place
+    from oversquash_lens.storage import check_place
 
     return [check_place(folder, f"{name}.pdf") for name in ("flow", "heads", "width", "route")] if folder else []
 
 
 def _draw(flow: Any, squashed: Any, folder: str) -> None:
-    from oversquash_lens.render import figures
+    from oversquash_lens.viz import figures
 
     drawings = {"flow": flow, "heads": flow, "width": squashed or flow, "route": flow}
     for name, what in drawings.items():

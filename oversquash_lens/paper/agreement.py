@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from oversquash_lens.paper.judging import all_of, collapses, exponent
 from oversquash_lens.paper.published import Printed
-from oversquash_lens.render.chart import Series, Verdict
+from oversquash_lens.viz.chart import Series, Verdict
 
 EXPONENT_WITHIN = 0.1
 LEVEL_WITHIN = 1.5  # a factor, at every length

@@ -60,7 +60,7 @@ def parse_answer(text: str, kind: str = "number", finished: bool = True) -> Answ
     Answer(strict=None, lenient=12)
     """
     if kind not in _KINDS:
-        raise InputError(f"kind={kind!r} came; expected 'number' or 'digit'")
+        raise InputError(f"expected 'number' or 'digit', got kind={kind!r}")
     plain = text.replace("**", "")  # without Markdown's bold
     if not finished:
         return Answer(None, _after_the_words(re.sub(r"[\d.,]+$", "", plain), kind))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.family import Family
-from oversquash_lens.paper import families, prompts, published
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
+from oversquash_lens.collapse.family import Family
+from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.judging import collapses, exponent
 from oversquash_lens.paper.setting import PAPER_MODEL, Setting
 from oversquash_lens.paper.synthetic import figure_1_paths
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
-from oversquash_lens.render.collapse_chart import collapse_series, head_series, marks_of
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.viz.collapse_chart import collapse_series, head_series, marks_of
 
 FIGURE_1_LINES = (1, 2, 3, 5, 10)  # of the ten counts: more lines than these cannot be told apart
 HEADS = "change of a head's z, L∞"

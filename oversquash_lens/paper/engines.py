@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from oversquash_lens.capture.branches import hooked_cache_class
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.record.branches import hooked_cache_class
 
 
 def engine_for(model: Any) -> Plain | Hooked:
@@ -25,8 +25,8 @@ def engine_for(model: Any) -> Plain | Hooked:
     if hasattr(model, "generate") and hasattr(model, "config"):
         return Plain(model)
     raise InputError(
-        f"a {type(model).__name__} came as the model; expected what load_twin() or load_model() return, or a "
-        "transformers model with tokenizer="
+        "expected what load_twin() or load_model() return, or a transformers model with tokenizer=, got a "
+        f"{type(model).__name__} as the model"
     )
 
 
@@ -51,8 +51,8 @@ class Plain:
         inner = model.original_model if bridge else model
         if not hasattr(inner, "config"):
             raise InputError(
-                f"a {type(model).__name__} around a {type(inner).__name__} came, which keeps no key/value cache; "
-                "expected one around a transformers model: load it with load_model()"
+                f"expected one around a transformers model, got a {type(model).__name__} around a "
+                f"{type(inner).__name__}, which keeps no key/value cache: load it with load_model()"
             )
         self.model = model
         self.kind = "bridge" if bridge else "twin"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.files import folder_for
 from oversquash_lens.paper.setting import LENGTHS, Options, Setting
-from oversquash_lens.render.chart import Chart
-from oversquash_lens.render.gallery import write_chart, write_index
+from oversquash_lens.storage import folder_for
+from oversquash_lens.viz.chart import Chart
+from oversquash_lens.viz.gallery import write_chart, write_index
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def chosen_figures(names: Sequence[str | int]) -> tuple[str, ...]:
     wanted = {str(name) for name in names}
     unknown = sorted(wanted - {*FIGURES, "all"})
     if unknown or not wanted:
-        raise InputError(f"figure {' '.join(unknown) or '(none)'} came; expected any of {', '.join(FIGURES)}, or all")
+        raise InputError(f"expected any of {', '.join(FIGURES)}, or all, got figure {' '.join(unknown) or '(none)'}")
     return tuple(name for name in FIGURES if name in wanted or "all" in wanted)
 
 
@@ -86,7 +86,7 @@ def reproduce(
     """
     known = {field.name for field in fields(Options)}
     if not set(options) <= known:
-        raise InputError(f"options {sorted(set(options) - known)} came; expected some of {', '.join(sorted(known))}")
+        raise InputError(f"expected some of {', '.join(sorted(known))}, got options {sorted(set(options) - known)}")
     chosen = chosen_figures([names] if isinstance(names, str | int) else names)
     asked = Options(model=model, **options)
     for name in LENGTHS.keys() & chosen:

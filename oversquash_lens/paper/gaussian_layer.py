@@ -64,7 +64,7 @@ class Reading:
     def __post_init__(self) -> None:
         for value, known in ((self.source, SOURCES), (self.places, PLACES), (self.output, OUTPUTS)):
             if value not in known:
-                raise InputError(f"reading {self.name!r} came with {value!r}; expected one of {'; '.join(known)}")
+                raise InputError(f"expected one of {'; '.join(known)}, got reading {self.name!r} with {value!r}")
         if self.source == "vectors" and self.output != "attention":
             raise InputError(
                 f"reading {self.name!r} draws no tokens, so no residual stream; expected output='attention'"

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve, readable_pairs
-from oversquash_lens.measure.family import Family
-from oversquash_lens.measure.precision import NumberFormat, number_format
+from oversquash_lens.capture.about import About
+from oversquash_lens.capture.architecture import describe, read_architecture
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve, readable_pairs
+from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.precision import NumberFormat, number_format
 from oversquash_lens.paper.runs import AnswerFile
-from oversquash_lens.record.about import About
-from oversquash_lens.record.layout import describe, model_layout
 
 
 def kept_curve(
@@ -32,7 +32,7 @@ def kept_curve(
 ) -> CollapseCurve:
     """As `collapse_curve`, each format's curve appended to the file `out`; what is in it already is not made again."""
     formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
-    about = describe(model, model_layout(model))
+    about = describe(model, read_architecture(model))
     pairs = readable_pairs(model, family, lengths)
     settings = {
         **{"model": about.model, "class": about.model_class, "weights": about.dtype, "versions": about.versions},

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from oversquash_lens.capture.prefixes import common
 from oversquash_lens.errors import ModelError
 from oversquash_lens.paper.engines import Hooked, Plain, numbers
-from oversquash_lens.record.prefixes import common
 
 TRIAL = 3  # continuations that are checked against passes of their own before a tree mask is trusted
 AGREEMENT = {torch.float64: 1e-3, torch.float32: 1e-2}  # in nats, by what the model computes in

@@ -59,7 +59,7 @@ def word_prompt(seq: str) -> str:
 def copy_prompt(seq: str, which: str = "last", hint: bool = False) -> str:
     """Figure 2: the first or last digit; the hint, whose place the paper does not print, stands at the end."""
     if which not in ("first", "last"):
-        raise InputError(f"which={which!r} came; expected 'first' or 'last'")
+        raise InputError(f"expected 'first' or 'last', got which={which!r}")
     prompt = f"{COPY.format(seq=seq, which=which)} {EXACTLY}"
     return f"{prompt} {HINT}" if hint else prompt
 
@@ -95,7 +95,7 @@ class Examples:
 def with_reasoning(prompt: str, cot: str, examples: Examples) -> str:
     """The prompt with chain of thought asked for: not at all, zero-shot, or with worked examples."""
     if cot not in COTS:
-        raise InputError(f"cot={cot!r} came; expected one of {', '.join(COTS)}")
+        raise InputError(f"expected one of {', '.join(COTS)}, got cot={cot!r}")
     if cot == "none":
         return prompt
     if cot == "zero_shot":
@@ -168,7 +168,7 @@ def leading_zero(n: int) -> str:
 def interleaved(pairs: int, first: int) -> str:
     """Figure 2 (c): [0, 1] (first = 0) or [1, 0] (first = 1) `pairs` times, then one 0; 2·pairs + 1 digits."""
     if first not in (0, 1):
-        raise InputError(f"first={first} came; expected 0 or 1")
+        raise InputError(f"expected 0 or 1, got first={first}")
     return f"{first}{1 - first}" * _at_least(1, pairs) + "0"
 
 
@@ -179,7 +179,7 @@ def separated(digits: str, separator: str = ",", every: int = 1, side: str = "le
     ('111,11', '11,111')
     """
     if side not in ("left", "right"):
-        raise InputError(f"side={side!r} came; expected 'left' or 'right'")
+        raise InputError(f"expected 'left' or 'right', got side={side!r}")
     odd = len(digits) % _at_least(1, every)
     first = odd if side == "right" else 0
     starts = [0] * bool(first) + list(range(first, len(digits), every))
@@ -222,7 +222,7 @@ def count_word(text: str, word: str = WORD_TO_COUNT) -> int:
 
 def _at_least(least: int, n: int) -> int:
     if n < least:
-        raise InputError(f"a length of {n} came; expected at least {least}")
+        raise InputError(f"expected at least {least}, got a length of {n}")
     return n
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from oversquash_lens.render.chart import Series
+from oversquash_lens.viz.chart import Series
 
 # The dashed line of figures 5, 8, 9, 10 and 12: bfloat16's precision at 1, drawn as an absolute distance.
 PRECISION = (2.0**-7, "bfloat16 precision, 2⁻⁷")

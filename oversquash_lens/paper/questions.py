@@ -37,7 +37,7 @@ class Task:
     def separated(self, separator: str, every: int = 1, side: str = "left") -> Task:
         """The same task with a separator after every `every` digits, counted from `side`: one of the remedies."""
         if self.name == "word":
-            raise InputError("the task 'word' came; expected one about digits: a sentence has no digits to separate")
+            raise InputError("expected one about digits, got the task 'word': a sentence has no digits to separate")
         write = partial(prompts.separated, separator=separator, every=every, side=side)
         return replace(self, name=f"{self.name} [{separator!r} every {every} from the {side}]", write=write)
 
@@ -104,7 +104,7 @@ def find_task(task: str | Task) -> Task:
     if isinstance(task, Task):
         return task
     if not isinstance(task, str) or task not in TASKS:
-        raise InputError(f"task {one_line(repr(task), 60)} came; expected one of {', '.join(TASKS)}, or a Task")
+        raise InputError(f"expected one of {', '.join(TASKS)}, or a Task, got task {one_line(repr(task), 60)}")
     return TASKS[task]
 
 
@@ -132,7 +132,7 @@ def questions(task: str | Task, lengths: Sequence[int] | None, cot: str, samples
     whole_number("samples", samples)
     chosen = task.lengths if lengths is None else tuple(lengths) if isinstance(lengths, Iterable) else (lengths,)
     if not chosen or len(set(chosen)) != len(chosen) or not all(type(each) is int for each in chosen):
-        raise InputError(f"lengths {one_line(chosen, 60)} came; expected whole numbers, each once: give at least one")
+        raise InputError(f"expected whole numbers, each once, got lengths {one_line(chosen, 60)}: give at least one")
     found = []
     for length in sorted(chosen):
         for sample in range(samples):

@@ -23,7 +23,7 @@ from torch import Tensor
 from oversquash_lens.paper import published
 from oversquash_lens.paper.agreement import Agreement, agree
 from oversquash_lens.paper.gaussian_layer import NORMS, D, Reading, differences
-from oversquash_lens.render.chart import Table
+from oversquash_lens.viz.chart import Table
 
 ROOT = math.sqrt(D)
 

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
+from oversquash_lens.capture.edits import Edit, adaptive_temperature, edited_attention, sliding_window, without_first
+from oversquash_lens.capture.prefixes import common
+from oversquash_lens.capture.tokens import text_ids, tokenize
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
+from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.family import Family
-from oversquash_lens.measure.jacobian import measured_sensitivity
-from oversquash_lens.measure.precision import computing_in, number_format
-from oversquash_lens.paper import families, prompts
+from oversquash_lens.jacobian.measured import measured_sensitivity
+from oversquash_lens.paper import prompts
 from oversquash_lens.paper.setting import Setting
-from oversquash_lens.record.edits import Edit, adaptive_temperature, edited_attention, sliding_window, without_first
-from oversquash_lens.record.prefixes import common
-from oversquash_lens.record.prompt import text_ids, tokenize
-from oversquash_lens.render.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.render.collapse_chart import curve_numbers
+from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
+from oversquash_lens.viz.collapse_chart import curve_numbers
 
 TASK_LENGTHS, QUICK_TASKS = (5, 11, 26, 51, 101, 251, 501), (5, 11, 51)
 WINDOW = 32

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError, OversquashError, one_line
-from oversquash_lens.files import check_writable
+from oversquash_lens.storage import check_writable
 
 try:
     import fcntl

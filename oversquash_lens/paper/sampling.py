@@ -22,9 +22,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} came; expected 0 (greedy) or more")
+            raise InputError(f"expected 0 (greedy) or more, got temperature={self.temperature}")
         if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} came; expected at least 1")
+            raise InputError(f"expected at least 1, got max_new_tokens={self.max_new_tokens}")
 
 
 GREEDY = Sampling()

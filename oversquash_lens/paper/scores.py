@@ -102,7 +102,7 @@ class TaskScores:
 
     def _over_samples(self, measure: str, reduce: Callable[[list[float]], float]) -> tuple[float, ...]:
         if measure not in MEASURES:
-            raise InputError(f"measure {measure!r} came; expected one of {', '.join(MEASURES)}")
+            raise InputError(f"expected one of {', '.join(MEASURES)}, got measure {measure!r}")
         return tuple(float(reduce([getattr(score, measure) for score in row])) for row in self.scores)
 
     def to_dict(self) -> dict:
@@ -174,7 +174,7 @@ def _highest(task: Task, asked: Sequence[Question], chosen: int | None) -> int:
         return 9
     truth = max(question.truth for question in asked)
     if chosen is not None and chosen < max(truth, 1):
-        raise InputError(f"highest={chosen} came; expected at least {max(truth, 1)}, the largest right answer")
+        raise InputError(f"expected at least {max(truth, 1)}, the largest right answer, got highest={chosen}")
     return max(HIGHEST, 2 * truth) if chosen is None else chosen
 
 

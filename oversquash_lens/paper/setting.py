@@ -10,9 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.measure.family import Family
-from oversquash_lens.measure.precision import number_format
 from oversquash_lens.paper.published import FIGURE_5_LENGTHS, FIGURE_12
 from oversquash_lens.paper.questions import COPYING_LENGTHS, COUNTING_LENGTHS, PROMPT_TYPE_LENGTHS
 from oversquash_lens.paper.speakers import Sampling, Speaker
@@ -63,8 +63,8 @@ class Options:
         """What can be known to be wrong before any model is loaded."""
         if not (isinstance(self.model, str | PathLike | None) or hasattr(self.model, "hook_dict")):
             raise InputError(
-                f"a {type(self.model).__name__} came as the model; expected a name, a path or a hooked model: load one "
-                "with oversquash_lens.load_model()"
+                f"expected a name, a path or a hooked model, got a {type(self.model).__name__} as the model: load "
+                "one with oversquash_lens.load_model()"
             )
         for each in self.dtypes:
             number_format(each)
@@ -81,8 +81,8 @@ class Options:
         kept = tuple(k for k in chosen if self.longest is None or k <= self.longest)
         if not kept:
             raise InputError(
-                f"a longest length of {self.longest} came; expected at least {chosen[0]}, the shortest of figure "
-                f"{figure}"
+                f"expected at least {chosen[0]}, the shortest of figure {figure}, got a longest length of "
+                f"{self.longest}"
             )
         return kept
 
@@ -96,8 +96,8 @@ class Setting:
     @cached_property
     def model(self) -> Any:
         """The hooked model."""
-        from oversquash_lens.embedded import NAME
-        from oversquash_lens.models import load_model
+        from oversquash_lens.models.embedded import NAME
+        from oversquash_lens.models.loading import load_model
 
         given = self.options.model
         if hasattr(given, "hook_dict"):
@@ -109,8 +109,8 @@ class Setting:
     @cached_property
     def speaker(self) -> Any:
         """Who answers the tasks: the plain twin of a named model, or the hooked model at hand."""
-        from oversquash_lens.embedded import NAME
-        from oversquash_lens.models import load_twin
+        from oversquash_lens.models.embedded import NAME
+        from oversquash_lens.models.loading import load_twin
 
         given = self.options.model
         if not hasattr(given, "hook_dict"):

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, whole_number
+from oversquash_lens.models.sources import Weights
 from oversquash_lens.paper.engines import engine_for, numbers
 from oversquash_lens.paper.likelihood import Continuations, Trunk
 from oversquash_lens.paper.sampling import GREEDY, Pick, Sampling
-from oversquash_lens.sources import Weights
 
 BATCH = 8  # replies at a time even where memory allows more
 MEMORY = 1 << 30  # bytes that one batch's caches, scores and logits may take
@@ -78,10 +78,10 @@ class Speaker:
         self.engine = engine_for(model.model if isinstance(model, Weights) else model)
         self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if self.tokenizer is None:
-            raise InputError(f"a {type(model).__name__} without a tokenizer came; expected one: pass tokenizer=")
+            raise InputError(f"expected one, got a {type(model).__name__} without a tokenizer: pass tokenizer=")
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if chat and not has_template:
-            raise InputError("chat=True came for a tokenizer without a chat template; expected chat=None or chat=False")
+            raise InputError("expected chat=None or chat=False, got chat=True for a tokenizer without a chat template")
         self.chat = has_template if chat is None else chat
         self.label = label or _label(model)
         self.batch_size, self.memory = batch_size, memory
@@ -96,7 +96,7 @@ class Speaker:
     def render(self, prompt: str) -> str:
         """The text that the model reads, up to where its reply begins."""
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"the prompt {prompt!r} came; expected a text: give one that asks something")
+            raise InputError(f"expected a text, got the prompt {prompt!r}: give one that asks something")
         if not self.chat:
             return f"{prompt}\n"
         turn = [{"role": "user", "content": prompt}]
@@ -107,7 +107,7 @@ class Speaker:
         try:
             return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
         except (UnicodeEncodeError, TypeError) as error:
-            raise InputError("a prompt that is no valid Unicode came; expected UTF-8 text") from error
+            raise InputError("expected UTF-8 text, got a prompt that is no valid Unicode") from error
 
     def batches(self, prompts: Sequence[str], sampling: Sampling = GREEDY) -> list[list[int]]:
         """Indices of prompts that are to be answered together: similar lengths, within `memory` and `batch_size`.
@@ -144,9 +144,7 @@ class Speaker:
 
         draws = [0] * len(prompts) if draws is None else draws
         if len(draws) != len(prompts):
-            raise InputError(
-                f"{len(draws)} draws came with {len(prompts)} prompts; expected one for each: give as many"
-            )
+            raise InputError(f"expected one for each, got {len(draws)} draws with {len(prompts)} prompts: give as many")
         found: dict[int, Reply] = {}
         with tqdm(total=len(prompts), desc=self.label, unit="reply", disable=not progress, leave=False) as bar:
             for batch in self.batches(prompts, sampling):
@@ -179,7 +177,7 @@ class Speaker:
     def _candidate_ids(self, prompt: str, candidates: Sequence[str]) -> tuple[list[list[int]], int]:
         """Prompt and candidate tokenised as one text, and the prompt's own number of tokens."""
         if not candidates:
-            raise InputError("no candidates came; expected at least one text")
+            raise InputError("expected at least one text, got no candidates")
         text, ids = self.render(prompt), self._prompt_ids(prompt)
         n = len(ids)
         rows = [self.token_ids(text + candidate) for candidate in candidates]

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.collapse.lemmas import softmax_total_variation
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.lemmas import softmax_total_variation
 from oversquash_lens.paper import published, readings
 from oversquash_lens.paper.agreement import (
     agree,
@@ -22,7 +22,7 @@ from oversquash_lens.paper.agreement import (
     spread_verdict,
 )
 from oversquash_lens.paper.gaussian_layer import ENCODINGS, NORMS, differences
-from oversquash_lens.render.chart import Chart, Panel, Paths, Series
+from oversquash_lens.viz.chart import Chart, Panel, Paths, Series
 
 LENGTHS_8 = tuple(published.FIGURE_8.points)
 LENGTHS_9 = (500, 750, 1000, 1500, 2000, 2500, 3000, 4000, 5000, 10000)
@@ -134,7 +134,7 @@ def figure_1_paths(n: int = 5, n_layers: int = 3, tokens: Sequence[int] = (1, 4)
     One panel each; tokens are numbered from 1, as the paper does. There are binomial(n-i+L-1, L-1) from token i.
     """
     if not 1 <= min(tokens) <= max(tokens) <= n or n_layers < 1:
-        raise InputError(f"tokens {tuple(tokens)} of {n}, {n_layers} layers came; expected tokens 1 … n, n_layers ≥ 1")
+        raise InputError(f"expected tokens 1 … n, n_layers ≥ 1, got tokens {tuple(tokens)} of {n}, {n_layers} layers")
     names = tuple(f"v{place}".translate(SUBSCRIPTS) for place in range(1, n + 1))
     return tuple(
         Panel(
@@ -203,9 +203,9 @@ def _printed_10() -> tuple[Series, ...]:
 
 def _checked(seeds: int, lengths: Sequence[int]) -> tuple[int, ...]:
     if seeds < 1:
-        raise InputError(f"seeds={seeds} came; expected at least 1")
+        raise InputError(f"expected at least 1, got seeds={seeds}")
     lengths = tuple(lengths)
     whole = bool(lengths) and all(isinstance(length, int) and length >= 1 for length in lengths)
     if not whole or list(lengths) != sorted(set(lengths)):
-        raise InputError(f"lengths {lengths} came; expected whole numbers from 1 on, each larger than the one before")
+        raise InputError(f"expected whole numbers from 1 on, each larger than the one before, got lengths {lengths}")
     return lengths

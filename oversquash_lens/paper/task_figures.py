@@ -11,7 +11,7 @@ from oversquash_lens.paper.prompts import COTS, OURS
 from oversquash_lens.paper.setting import Setting
 from oversquash_lens.paper.speakers import Sampling
 from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 QUICK_TOKENS = 128  # of one answer at most, in a quick run
 BIN = 5  # numbers drawn as one bar; the data keeps each

@@ -44,7 +44,7 @@ class TaskAnswer:
     def read(self, how: str) -> int | None:
         """The answer as read "strict" or "lenient"; None where it cannot be."""
         if how not in READINGS:
-            raise InputError(f"how={how!r} came; expected 'strict' or 'lenient'")
+            raise InputError(f"expected 'strict' or 'lenient', got how={how!r}")
         return self.strict if how == "strict" else self.lenient
 
 
@@ -188,10 +188,10 @@ def run_task(
     task = find_task(task)
     if not isinstance(speaker, Answering):
         raise InputError(
-            f"a {type(speaker).__name__} came as the speaker; expected one that answers: wrap a model, Speaker(model)"
+            f"expected one that answers, got a {type(speaker).__name__} as the speaker: wrap a model, Speaker(model)"
         )
     if cot not in NEW_TOKENS:
-        raise InputError(f"cot={cot!r} came; expected one of {', '.join(NEW_TOKENS)}")
+        raise InputError(f"expected one of {', '.join(NEW_TOKENS)}, got cot={cot!r}")
     sampling = sampling or Sampling(max_new_tokens=NEW_TOKENS[cot])
     samples = samples if task.varied or sampling.temperature > 0 else 1
     asked = questions(task, lengths, cot, samples)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from oversquash_lens.capture.prefixes import common
+from oversquash_lens.capture.recorder import record
+from oversquash_lens.capture.tokens import text_ids
 from oversquash_lens.errors import InputError
-from oversquash_lens.measure.jacobian import measured_sensitivity
-from oversquash_lens.measure.mean_field import mean_field_sensitivity
+from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper.setting import Setting
-from oversquash_lens.record.prefixes import common
-from oversquash_lens.record.prompt import text_ids
-from oversquash_lens.record.recorder import record
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.paths.mean_field import mean_field_sensitivity
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 FACT = " The code of the blue locker is 7."
 OPENING = "Notes about the library."
@@ -52,7 +52,7 @@ class Planted:
 def planted(model: Any, sentences: int, before: int, bos: bool | None = None) -> Planted:
     """`sentences` fillers with the fact after the first `before` of them, then the question."""
     if not 0 <= before <= sentences:
-        raise InputError(f"before={before} came; expected 0 … {sentences}, the number of filler sentences")
+        raise InputError(f"expected 0 … {sentences}, the number of filler sentences, got before={before}")
     fillers = [FILLERS[i % len(FILLERS)] for i in range(sentences)]
     head = "".join([OPENING, *fillers[:before]])
     text = "".join([head, FACT, *fillers[before:], QUESTION])

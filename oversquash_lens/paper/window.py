@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from oversquash_lens.measure.collapse import CollapseCurve, collapse_curve
-from oversquash_lens.measure.jacobian import MeasuredSensitivity, measured_sensitivity
-from oversquash_lens.paper import families
+from oversquash_lens.capture.edits import edited_attention, sliding_window
+from oversquash_lens.collapse import families
+from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
+from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paper.judging import exponent
 from oversquash_lens.paper.setting import Setting
-from oversquash_lens.record.edits import edited_attention, sliding_window
-from oversquash_lens.render.chart import Chart, Panel, Series, Verdict
-from oversquash_lens.render.collapse_chart import curve_numbers
+from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
+from oversquash_lens.viz.collapse_chart import curve_numbers
 
 WIDTHS, QUICK_WIDTHS = (4, 8, 16, 32, 64, 128, None), (4, 16, 64, None)
 START = 11  # ones at which a curve has left its first steps behind

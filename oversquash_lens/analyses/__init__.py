@@ -1,0 +1,1 @@
+"""Several measures held against one another on one prompt."""

@@ -1,0 +1,254 @@
+"""Proof, at recording, that what the hooks saw describes the model: otherwise an error, never a silent number.
+
+Every check names the hook and its layer. The cheap form, always on, looks at every row's sum, at every weight above
+the diagonal, and for the rest at the last position and a few more; the full form (`verify=True`) at all of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import einsum, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oversquash_lens.capture.architecture import Architecture
+from oversquash_lens.capture.nodes import MlpState
+from oversquash_lens.capture.parameters import LayerWeights
+from oversquash_lens.errors import HookMismatchError
+from oversquash_lens.numerics import to_float64
+
+# How far two routes to the same number may differ, relative to the largest entry, by the model's dtype. (A bridge of
+# float64 weights computes norms, softmax and rotations in float32.)
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+ROWS = 16  # positions at which the cheap form follows attention
+
+
+def sampled(n: int, every: bool) -> Int[Tensor, " row"]:
+    """The positions at which a form of the gate looks: all, or up to ROWS of them, evenly spread, the last one last."""
+    if every or n <= ROWS:
+        return torch.arange(n, device="cpu")
+    return torch.linspace(0, n - 1, ROWS, device="cpu").round().long()
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    # A sum that is finite has finite terms, and costs less than to look at each.
+    if not math.isfinite(value.sum(dtype=_summed_in(value)).item()) and not torch.isfinite(value).all():
+        raise HookMismatchError(
+            f"{name} holds NaN or infinite values; expected finite activations: check the model's weights, or use "
+            "a wider dtype (float32) if this one overflows"
+        )
+
+
+def _summed_in(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+def check_pattern(name: str, pattern: Float[Tensor, "head dest src"], sinks: bool = False) -> None:
+    """Rows sum to 1 (with sinks: to no more), nothing above the diagonal; a head of zeros alone is switched off.
+
+    That such a head indeed reads nothing, and is not merely out of this hook's sight, `check_output` finds out.
+    """
+    sums = pattern.sum(-1, dtype=torch.float32)
+    off = ((sums - 1).clamp(min=0) if sinks else (sums - 1).abs()).amax(-1)
+    wrong = ~(off <= TOLERANCE[pattern.dtype])  # NaN too
+    if wrong.any() and pattern[wrong].any():
+        raise HookMismatchError(
+            f"{name}: rows of the attention pattern sum to 1 ± {off[wrong].max().item():.2g}; expected 1: this hook "
+            "does not show the softmax that the model uses (attention sinks, padding or a delegated attention), or "
+            "weights hold NaN"
+        )
+    ahead = largest_above_diagonal(pattern)
+    if ahead:
+        raise HookMismatchError(
+            f"{name}: expected a causal pattern, zero above the diagonal, got attention to later positions "
+            f"({ahead:.2g})"
+        )
+
+
+def largest_above_diagonal(pattern: Float[Tensor, "head dest src"], block: int = 128) -> float:
+    """The largest size of a weight above the diagonal, read where it lies: no copy of the pattern is made."""
+    n = pattern.shape[-1]
+    if n <= block:
+        return pattern.triu(1).abs().amax().item()
+    half = n // 2
+    corner = pattern[:, :half, half:]
+    high, low = corner.amax().item(), corner.amin().item()
+    parts = (pattern[:, :half, :half], pattern[:, half:, half:])
+    return max(high, -low, *(largest_above_diagonal(part, block) for part in parts))
+
+
+def check_window(
+    name: str, pattern: Float[Tensor, "head row src"], rows: Int[Tensor, " row"], window: int | None
+) -> None:
+    """A layer that sees `window` positions looks no further back."""
+    if window is None:
+        return
+    src = torch.arange(pattern.shape[-1], device=pattern.device)
+    beyond = pattern * (rows[:, None] - src >= window)
+    if beyond.any():
+        raise HookMismatchError(
+            f"{name}: expected none beyond this layer's window of {window}, got attention to positions more than "
+            f"{window - 1} back ({beyond.abs().max().item():.2g}): the model was given another mask than its own"
+        )
+
+
+def check_sinks(
+    name: str,
+    pattern: Float[Tensor, "head row src"],
+    scores: Float[Tensor, "head row src"],
+    sinks: Float[Tensor, " head"],
+    rows: Int[Tensor, " row"],
+) -> None:
+    """Rows sum to what the softmax leaves beside each head's sink."""
+    src = torch.arange(pattern.shape[-1], device=pattern.device)
+    seen = scores[..., : len(src)].float().masked_fill(src > rows[:, None], -torch.inf)
+    share = torch.sigmoid(torch.logsumexp(seen, -1) - sinks.float()[:, None])
+    sums = pattern.sum(-1, dtype=torch.float32)
+    check_same(name, share, sums, "the softmax beside the sink", "the rows' sums", pattern.dtype)
+
+
+def check_output(
+    name: str,
+    pattern: Float[Tensor, "head row pos"],
+    value: Float[Tensor, "pos kv_head d_head"],
+    z: Float[Tensor, "row head d_head"],
+) -> None:
+    """pattern·v = z, so an edit of the pattern that the model does not use, or uses unseen, is found out."""
+    grouped = pattern.to(z).reshape(value.shape[1], -1, len(value))  # heads that read the same values together
+    mixed = torch.matmul(grouped, value.to(z).transpose(0, 1)).view(z.shape[1], len(z), -1)
+    check_same(name, mixed.transpose(0, 1), z, "pattern · v", "hook_z", z.dtype)
+
+
+def check_scores(
+    name: str,
+    scores: Float[Tensor, "head row"],
+    query: Float[Tensor, "row head d_head"],
+    key: Float[Tensor, "row kv_head d_head"],
+    scale: float,
+    soft_cap: float | None = None,
+    bias_at: Float[Tensor, " row"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """q·k·scale on the diagonal, where rotations and relative positions cancel; queries and keys as they enter it.
+
+    `bias_at`: positions from the first on, where ALiBi leaves a bias in proportion to them, and where it is counted
+    from beyond the prompt (HookedTransformer's after a longer one) one for all, which changes no pattern.
+    """
+    key = repeat(key, "row kv d -> row (kv heads) d", heads=query.shape[1] // key.shape[1])
+    own = einsum(query.float(), key.float(), "row head d, row head d -> head row") * scale
+    own = own if soft_cap is None else soft_cap * torch.tanh(own / soft_cap)
+    scores = scores.float()
+    if bias_at is not None:
+        first, last = (scores - own)[:, :1], (scores - own)[:, -1:]
+        own = own + first + (last - first) * bias_at / bias_at[-1]
+    check_same(name, own, scores, "q · k · scale", "the score", dtype or query.dtype)
+
+
+def check_delegated_scores(
+    name: str,
+    pattern: Float[Tensor, "head row src"],
+    query: Float[Tensor, "pos head d_head"],
+    key: Float[Tensor, "pos kv_head d_head"],
+    scale: float,
+    rows: Int[Tensor, " row"],
+    dtype: torch.dtype,
+) -> None:
+    """softmax(q·k·scale) = pattern, where the scores are out of sight; queries and keys as they meet in them."""
+    key = repeat(key, "pos kv d -> pos (kv heads) d", heads=query.shape[1] // key.shape[1])
+    scores = einsum(query[rows], key, "row head d, src head d -> head row src") * scale
+    ahead = torch.arange(len(key), device=rows.device) > rows[:, None]
+    own = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+    check_same(name, own, pattern.float(), "softmax(q · k · scale)", "hook_pattern", dtype)
+
+
+def check_norm(name: str, x: Float[Tensor, "row d"], scale: Float[Tensor, " row"], architecture: Architecture) -> None:
+    """The divisor is that of the vector which the norm is said to read: no norm is elsewhere."""
+    x = to_float64(x)
+    centred = x - x.mean(-1, keepdim=True) if architecture.centred else x
+    square, shown = centred.square().mean(-1), to_float64(scale)
+    check_finite(f"{name} (the divisor)", shown)
+    off = (square + architecture.eps - shown.square()).abs() - 2 * architecture.eps
+    wrong = ~(off <= 2 * TOLERANCE[architecture.dtype] * shown.square())
+    if wrong.any():
+        came, expected = shown[wrong][0].item(), (square[wrong][0] + architecture.eps).sqrt().item()
+        raise HookMismatchError(
+            f"{name}: the norm divides by {came:.4g} where what it is said to read has {expected:.4g}; expected the "
+            "same: a norm stands elsewhere in this model, or a hook of yours edits it"
+        )
+
+
+def check_projections(
+    name: str,
+    normalized: Float[Tensor, "row d_model"],
+    w: LayerWeights,
+    seen: dict[str, Float[Tensor, "row heads d_head"]],
+    dtype: torch.dtype,
+) -> None:
+    """Queries, keys and values from norm, gain and weights: no head of them was edited."""
+    inside = normalized * w.attention_gain.to(normalized)
+    if w.attention_norm_bias is not None:
+        inside = inside + w.attention_norm_bias.to(normalized)
+    for key, value in seen.items():
+        weight, bias = getattr(w, key).to(normalized), getattr(w, f"{key}_bias")
+        computed = einsum(inside, weight, "row d, head d i -> row head i")
+        computed = computed if bias is None else computed + bias.to(normalized)
+        place, seen_at = f"{name}, attn.hook_{key[0]}", f"hook_{key[0]}"
+        check_same(place, computed, value.to(normalized), f"norm · gain · W_{key}", seen_at, dtype)
+
+
+def check_mlp(
+    name: str,
+    state: MlpState,
+    post: Float[Tensor, "row d_mlp"],
+    w: LayerWeights,
+    architecture: Architecture,
+    rows: Tensor,
+) -> None:
+    """Pre-activations from norm, gain and weights, and activations from these, at `rows`."""
+    work = state.gate.dtype
+    entering = state.normalized[rows] * w.mlp_gain.to(work)
+    pre = state.gate[rows]
+
+    def same(computed: Tensor, seen: Tensor, route: str, hook: str) -> None:
+        check_same(name, computed, seen, route, hook, architecture.dtype)
+
+    inside = entering @ w.mlp_in.to(work) + w.mlp_in_offset.to(work)
+    out = architecture.activation.function(pre)
+    if state.up is None:
+        same(inside, pre, "norm · gain · W_in", "hook_pre")
+    else:
+        up = state.up[rows]
+        gate = entering @ w.mlp_gate.to(work) + w.mlp_gate_offset.to(work)
+        same(gate, pre, "norm · gain · W_gate", "hook_pre")
+        same(inside, up, "norm · gain · W_in", "hook_pre_linear")
+        out = out * up
+    if w.mlp_post_bias is not None:
+        out = out + w.mlp_post_bias.to(work)
+    same(out, post.to(work), "activation(pre)", "hook_post")
+
+
+def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    """The residual stream: what was there, plus what the weights make of the hooks, is what comes out."""
+    check_finite(name, after)
+    off = (before + update - after).abs().max().item()
+    rounding = 16 * torch.finfo(dtype).eps * after.abs().max().item()
+    if not off <= TOLERANCE[dtype] * update.abs().max().item() + rounding:
+        raise HookMismatchError(
+            f"{name}: the residual stream moves by other than what this layer writes (off by {off:.2g}); expected "
+            "residual + output · W + b: the model scales or normalises what it adds, or a hook behind ours edits it"
+        )
+
+
+def check_same(where: str, computed: Tensor, seen: Tensor, route: str, hook: str, dtype: torch.dtype) -> None:
+    """Two routes to one number."""
+    check_finite(f"{where} ({hook})", seen)
+    size = seen.abs().max().clamp(min=1e-6).item()
+    off = (computed - seen).abs().max().item() / size
+    if not off <= TOLERANCE[dtype]:
+        raise HookMismatchError(
+            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook of yours edits "
+            "the result, which the weights then do not tell (to switch a head off, use edits.ablate_head; "
+            "measured_sensitivity allows any edit), or the model computes something else than its hooks show"
+        )

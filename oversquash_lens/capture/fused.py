@@ -1,0 +1,144 @@
+"""A forward pass of a TransformerBridge that makes no attention pattern: transformers' own modules, fused attention.
+
+A bridge computes its patterns itself, eagerly, so that hooks can show them. Within `fused_attention` each of its
+attention blocks hands over to the module that it wraps, and transformers' table of attention functions sends that one's
+queries, keys and values here, where they are told to the recording. All other hooks go on firing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.rotation import halves_turned_back
+
+NAME = "oversquash_lens"  # in transformers' tables
+Tell = Callable[[int, str, Tensor], None]  # layer, key of LAYER_HOOKS or TOLD, [1, pos, head, d_head]
+Tables = tuple[Tensor, Tensor]  # cosines and sines of the positions, [1, pos, rotary]
+_CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
+    """What keeps this model's attention from being fused; None where nothing does."""
+    original = getattr(model, "original_model", None)
+    can_switch = getattr(original, "_can_set_attn_implementation", None)
+    if can_switch is None:
+        return f"a {type(model).__name__} over no transformers model computes its attention itself"
+    reasons = {
+        "its scores are capped, which fused attention does not know": architecture.soft_cap is not None,
+        "its attention sinks are a term of the softmax that fused attention does not know": architecture.sinks,
+        "its scores have a bias of the position": architecture.biased,
+        "transformers' code for it does not look its attention function up": not can_switch(),
+        "compatibility mode has processed the weights, and the module that it wraps does not read these": (
+            getattr(model, "compatibility_mode", False) and "query" in _silent(model.blocks[0].attn)
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+@contextmanager
+def fused_attention(model: HookedModel, tell: Tell) -> Iterator[None]:
+    """Within the block the model attends by fused attention; `tell` gets what no hook shows. All is put back after."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    wrapped = [block.attn.original_component for block in model.blocks]
+    configs = {id(each.config): each.config for each in (model.original_model, *wrapped)}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for layer, (block, component) in enumerate(zip(model.blocks, wrapped, strict=True)):
+            listener = _Listener(component, layer, tell, _silent(block.attn))
+            block.attn.__dict__["forward"] = listener.forward  # not a submodule, and found before the class's own
+            component.__dict__[NAME] = listener
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        for block, component in zip(model.blocks, wrapped, strict=True):
+            block.attn.__dict__.pop("forward", None)
+            component.__dict__.pop(NAME, None)
+
+
+@dataclass
+class _Listener:
+    """One layer's attention: what transformers hands to its attention function is told on."""
+
+    component: Any
+    layer: int
+    tell: Tell
+    silent: frozenset[str]
+    tables: Tables | None = field(default=None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.tables = kwargs.get("position_embeddings")
+        try:
+            return self.component(*args, **kwargs)
+        finally:
+            self.tables = None
+
+    def told(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        if "query" in self.silent:
+            self.tell(self.layer, "query", self._before(query))
+            self.tell(self.layer, "key", self._before(key))
+            self.tell(self.layer, "value", value)
+        self.tell(self.layer, "turned_query", query)
+        self.tell(self.layer, "turned_key", key)
+        self.tell(self.layer, "scale", torch.tensor([scale], dtype=torch.float64, device="cpu"))
+
+    def gave(self, z: Float[Tensor, "1 pos head d_head"], sums: Float[Tensor, "1 head pos"] | None) -> None:
+        self.tell(self.layer, "log_normaliser", z.new_empty(1, 0) if sums is None else sums)
+        if "z" in self.silent:
+            self.tell(self.layer, "z", z)
+
+    def _before(self, turned: Float[Tensor, "1 pos head d_head"]) -> Float[Tensor, "1 pos head d_head"]:
+        """Queries or keys before positions turned them."""
+        if self.tables is None:
+            return turned
+        cos, sin = self.tables
+        return halves_turned_back(turned[0], cos[0], sin[0])[None]
+
+
+def _attend(
+    module: Any,
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    value: Float[Tensor, "batch kv_head pos d_head"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
+    """transformers' attention function of that name."""
+    listener, scale = module.__dict__[NAME], query.shape[-1] ** -0.5 if scaling is None else scaling
+    listener.told(query, key, value, scale)
+    key, value = (per_head(each, query.shape[1], axis=1) for each in (key, value))
+    if attention_mask is None and not dropout and query.device.type == "cpu" and hasattr(torch.ops.aten, _CPU_KERNEL):
+        kernel = getattr(torch.ops.aten, _CPU_KERNEL)  # what the function below calls, less its log-normalisers
+        mixed, sums = kernel(query, key, value, 0.0, True, scale=scale)
+    else:
+        causal, sums = attention_mask is None, None
+        mixed = functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scale)
+    mixed = mixed.transpose(1, 2).contiguous()
+    listener.gave(mixed, sums)
+    return mixed, None
+
+
+def _silent(attn: Any) -> frozenset[str]:
+    """Projections whose hooks do not fire when the wrapped module runs: it has others in their place."""
+    inside = {id(module) for module in attn.original_component.modules()}
+    places = {"query": "q", "key": "k", "value": "v", "z": "o"}
+    return frozenset(key for key, name in places.items() if id(getattr(attn, name, None)) not in inside)

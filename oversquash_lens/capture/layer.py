@@ -1,0 +1,259 @@
+"""One layer of a recorded pass: what its hooks saw becomes what is kept of it, checked as soon as it is context."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.capture import checks
+from oversquash_lens.capture.attending import ATTENDING, Heads
+from oversquash_lens.capture.attention import AttentionRows, per_head
+from oversquash_lens.capture.mlp import dense_mlp, experts, no_mlp
+from oversquash_lens.capture.parameters import LayerWeights, layer_weights, moved
+from oversquash_lens.capture.pass_context import PassContext
+from oversquash_lens.errors import HookMismatchError, InputError
+from oversquash_lens.numerics import to_float64
+
+# What a layer keeps for the Trace, in the order in which it comes about.
+KEPT = (
+    "residual",
+    "attention_scale",
+    "value",
+    "query_norm",
+    "key_norm",
+    "key",
+    "key_pull",
+    "query_scale",
+    "key_scale",
+    "attention_post_scale",
+    "mlp_scale",
+    "node_gain",
+    "mlp_lipschitz",
+    "mlp_sigma",
+)
+
+
+class LayerRecord:
+    """Takes what the hooks of one layer see, in whatever order the architecture fires them.
+
+    A stage runs when the last of its hooks has fired. `kept` holds what `KEPT` lists, `attention` the rows; all else is
+    let go.
+    """
+
+    def __init__(self, context: PassContext, index: int) -> None:
+        self.context, self.index = context, index
+        self.kept: dict[str, Tensor] = {}
+        self.attention: AttentionRows | None = None
+        self._silent = context.hooks()
+        self._seen: dict[str, Tensor] = {}
+        self._between: dict[str, Tensor] = {}  # what one stage leaves for the next
+        self._stages = [
+            (stage, {key for key in keys if key in self._silent}) for stage, keys in STAGES if keys[0] in self._silent
+        ]
+
+    def take(self, key: str, value: Tensor) -> None:
+        """One hook of this layer has fired."""
+        value = self.context.brought(value)
+        if key == "attention_scale" and self._same_again(value):
+            return
+        name = self.name(key)
+        if key not in self._silent:
+            raise HookMismatchError(
+                f"{name}: the hook fired a second time; expected one forward pass per recording, and no split "
+                "query/key/value inputs: open a new recording(model) for each pass"
+            )
+        if key in ("residual", "pattern", "query", "z", "middle") and value.shape[0] != 1:
+            raise InputError(
+                f"{name}: expected one prompt at a time, got a batch of {value.shape[0]}: record each by itself"
+            )
+        del self._silent[key]
+        self._seen[key] = _one_prompt(value)
+        for stage, needs in self._stages:
+            if key in needs and needs <= self._seen.keys():
+                with torch.no_grad():
+                    stage(self)
+
+    def name(self, key: str | None = None) -> str:
+        return self.context.name(self.index, key)
+
+    def missing(self) -> str | None:
+        """The first hook, in the order of their firing, that has not fired."""
+        return next(iter(self._silent.values()), None)
+
+    def leave(self, after: Tensor) -> None:
+        """The residual that the next layer reads: this layer's bookkeeping is closed with it."""
+        if self.missing() is not None:
+            raise HookMismatchError(self.silence())
+        after = self.context.brought(after)
+        checks.check_finite(f"layer {self.index}, hook_resid_post", after)
+        architecture, rows = self.context.architecture, self.context.rows(len(after))
+        before, writers = ("middle", ("mlp",)) if architecture.sequential else ("residual", ("attention", "mlp"))
+        update = sum(self._between[f"{part}_update"] for part in writers if f"{part}_update" in self._between)
+        name = f"layer {self.index}, {' and '.join(writers)}, hook_resid_post"
+        work = self.context.work
+        checks.check_sum(name, work(self._between[before][rows]), update, work(after[rows]), architecture.dtype)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything that is not kept."""
+        self._between, self._seen = {}, {}
+
+    def silence(self) -> str:
+        return (
+            f"layer {self.index}: the hook {self.missing()} did not fire before its layer was over; expected it once: "
+            "this model class does not show its own computation there (try attn_implementation='eager')"
+        )
+
+    # ------------------------------------------------------------ stages
+
+    def enter(self) -> None:
+        residual = self._pop("residual")
+        if self.index == 0:  # every other one was looked at when the layer below was left
+            checks.check_finite(self.name("residual"), residual)
+        self.kept["residual"] = self.context.work(residual[-1]).clone()
+        self._between["residual"] = residual
+        if not self.context.architecture.normed:
+            self._keep_scale("attention_scale", residual.new_ones(len(residual), 1))
+
+    def attention_norm(self) -> None:
+        scale = self._pop("attention_scale")
+        if scale.ndim != 2:
+            raise HookMismatchError(
+                f"{self.name('attention_scale')}: expected one residual stream for queries, keys and values, got the "
+                "norm's divisor per head: model.set_use_split_qkv_input(False), model.set_use_attn_in(False)"
+            )
+        self._check_norm("attention_scale", self._needed("residual"), scale[:, 0])
+        self._keep_scale("attention_scale", scale)
+
+    def attend(self) -> None:
+        query, key, value, z = map(self._pop, ("query", "key", "value", "z"))
+        architecture, w, work = self.context.architecture, self._layer_weights(), self.context.work
+        entering, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
+        met, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
+        attending = ATTENDING[self.context.route]
+        self.attention = attending(self.context, self.index, w, Heads(entering, met, value, z), self._pop)
+        self._check_projections(query, key, value)
+        self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.kept["query_norm"] = entering.norm(dim=-1).T.contiguous()
+        self.kept["key_norm"] = met.norm(dim=-1).T.contiguous()
+        self.kept["key"] = met.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.kept["key_pull"] = self._key_pull(entering)
+        self._between["attention_update"] = self._attention_update(z)
+        if architecture.mlp == "none":
+            self.kept |= no_mlp(self._needed("attention_scale", self.kept))
+
+    def middle(self) -> None:
+        middle, work = self._pop("middle"), self.context.work
+        rows = self.context.rows(len(middle))
+        before, update = self._needed("residual"), self._needed("attention_update")
+        checks.check_sum(
+            self.name("middle"), work(before[rows]), update, work(middle[rows]), self.context.architecture.dtype
+        )
+        self._between["middle"] = middle
+
+    def mlp(self) -> None:
+        """Whatever the MLP is: its gain at every position, a bound on it, and what it writes."""
+        architecture = self.context.architecture
+        x = self._needed("middle" if architecture.sequential else "residual")
+        if "mlp_scale" in self.context.hooks():
+            scale = self._pop("mlp_scale").reshape(len(x))
+            self._check_norm("mlp_scale", x, scale)
+        else:
+            scale = self._needed("attention_scale", self.kept)
+        weights = self._layer_weights()
+        if architecture.experts:
+            found = experts(self.context, self.index, weights, x, self._pop("mlp_out"))
+        else:
+            found = dense_mlp(self.context, self.index, weights, x, scale, self._pop)
+        self.kept |= {"mlp_scale": to_float64(scale), **found.kept}
+        self._between["mlp_update"] = found.update
+
+    # ------------------------------------------------------------ parts of stages
+
+    def _attention_update(self, z: Tensor) -> Tensor:
+        """What attention writes at the rows that the gate follows; keeps the divisor of its own norm."""
+        architecture, w, work = self.context.architecture, self._layer_weights(), self.context.work
+        rows = self.context.rows(len(z))
+        update = work(z[rows]).flatten(1) @ work(w.output).flatten(0, 1)
+        update = update if w.output_bias is None else update + work(w.output_bias)
+        if not architecture.post_norms:
+            self.kept["attention_post_scale"] = to_float64(torch.ones(len(z), device=z.device))
+            return update
+        scale = self._pop("attention_post_scale").reshape(len(z))
+        self._check_norm("attention_post_scale", update, scale[rows], at_rows=True)
+        self._keep_scale("attention_post_scale", scale[:, None])
+        return self.context.normalized(update, work(scale[rows])) * work(w.attention_post_gain)
+
+    def _check_projections(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        rows, residual = self.context.rows(len(query)), self._needed("residual")
+        scale = self.context.work(self._needed("attention_scale", self.kept)[rows])
+        normalized = self.context.normalized(residual[rows], scale)
+        seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
+        checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture.dtype)
+
+    def _key_pull(self, entering: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
+        """‖diag(γ₁)W_K q‖: how far a step of a position's normalised residual moves its score with this query."""
+        factor = per_head(self.context.weights.key_factor[self.index].to(entering), entering.shape[1])
+        return torch.linalg.vector_norm(entering.transpose(0, 1) @ factor.mT, dim=-1)
+
+    def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""
+        if gain is None:
+            return x, to_float64(torch.ones(x.shape[1], x.shape[0], device=x.device))
+        scale = (
+            einsum(x, x, "pos head i, pos head i -> pos head") / x.shape[-1] + self.context.architecture.eps
+        ).sqrt()
+        return x / scale[..., None] * gain.to(x), to_float64(scale).T.contiguous()
+
+    def _check_norm(self, key: str, x: Tensor, scale: Tensor, at_rows: bool = False) -> None:
+        rows = slice(None) if at_rows else self.context.rows(len(x))
+        checks.check_norm(self.name(key), x[rows], scale[rows], self.context.architecture)
+
+    def _keep_scale(self, key: str, scale: Tensor) -> None:
+        self.kept[key] = to_float64(scale[:, 0])
+
+    def _layer_weights(self) -> LayerWeights:
+        context = self.context
+        return context.once(
+            "weights",
+            self.index,
+            lambda: moved(layer_weights(context.model, context.architecture, self.index), context.home),
+        )
+
+    def _pop(self, key: str) -> Tensor:
+        """What a hook saw, the memory given back; the mark that it fired stays."""
+        value = self._seen[key]
+        self._seen[key] = value.new_empty(0)
+        return value
+
+    def _needed(self, key: str, where: dict[str, Tensor] | None = None) -> Tensor:
+        """What an earlier stage left."""
+        where = self._between if where is None else where
+        if key not in where:
+            raise HookMismatchError(self.silence())
+        return where[key]
+
+    def _same_again(self, scale: Tensor) -> bool:
+        """HookedTransformer normalises the same residual once each for queries, keys and values."""
+        kept = self.kept.get("attention_scale")
+        return kept is not None and scale.shape[0] == 1 and torch.equal(kept, to_float64(scale.detach()[0, :, 0]))
+
+
+# What tells how queries and keys meet; each route listens to some of it.
+MEETING = ("cos", "sin", "turned_query", "turned_key", "scale", "log_normaliser", "scores", "pattern")
+# A stage and the hooks that it waits for; the first of them tells whether a layer has the stage at all.
+STAGES = (
+    (LayerRecord.enter, ("residual",)),
+    (LayerRecord.attention_norm, ("attention_scale",)),
+    (LayerRecord.attend, ("query", "key", "value", *MEETING, "z", "attention_post_scale")),
+    (LayerRecord.middle, ("middle",)),
+    (LayerRecord.mlp, ("post", "mlp_scale", "pre", "pre_linear", "mlp_post_scale", "mlp_post_normalized")),
+    (LayerRecord.mlp, ("mlp_out", "mlp_scale")),
+)
+
+
+def _one_prompt(value: Tensor) -> Tensor:
+    """Without the batch axis; some classes hand their norms all positions of all prompts in one row."""
+    return value[0] if value.shape[0] == 1 else value

@@ -1,0 +1,279 @@
+"""What a model makes of the last token of many sequences, in as few passes as their common beginnings allow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture, HookedModel
+from oversquash_lens.capture.branches import Start, run_branches, run_trunk
+from oversquash_lens.capture.checks import TOLERANCE
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached
+from oversquash_lens.capture.prefixes import Ids, Plan, apart, plan
+from oversquash_lens.errors import HookMismatchError
+
+ROWS = 64  # attention rows compared at a time: [head, ROWS, pos] stays in the processor's cache
+GAP = 4  # rows at most this far apart are compared in one piece, those between them for nothing
+# How far a shared pass may be from a sequence's own, relative: machine epsilons (float32's at least), and at most.
+# Measured on SmolLM2: 15 in float32, 3 in bfloat16 (0.02); a window that the cache does not know of makes 0.1 … 0.7.
+MISMATCH, WORST = 1000, 0.1
+
+Wanted = tuple[int, int, int]  # a sequence, and the batch row and column of a pass where its last token is
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The last token of each sequence: residual stream, prediction's input, heads of the last layer, attention.
+
+    `attention_shift` is the total variation (no ½) between the last token's attention row and that of the token
+    before it, `self_attention` what the last token gives itself: mean over heads, nan where not asked for.
+    """
+
+    residuals: Float[Tensor, "layer_plus_1 sequence d_model"]
+    prediction_input: Float[Tensor, "sequence d_model"]
+    heads: Float[Tensor, "sequence head d_head"]
+    attention_shift: Float[Tensor, "layer sequence"]
+    self_attention: Float[Tensor, "layer sequence"]
+    passes: int
+    tokens: int
+    shared: bool
+
+
+def read(
+    model: HookedModel,
+    architecture: Architecture,
+    sequences: Sequence[Ids],
+    *,
+    compared: Sequence[bool] = (),
+    share: bool = True,
+) -> Readings:
+    """Run the model on what these sequences have in common once, and read each one's last token.
+
+    `compared` marks the sequences (of two tokens at least) whose last attention row is set against the row before.
+    Endings that branch off are checked on two of them against passes of their own: where the model takes no cache and
+    mask, or does not answer with them as it does itself (a sliding window, positions that ignore the mask, a hook
+    that edits one position), every ending is run whole instead, and `shared` is False. `share=False` runs each
+    sequence by itself.
+    """
+
+    def reading(way: Plan, shared: bool) -> Readings:
+        return _Reader(model, architecture, sequences, compared or [False] * len(sequences)).run(way, shared)
+
+    if not share:
+        return reading(apart(sequences), False)
+    way = plan(sequences, together={ids for ids, asked in zip(sequences, compared, strict=False) if asked})
+    if not any(trunk.branches for trunk in way.trunks):
+        return reading(way, True)
+    with suppress(Exception):  # what is wrong with more than the cache will be raised by the whole passes
+        found = reading(way, True)
+        if _as_alone(model, architecture, sequences, way, found):
+            return found
+    return reading(plan(sequences, branching=False), False)
+
+
+def read_alone(
+    model: HookedModel, architecture: Architecture, ids: Ids, batch: int = 1
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
+    """The prediction's input and the last layer's heads of one prompt, `batch` times over in a pass of its own."""
+    kept: dict[str, Tensor] = {}
+
+    def keep_heads(z: Tensor, hook: Any = None) -> None:
+        kept["heads"] = z[0, -1].clone()
+
+    def keep_prediction_input(module: Any, inputs: Any, y: Tensor) -> None:
+        kept["y"] = _restored(y[0, -1], architecture).clone()
+
+    hooks = [(f"blocks.{architecture.n_layers - 1}.{LAYER_HOOKS['z']}", keep_heads)]
+    with torch.no_grad(), attached(model, hooks), _listening(_last_module(model), keep_prediction_input):
+        run_trunk(model, ids, batch=batch)
+    return kept["y"], kept["heads"]
+
+
+def unembedded(
+    model: HookedModel, architecture: Architecture, y: Float[Tensor, "sequence d_model"]
+) -> Float[Tensor, "sequence d_vocab"]:
+    """The model's own logits of these prediction inputs."""
+    with torch.no_grad():
+        return model.unembed(_restored(y, architecture, undo=True)[None])[0]
+
+
+def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> Tensor:
+    """y with the final gain that folding moved into the unembedding, as in every trace; or without it again."""
+    gain = architecture.restore_gain
+    if gain is None:
+        return y
+    return torch.where(gain == 0, 0, y / gain).to(y) if undo else (y * gain).to(y)
+
+
+def _as_alone(
+    model: HookedModel, architecture: Architecture, sequences: Sequence[Ids], way: Plan, found: Readings
+) -> bool:
+    """Whether branches say what passes of their own say: the longest one, and the one that hides most of its trunk."""
+    places = {i: place for i, place in enumerate(way.places) if place.branch is not None}
+
+    def hidden(i: int) -> int:
+        trunk = way.trunks[places[i].trunk]
+        return len(trunk.ids) - trunk.branches[places[i].branch].fork
+
+    for i in {max(places, key=lambda i: len(sequences[i])), max(places, key=hidden)}:
+        own = read_alone(model, architecture, sequences[i])[0].cpu().double()
+        cached = found.prediction_input[i].to(own)
+        epsilon = max(torch.finfo(architecture.dtype).eps, torch.finfo(torch.float32).eps)
+        if not bool((cached - own).norm() <= min(MISMATCH * epsilon, WORST) * own.norm()):
+            return False
+    return True
+
+
+class _Reader:
+    """Fills one row per sequence, layer by layer, while the planned passes run."""
+
+    def __init__(
+        self, model: HookedModel, architecture: Architecture, sequences: Sequence[Ids], compared: Sequence[bool]
+    ) -> None:
+        assert all(len(ids) > 1 for ids, asked in zip(sequences, compared, strict=True) if asked)
+        self.model, self.architecture, self.compared = model, architecture, compared
+        count, layers = len(sequences), architecture.n_layers
+        like = {"fill_value": torch.nan, "dtype": architecture.dtype, "device": model.W_E.device}
+        self.residuals = torch.full((layers + 1, count, architecture.d_model), **like)
+        self.prediction_input = torch.full((count, architecture.d_model), **like)
+        self.heads = torch.full((count, *model.blocks[-1].attn.W_O.shape[:2]), **like)
+        self.attention_shift = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
+        self.self_attention = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
+        self.passes = 0
+
+    def run(self, way: Plan, shared: bool) -> Readings:
+        rows = defaultdict(list)
+        for sequence, place in enumerate(way.places):
+            rows[place.trunk, place.branch].append((sequence, place.position))
+        with torch.no_grad():
+            for number, trunk in enumerate(way.trunks):
+                with self._reading([(sequence, 0, at) for sequence, at in rows[number, None]]):
+                    cache = run_trunk(self.model, trunk.ids, cached=bool(trunk.branches))
+
+                def watch(starts: Sequence[Start], number: int = number) -> AbstractContextManager[None]:
+                    return self._reading(
+                        [(s, row, start + at) for branch, row, start in starts for s, at in rows[number, branch]]
+                    )
+
+                if trunk.branches:
+                    run_branches(self.model, trunk, cache, watch)
+        self._check()
+        return Readings(
+            residuals=self.residuals,
+            prediction_input=self.prediction_input,
+            heads=self.heads,
+            attention_shift=self.attention_shift,
+            self_attention=self.self_attention,
+            passes=self.passes,
+            tokens=way.tokens,
+            shared=shared,
+        )
+
+    @contextmanager
+    def _reading(self, wanted: list[Wanted]) -> Iterator[None]:
+        """Keep what is wanted of the pass made inside the `with`."""
+        self.passes += 1
+        sequence, row, column = torch.tensor(wanted, dtype=torch.long, device="cpu").reshape(-1, 3).T
+
+        def keeper(into: Tensor) -> Hook:
+            def keep(value: Tensor, hook: Any = None) -> None:
+                into[sequence] = value[row, column].to(into)
+
+            return keep
+
+        def keep_prediction_input(module: Any, inputs: Any, y: Tensor) -> None:
+            keeper(self.prediction_input)(_restored(y, self.architecture))
+
+        layers = range(self.architecture.n_layers)
+        hooks = [(f"blocks.{i}.{LAYER_HOOKS['residual']}", keeper(self.residuals[i])) for i in layers]
+        hooks += [
+            (self.architecture.final_hooks()["last"], keeper(self.residuals[-1])),
+            (f"blocks.{layers[-1]}.{LAYER_HOOKS['z']}", keeper(self.heads)),
+            *self._attention_hooks([one for one in wanted if self.compared[one[0]]]),
+        ]
+        with attached(self.model, hooks), _listening(_last_module(self.model), keep_prediction_input):
+            yield
+
+    def _attention_hooks(self, wanted: list[Wanted]) -> list[NamedHook]:
+        stretches = []
+        for some in _stretches(wanted):
+            sequence, row, column = torch.tensor(some, device="cpu").T
+            stretches.append((sequence, int(row[0]), column))
+
+        def compare(layer: int) -> Hook:
+            def keep(pattern: Tensor, hook: Any = None) -> None:
+                past = pattern.shape[3] - pattern.shape[2]
+                for sequence, row, column in stretches:
+                    first, last = int(column[0]), int(column[-1])
+                    rows = pattern[row, :, first - 1 : last + 1, : past + last + 1]
+                    _check_row(layer, rows[:, -1])
+                    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                    shift = rows.diff(dim=1).abs_().sum(2).mean(0)
+                    own = rows[:, 1:].diagonal(past + first, 1, 2).mean(0)
+                    self.attention_shift[layer, sequence] = shift.cpu().double()[column - first]
+                    self.self_attention[layer, sequence] = own.cpu().double()[column - first]
+
+            return keep
+
+        layers = range(self.architecture.n_layers) if stretches else ()
+        return [(f"blocks.{layer}.{LAYER_HOOKS['pattern']}", compare(layer)) for layer in layers]
+
+    def _check(self) -> None:
+        """Every hook fired for every sequence, and all came to finite numbers."""
+        parts = {
+            "residual stream": self.residuals[..., 0],  # a hook fills a row whole; NaN in it would be in y too
+            "last layer's heads": self.heads[..., 0],
+            "attention": self.attention_shift[:, torch.tensor(self.compared, device="cpu")],
+            "unembedding's input": self.prediction_input,
+        }
+        for name, values in parts.items():
+            if not torch.isfinite(values).all():
+                raise HookMismatchError(
+                    f"the {name} holds NaN or infinite values, or its hook did not fire; expected finite activations: "
+                    "check the model's weights, use a wider dtype (float32) if this one overflows, and load the model "
+                    "with oversquash_lens.load_model()"
+                )
+
+
+def _stretches(wanted: list[Wanted]) -> list[list[Wanted]]:
+    """Those whose columns lie close by in one batch row, together."""
+    found: list[list[Wanted]] = []
+    for one in sorted(wanted, key=lambda one: one[1:]):
+        _, row, column = one
+        if found and found[-1][0][1] == row and column - found[-1][-1][2] <= GAP and column - found[-1][0][2] < ROWS:
+            found[-1].append(one)
+        else:
+            found.append([one])
+    return found
+
+
+def _check_row(layer: int, row: Float[Tensor, "head src"]) -> None:
+    off = (row.sum(1, dtype=torch.float32) - 1).abs()
+    wrong = off > TOLERANCE[row.dtype]  # NaN is told of when the pass is over
+    if row[wrong].any():  # a head that is switched off has a row of nothing but 0
+        raise HookMismatchError(
+            f"layer {layer}: an attention row sums to 1 ± {off[wrong].max().item():.2g}; expected 1: this hook does "
+            "not show the softmax that the model uses"
+        )
+
+
+def _last_module(model: HookedModel) -> Any:
+    """What hands on the unembedding's input at all positions: the final norm, or the last block where there is none."""
+    return model.ln_final if hasattr(model, "ln_final") else model.blocks[-1]
+
+
+@contextmanager
+def _listening(module: Any, keep: Any) -> Iterator[None]:
+    """What a module hands on, the user's hooks inside it included, within the block."""
+    handle = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

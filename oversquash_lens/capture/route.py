@@ -1,0 +1,91 @@
+"""On which route attention is recorded: the rule of `attention="auto"`, and what is in the way of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from oversquash_lens.capture.architecture import Architecture, HookedModel, read_architecture
+from oversquash_lens.capture.fused import why_not_fused
+from oversquash_lens.capture.size import device_of, record_bytes, size_of
+from oversquash_lens.capture.structure import model_name
+from oversquash_lens.errors import InputError, ModelError, one_line
+from oversquash_lens.memory import available_bytes
+
+ATTENTION = ("auto", "kept", "recomputed")
+COMFORT = 16  # patterns that take less than one part in so many of the memory that is there are kept
+
+
+def choose_route(model: HookedModel, architecture: Architecture, n: int, attention: str = "auto") -> str:
+    """One of `architecture.ROUTES` for a prompt of n tokens.
+
+    "kept" keeps the patterns. "recomputed" keeps queries, keys and log-normalisers: in a pass of fused attention
+    where the class allows one (`why_not_fused`), else in the class's own pass. Neither hears a hook of somebody else
+    inside attention, so there "recomputed" is an InputError. "auto" takes fused attention where the class allows it and
+    nobody's hook is inside attention; otherwise it keeps the patterns where that takes less than a sixteenth of the
+    memory there is, or where they cannot be recomputed or would not be heard; otherwise it recomputes them.
+    """
+    check_attention(attention)
+    if attention == "kept":
+        return "kept"
+    somebody = next(foreign_hooks(model), None)
+    if attention == "recomputed":
+        _refuse_recomputed(model, architecture, somebody)
+    elif somebody is not None:
+        return "kept"
+    if why_not_fused(model, architecture) is None:
+        return "fused"
+    if attention == "recomputed":
+        return "recomputed"
+    return "kept" if architecture.rotation == "unknown" or patterns_fit(model, n, COMFORT) else "recomputed"
+
+
+def planned_route(model: Any, n: int, attention: str = "auto") -> str:
+    """The route that recording n tokens would take now."""
+    return choose_route(model, read_architecture(model), n, attention)
+
+
+def own_route(architecture: Architecture, model: HookedModel, attention: str) -> str:
+    """The route within the pass that somebody else makes."""
+    if attention == "recomputed":
+        _refuse_recomputed(model, architecture, next(foreign_hooks(model), None))
+    return check_attention(attention, ATTENTION[1:])
+
+
+def check_attention(attention: Any, known: tuple[str, ...] = ATTENTION) -> str:
+    if attention not in known:
+        raise InputError(
+            f"expected one of {', '.join(map(repr, known))}, got attention={one_line(repr(attention), 60)}"
+        )
+    return attention
+
+
+def foreign_hooks(model: HookedModel) -> Iterator[str]:
+    """Names of what inside the attention blocks has a forward hook of any kind."""
+    for layer, block in enumerate(model.blocks):
+        for name, module in block.attn.named_modules():
+            if any(map(_is_somebodys, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+                yield f"blocks.{layer}.attn.{name}".rstrip(".")
+
+
+def _is_somebodys(hook: Any) -> bool:
+    """Not one of transformers' own, which a bridge's run_with_cache leaves behind: they read, and change nothing."""
+    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+
+
+def _refuse_recomputed(model: HookedModel, architecture: Architecture, somebody: str | None) -> None:
+    if somebody is not None:
+        raise InputError(
+            "expected none inside attention, for rows made anew do not hear it, got attention='recomputed' with a "
+            f"hook of yours on {somebody}: record with attention='kept', or remove the hook"
+        )
+    if architecture.rotation == "unknown":
+        raise ModelError(
+            f"attention='recomputed' was asked of {model_name(model)}, whose hooks do not show how positions turn its "
+            "queries and keys; expected a model that shows it: record with attention='kept'"
+        )
+
+
+def patterns_fit(model: HookedModel, n: int, times: int = 1) -> bool:
+    """Whether there is memory to record n tokens with their patterns, so many times over."""
+    return times * sum(record_bytes(size_of(model), n).values()) < available_bytes(device_of(model))

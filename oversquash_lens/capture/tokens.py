@@ -1,0 +1,151 @@
+"""From what the user typed to token ids and readable tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from oversquash_lens.capture.architecture import HookedModel
+from oversquash_lens.errors import InputError
+
+# A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
+Prompt = Any
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model reads it, and whether it starts with BOS / went through the chat template."""
+
+    ids: Int[Tensor, " pos"]
+    tokens: tuple[str, ...]
+    bos: bool
+    chat: bool
+
+    def batch(self, model: HookedModel) -> Int[Tensor, "one pos"]:
+        """The ids as the model takes them: one row, on its device."""
+        return self.ids[None].to(model.W_E.device)
+
+
+def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
+    """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""
+    _check_model(model)
+    if isinstance(prompt, str):
+        ids = _encode(model, prompt, chat=chat, bos=bos)
+    elif chat or bos is not None:
+        raise InputError(
+            "expected these for a text prompt only, got token ids together with chat= or bos=: put the special "
+            "tokens into the ids themselves"
+        )
+    else:
+        ids = _check_ids(prompt)
+    _check_range(model, ids)
+    return tokenized_ids(model, ids, chat=chat)
+
+
+def tokenized_ids(model: HookedModel, ids: Int[Tensor, " pos"], *, chat: bool = False) -> TokenizedPrompt:
+    """Ids that a model has already accepted, with their texts."""
+    begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    return TokenizedPrompt(ids, token_strings(model, ids), begin is not None and int(ids[0]) == begin, chat)
+
+
+def token_strings(model: HookedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    """Each token as text; a token that is not whole UTF-8 by itself as the tokenizer's own name for it."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return tuple(str(i) for i in ids.tolist())
+    texts = [tokenizer.decode([i]) for i in ids.tolist()]
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return tuple(name if "\ufffd" in text and name else text for text, name in zip(texts, names, strict=True))
+
+
+def text_ids(model: Any, text: str, *, bos: bool | None = None) -> tuple[int, ...]:
+    """The ids of a piece of text, one token or many, to build prompts from."""
+    _check_model(model)
+    return tuple(_encode(model, text, chat=False, bos=bos).tolist())
+
+
+def _check_model(model: Any) -> None:
+    if not hasattr(model, "cfg"):
+        raise InputError(
+            f"expected a HookedTransformer or TransformerBridge, got a {type(model).__name__} as the model: load one "
+            "with oversquash_lens.load_model()"
+        )
+
+
+def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError(
+            "expected token ids of shape [pos], got a text prompt for a model without tokenizer: make them with the "
+            "tokenizer that belongs to it, or set model.tokenizer"
+        )
+    if not isinstance(prompt, str):
+        raise InputError(f"expected a text, got a {type(prompt).__name__} as a piece of a prompt: give one")
+    if not prompt:
+        raise InputError("expected a text of at least two tokens, got an empty prompt")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"expected UTF-8 text, got a prompt that is no valid Unicode ({error.reason}): take out the characters "
+            "U+D800 … U+DFFF, or read its file with encoding='utf-8'"
+        ) from error
+    ids = _chat_ids(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if bos is True and begin is None:
+        raise InputError("expected bos=None or bos=False, got bos=True for a tokenizer without a BOS token")
+    starts = begin is not None and ids[:1] == [begin]
+    if bos is True and not starts:
+        ids = [begin, *ids]
+    if bos is False and starts:
+        ids = ids[1:]
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
+
+
+def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "expected an instruction-tuned model, or chat=False, got chat=True for a tokenizer without a chat template"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"expected a text, or token ids [pos] or [1, pos], got a prompt of type {type(prompt).__name__}: give "
+            "one prompt, in one of these forms"
+        ) from error
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(
+            f"expected integers of shape [pos] or [1, pos], got token ids of shape {tuple(ids.shape)} and "
+            f"{ids.dtype}: record one prompt at a time"
+        )
+    return ids.detach().long().cpu().clone()
+
+
+def _check_range(model: HookedModel, ids: Int[Tensor, " pos"]) -> None:
+    n, n_ctx = len(ids), getattr(model.cfg, "n_ctx", None)
+    if n < 2:
+        raise InputError(
+            f"expected at least two, got a prompt of {n} token{'s' if n != 1 else ''}: one token has nothing to hear"
+        )
+    if n_ctx and n > n_ctx:
+        raise InputError(f"a prompt of {n} tokens came; this model reads at most n_ctx = {n_ctx}: shorten it")
+    d_vocab = model.cfg.d_vocab
+    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+        raise InputError(
+            f"expected ids in 0 … {d_vocab - 1}, this model's vocabulary, got token id "
+            f"{int(ids.max()) if int(ids.max()) >= d_vocab else int(ids.min())}"
+        )

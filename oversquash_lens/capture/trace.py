@@ -1,0 +1,225 @@
+"""What one forward pass left behind: everything that the measures need, and no reference to the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from oversquash_lens.capture.about import About
+from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
+from oversquash_lens.capture.support import Verdict
+from oversquash_lens.capture.weights import WeightGains
+from oversquash_lens.errors import InputError, TraceFileError, one_line
+from oversquash_lens.storage import write_atomically
+
+FORMAT = "oversquash-lens-trace"
+FORMAT_VERSION = 4  # version 3 had no keys beside its patterns
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What edges and nodes need beside the attention weights; `weights` depends on the model alone.
+
+    Divisors r of the norms: `attention_scale`, `mlp_scale` (per layer and position), `final_scale` (last token).
+    `attention_post_scale` divides what attention writes, `query_scale`, `key_scale` queries and keys: 1 where no norm
+    does. `value`, `key`, `query_norm` (‖q‖), `key_norm` (‖k‖): as they enter the score, biases included, but not turned
+    by their positions. `key_pull` is ‖diag(γ₁)W_K q‖, how far x̂ moves a score. `node_gain` is
+    ‖I + J_MLP‖_F²/d_model at each position, `mlp_lipschitz` a rigorous bound on ‖J_MLP‖₂ there, norm included;
+    `mlp_sigma` the paper's σ_ψ per layer, norm left out. `final_gain_max`, `final_gain_square`: max|γ₃|, mean γ₃².
+    """
+
+    weights: WeightGains
+    attention_scale: Float[Tensor, "layer pos"]
+    mlp_scale: Float[Tensor, "layer pos"]
+    final_scale: float
+    final_gain_max: float
+    final_gain_square: float
+    value: Float[Tensor, "layer kv_head pos d_head"]
+    query_norm: Float[Tensor, "layer head pos"]
+    key_norm: Float[Tensor, "layer kv_head pos"]
+    key: Float[Tensor, "layer kv_head pos d_head"]
+    key_pull: Float[Tensor, "layer head pos"]
+    query_scale: Float[Tensor, "layer head pos"]
+    key_scale: Float[Tensor, "layer kv_head pos"]
+    attention_post_scale: Float[Tensor, "layer pos"]
+    node_gain: Float[Tensor, "layer pos"]
+    mlp_lipschitz: Float[Tensor, "layer pos"]
+    mlp_sigma: Float[Tensor, " layer"]
+    node_probes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt through one model: last-token residuals, attention, gains.
+
+    `last_residuals[l]` is the last token's residual entering layer l (row n_layers: leaving the last layer);
+    `prediction_input` is y_n, what the unembedding reads; `attention[l].rows(start, stop)` gives
+    [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there. `parallel`:
+    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture.
+    """
+
+    about: About
+    tokens: tuple[str, ...]
+    token_ids: Int[Tensor, " pos"]
+    last_residuals: Float[Tensor, "layer_plus_1 d_model"]
+    prediction_input: Float[Tensor, " d_model"]
+    attention: tuple[AttentionRows, ...]
+    gains: Gains
+    gated_mlp: bool
+    parallel: bool
+    support: dict[str, Verdict]
+
+    def __post_init__(self) -> None:
+        n, n_layers = len(self.tokens), len(self.attention)
+        shapes = {
+            "token_ids": (self.token_ids.shape, (n,)),
+            "last_residuals": (self.last_residuals.shape[:1], (n_layers + 1,)),
+            "attention": ({a.n_positions for a in self.attention}, {n}),
+            "gains.node_gain": (self.gains.node_gain.shape, (n_layers, n)),
+            "gains.value": (self.gains.value.shape[::2], (n_layers, n)),
+        }
+        if self.token_ids.is_floating_point() or self.token_ids.is_complex():
+            raise InputError(
+                f"expected whole numbers, got token_ids of {self.token_ids.dtype}: record the prompt again"
+            )
+        for name, (came, expected) in shapes.items():
+            if tuple(came) != tuple(expected):
+                raise InputError(
+                    f"expected {tuple(expected)}, got a trace of {n} tokens and {n_layers} layers with {name} of "
+                    f"shape {tuple(came)}: record it again"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.attention)
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.tokens)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write one .safetensors file (no pickle), whole or not at all."""
+        from safetensors.torch import save
+
+        return write_atomically(path, save(_tensors(self), metadata={FORMAT: json.dumps(_header(self))}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Trace:
+        """Read what `save` wrote; a TraceFileError names what is wrong with anything else."""
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"expected the path of a trace, got a {type(path).__name__}: give what Trace.save gave")
+        path = Path(path).expanduser()
+        header, tensors = _read(path)
+        version = header.get("version") if isinstance(header, dict) else header
+        if version != FORMAT_VERSION or not isinstance(header, dict):
+            raise TraceFileError(
+                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION}, which this "
+                f"oversquash-lens reads: record the prompt again, or use the release that wrote it"
+            )
+        try:
+            return _assemble(header, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+            raise TraceFileError(
+                f"{path} lacks a part of a trace ({one_line(error)}); expected a file written by Trace.save: "
+                "record the prompt again"
+            ) from error
+
+
+def check_trace(came: Any) -> None:
+    """What measures ask of what they are given."""
+    if not isinstance(came, Trace):
+        raise InputError(f"expected a Trace, got a {type(came).__name__}: call record(model, prompt) first")
+
+
+_GAIN_TENSORS = [f.name for f in fields(Gains) if f.name not in ("weights",) and "Tensor" in str(f.type)]
+_GAIN_NUMBERS = [f.name for f in fields(Gains) if f.name not in ("weights", *_GAIN_TENSORS)]
+_ROW_TENSORS = [f.name for f in fields(RecomputedAttention) if "Tensor" in str(f.type)]
+_ROW_OPTIONAL = [f.name for f in fields(RecomputedAttention) if f.name in _ROW_TENSORS and "None" in str(f.type)]
+_ROW_NUMBERS = [f.name for f in fields(RecomputedAttention) if f.name not in _ROW_TENSORS]
+_WEIGHT_TENSORS = [f.name for f in fields(WeightGains)]
+OPTIONAL = [f.name for f in fields(WeightGains) if "None" in str(f.type)]
+
+
+def _header(trace: Trace) -> dict:
+    return {
+        "version": FORMAT_VERSION,
+        "about": trace.about.to_dict(),
+        "tokens": list(trace.tokens),
+        "gated_mlp": trace.gated_mlp,
+        "parallel": trace.parallel,
+        "support": trace.support,
+        "attention": [{name: getattr(a, name, None) for name in _ROW_NUMBERS} for a in trace.attention],
+        "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
+    }
+
+
+def _tensors(trace: Trace) -> dict[str, Tensor]:
+    n = trace.n_positions
+    tensors = {name: getattr(trace, name) for name in ("token_ids", "last_residuals", "prediction_input")}
+    for i, attention in enumerate(trace.attention):
+        if isinstance(attention, RecomputedAttention):
+            tensors |= {f"attention.{i}.{name}": getattr(attention, name) for name in _ROW_TENSORS}
+        else:
+            tensors |= {f"attention.{i}": attention.rows(0, n), f"attention.{i}.mixed": attention.mixed}
+    tensors |= {f"gains.{name}": getattr(trace.gains, name) for name in _GAIN_TENSORS}
+    tensors |= {f"weights.{name}": getattr(trace.gains.weights, name) for name in _WEIGHT_TENSORS}
+    return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise TraceFileError(f"{path} is not a file; expected a trace written by Trace.save: give its path")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[FORMAT])
+            # Copied: products of unaligned memory, as a file gives it, are rounded otherwise.
+            return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TraceFileError(
+            f"{path} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); expected a file "
+            "written by Trace.save: record the prompt again"
+        ) from error
+
+
+def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> AttentionRows:
+    name = f"attention.{layer}"
+    if name in tensors:
+        return KeptAttention(tensors[name], tensors.get(f"{name}.mixed"))
+    parts = {part: tensors[f"{name}.{part}"] for part in _ROW_TENSORS if part not in _ROW_OPTIONAL}
+    parts |= {part: tensors.get(f"{name}.{part}") for part in _ROW_OPTIONAL}
+    numbers = header["attention"][layer]
+    if not all(isinstance(number, int | float | None) for number in numbers.values()):
+        raise TypeError(f"{name} with a header that holds more than numbers")
+    return RecomputedAttention(**parts, **numbers)
+
+
+def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
+    found = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
+    weights = WeightGains(**found, **{name: tensors.get(f"weights.{name}") for name in OPTIONAL})
+    gains = Gains(
+        weights=weights,
+        **{name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS},
+        **{name: header["gains"][name] for name in _GAIN_NUMBERS},
+    )
+    n_layers = header["about"]["n_layers"]
+    return Trace(
+        about=About(**header["about"]),
+        tokens=tuple(header["tokens"]),
+        token_ids=tensors["token_ids"],
+        last_residuals=tensors["last_residuals"],
+        prediction_input=tensors["prediction_input"],
+        attention=tuple(_attention(header, tensors, i) for i in range(n_layers)),
+        gains=gains,
+        gated_mlp=header["gated_mlp"],
+        parallel=header["parallel"],
+        support={measure: Verdict(*verdict) for measure, verdict in header["support"].items()},
+    )

@@ -1,0 +1,252 @@
+"""Representational collapse: how far apart two prompts end that differ by little, such as one repeated token.
+
+Theorem 4.2/B.3: where positional information decays with distance, a prompt and the same prompt with its last token
+repeated end in representations whose distance goes to 0. docs/theory.md, section 6.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from oversquash_lens.capture.about import About
+from oversquash_lens.capture.architecture import HookedModel, describe, read_architecture
+from oversquash_lens.collapse.family import Family, Ids, as_family
+from oversquash_lens.collapse.pairs import PairRun
+from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
+from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.paths.paths import json_numbers
+
+FORMATS = ("float32", "bfloat16")
+CRITERIA = ("epsilon", "bits", "top1")
+
+LAYERED = ("by_layer", "attention_shift", "self_attention")  # [layer, length], the others begin with the length
+FLOOR_POINTS = 9  # lengths at which the noise floor is measured where none are named, spread over all
+
+Curves = dict[str, Float[Tensor, " length"]]
+
+
+@dataclass(frozen=True)
+class CollapseCurve:
+    """Distances between the two prompts of each length, one entry per number format (the dicts' key: its name).
+
+    `l1`, `l2`, `linf`: of y, what the unembedding reads, in y's own units; `relative`: l2 over the first one's norm.
+    `per_head` [length, head]: L∞ of the last layer's heads, each taken as z = Σ α v, before W_O: the paper does not
+    say which per-head vector it draws; z is what a head itself has read, in coordinates of its own, and needs no
+    weights to be told apart. `by_layer` [layer+1, length]: relative L2 of the residual entering each layer (last row:
+    leaving the last one). `logits`: largest change of a logit. `bit_equal`, `top1_agree`: y equal to the last bit, the
+    same next token. `margin_shift`: how much the margin of the best token over the second moved, in spacings of the
+    format at the best logit. `attention_shift`, `self_attention` [layer, length]: B.3's own assumption, the total
+    variation δ(α_n, α*_{n+1}) (no ½) of the last attention rows and α*_{n+1,n+1}, mean over heads, nan where the
+    second prompt is not the first with its last token repeated (`covered` False: outside B.3). `noise_floor`: l1
+    between the same prompt read from the shared pass and from a batch of two, `head_floor` the mean over heads of
+    `per_head` likewise; nan where not measured.
+    """
+
+    family: str
+    unit: str
+    lengths: tuple[int, ...]
+    formats: tuple[NumberFormat, ...]
+    l1: Curves
+    l2: Curves
+    linf: Curves
+    relative: Curves
+    per_head: dict[str, Float[Tensor, "length head"]]
+    by_layer: dict[str, Float[Tensor, "layer_plus_1 length"]]
+    logits: Curves
+    bit_equal: dict[str, Bool[Tensor, " length"]]
+    top1_agree: dict[str, Bool[Tensor, " length"]]
+    margin_shift: Curves
+    attention_shift: dict[str, Float[Tensor, "layer length"]]
+    self_attention: dict[str, Float[Tensor, "layer length"]]
+    noise_floor: Curves
+    head_floor: Curves
+    covered: Bool[Tensor, " length"]
+    about: About
+    notes: tuple[str, ...] = ()
+
+    def first_collapsed(self, dtype: Any, criterion: str = "epsilon") -> int | None:
+        """The length from which on every measured pair is the same to this format; None if the last is not.
+
+        "epsilon": y's relative distance is below the format's machine epsilon. "bits": y is bit-equal. "top1": the
+        same next token, its margin over the second moved by less than one rounding of the best logit.
+        """
+        if criterion not in CRITERIA:
+            raise InputError(f"expected one of {', '.join(CRITERIA)}, got criterion {criterion!r}")
+        fmt = self._held(dtype)
+        same = {
+            "epsilon": self.relative[fmt.name] < fmt.epsilon,
+            "bits": self.bit_equal[fmt.name],
+            "top1": self.top1_agree[fmt.name] & (self.margin_shift[fmt.name] < 1),
+        }[criterion]
+        apart = (~same).nonzero()
+        first = int(apart[-1]) + 1 if len(apart) else 0
+        return self.lengths[first] if first < len(self.lengths) else None
+
+    def merging_layer(self, dtype: Any) -> tuple[int | None, ...]:
+        """Per length, the first layer from which on the residuals' relative distance stays below machine epsilon."""
+        fmt = self._held(dtype)
+        same = self.by_layer[fmt.name] < fmt.epsilon
+        stays = same.flip(0).long().cumprod(0).sum(0)
+        layers = len(same)
+        return tuple(layers - int(count) if count else None for count in stays)
+
+    def at(self, lengths: Sequence[int]) -> CollapseCurve:
+        """The same curve at some of its lengths."""
+        at = [self.lengths.index(k) for k in _among(self.lengths, lengths)]
+        fields = {
+            key: {name: values[:, at] if key in LAYERED else values[at] for name, values in curve.items()}
+            for key, curve in vars(self).items()
+            if isinstance(curve, dict)
+        }
+        return replace(self, lengths=tuple(lengths), covered=self.covered[at], **fields)
+
+    def _held(self, dtype: Any) -> NumberFormat:
+        fmt = number_format(dtype)
+        if fmt not in self.formats:
+            raise InputError(
+                f"dtype {fmt.name!r} came; this curve holds {', '.join(self.l1)}, expected one of these: measure the "
+                "other one too (dtypes=)"
+            )
+        return fmt
+
+    def to_dict(self) -> dict:
+        plain = {"family": self.family, "unit": self.unit, "lengths": list(self.lengths), "notes": list(self.notes)}
+        named = {
+            key: {
+                name: json_numbers(values) if values.is_floating_point() else values.tolist()
+                for name, values in curve.items()
+            }
+            for key, curve in vars(self).items()
+            if isinstance(curve, dict)
+        }
+        collapsed = {c: {name: self.first_collapsed(name, c) for name in self.l1} for c in CRITERIA}
+        covered = {"covered": self.covered.tolist(), "about": self.about.to_dict()}
+        return {"kind": "collapse", **plain, **named, **covered, "first_collapsed": collapsed}
+
+
+def collapse_curve(
+    model: Any,
+    family: Any,
+    lengths: Sequence[Any] = (1, 11, 101),
+    dtypes: Sequence[Any] = FORMATS,
+    *,
+    noise_floor: bool | Sequence[int] = False,
+    share: bool = True,
+    progress: bool = False,
+) -> CollapseCurve:
+    """Measure how far apart a family's two prompts end, at every length and in every number format.
+
+    `family`: a `Family` (see `oversquash_lens.families`), any function length -> token ids, then paired with itself
+    one further on, or a tuple of two prompts' token ids. `dtypes`: what computes, and what is only stored or
+    quantised: "float32", "bfloat16", "float32:store=float8_e4m3", "float32:weights=int4"; "float64" is float64 all
+    through, where a model class asks for float32 too. Prompts that begin one another are read off one forward pass,
+    endings that differ run against its key/value cache; `share=False` runs each prompt by itself.
+    `noise_floor` measures what rounding alone makes, at a few lengths or at those named; each costs a pass.
+    """
+    architecture = read_architecture(model)
+    formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
+    if not formats:
+        raise InputError("expected at least one, such as 'float32', got no dtypes")
+    chosen = as_family(family)
+    lengths = _check_lengths(lengths)
+    pairs = readable_pairs(model, chosen, lengths)
+    floor_at = _floor_lengths(noise_floor, lengths)
+    runs: dict[NumberFormat, list[NumberFormat]] = {}
+    for one in formats:
+        runs.setdefault(replace(one, storage=None), []).append(one)
+    found: dict[str, dict[str, Tensor]] = {}
+    shared = True
+    for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
+        with computing_in(model, computing):
+            run = PairRun(model, replace(architecture, dtype=computing.dtype), pairs, share)
+            again = run.again([lengths.index(k) for k in floor_at])
+            for one in stores:
+                found[one.name] = {**run.distances(one), **run.floors(one, again)}
+            shared &= run.readings.shared or not share
+    fields = {key: {one.name: found[one.name][key] for one in formats} for key in found[formats[0].name]}
+    return CollapseCurve(
+        family=chosen.name,
+        unit=chosen.unit,
+        lengths=lengths,
+        formats=formats,
+        covered=run.covered,
+        about=describe(model, architecture).with_prompt(bos=_begins(model, pairs), chat=False),
+        notes=_notes(chosen.note, run.covered, shared),
+        **fields,
+    )
+
+
+def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:
+    lengths = lengths if isinstance(lengths, Iterable) else [lengths]
+    try:
+        found = tuple(map(operator.index, lengths))
+    except TypeError:
+        found = ()
+    if not found or found[0] < 1 or found != tuple(sorted(set(found))):
+        raise InputError(
+            f"expected increasing whole numbers from 1 on, at least one, got lengths {one_line(list(lengths), 60)}"
+        )
+    return found
+
+
+def _floor_lengths(noise_floor: bool | Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
+    if not isinstance(noise_floor, bool):
+        return _among(lengths, noise_floor)
+    last = len(lengths) - 1
+    some = min(FLOOR_POINTS, len(lengths)) if noise_floor else 0
+    return [lengths[i] for i in sorted({round(step * last / max(some - 1, 1)) for step in range(some)})]
+
+
+def _among(lengths: Sequence[int], asked: Sequence[int]) -> Sequence[int]:
+    if missing := sorted(set(asked) - set(lengths)):
+        raise InputError(f"expected some of the curve's own, got lengths {one_line(missing, 60)}")
+    return asked
+
+
+def readable_pairs(model: HookedModel, family: Family, lengths: Sequence[int]) -> list[tuple[Ids, Ids]]:
+    """The family's pairs; made one by one, so that the first that this model cannot read is also the last made."""
+    n_ctx = read_architecture(model).n_ctx
+    pairs: list[tuple[Ids, Ids]] = []
+    for k in lengths:
+        (pair,) = family.pairs([k])
+        reach = max(map(len, pair))
+        if reach > n_ctx:
+            fits = "none came that fits, give shorter ones"
+            if pairs:
+                fits = f"{lengths[len(pairs) - 1]} is the longest that fits, leave out those beyond"
+            raise InputError(
+                f"family {family.name!r}: length {k} makes {reach} tokens; this model reads at most n_ctx = "
+                f"{n_ctx}: {fits}"
+            )
+        for odd in {min(map(min, pair)), max(map(max, pair))}:
+            if not 0 <= odd < model.cfg.d_vocab:
+                raise InputError(
+                    f"expected ids in 0 … {model.cfg.d_vocab - 1}, this model's vocabulary, got family "
+                    f"{family.name!r}: token id {odd}"
+                )
+        pairs.append(pair)
+    return pairs
+
+
+def _begins(model: HookedModel, pairs: Sequence[tuple[Ids, Ids]]) -> bool:
+    begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    return begin is not None and all(first[0] == begin for first, _ in pairs)
+
+
+def _notes(note: str, covered: Bool[Tensor, " length"], shared: bool) -> tuple[str, ...]:
+    notes = [note] if note else []
+    if not covered.all():
+        notes.append(
+            f"{int((~covered).sum())} of {len(covered)} pairs are outside Theorem B.3: their second prompt is not the "
+            "first with its last token repeated"
+        )
+    if not shared:
+        notes.append("the key/value cache did not answer as whole passes do; prompts that branch off were run whole")
+    return tuple(notes)

@@ -1,1 +1,0 @@
-"""A Trace in, numbers out."""

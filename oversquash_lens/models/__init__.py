@@ -1,0 +1,1 @@
+"""A name, a folder or a file in, a hooked model out."""

@@ -1,0 +1,131 @@
+"""Files that are whole or absent: a temporary name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from oversquash_lens.errors import InputError, one_line
+
+_DRAFT = ".oversquash-lens-"  # what the name of a file begins with while it is written
+_DAY = 86_400.0  # seconds
+
+
+def check_writable(path: Any) -> Path:
+    """The absolute path, if a file can be put there; asked before long work whose result goes there."""
+    target = _absolute(path)
+    folder = target.parent
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except NotADirectoryError:
+        raise InputError(f"the folder {folder} does not exist; expected one that does: give another path") from None
+    except (OSError, ValueError) as error:  # a name too long, a NUL byte, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{one_line(repr(str(path)), 80)} cannot be a file here ({why}); expected a path that this system can "
+            "write: give another one"
+        ) from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{target} is a folder; expected a file name: give {target / 'NAME'}")
+    if not folder.is_dir():
+        raise InputError(
+            f"the folder {folder} does not exist; expected one that does: make it first, or give another path"
+        )
+    if not os.access(folder if stat.S_ISREG(mode) else target, os.W_OK):
+        raise InputError(
+            f"the folder {folder} cannot be written to; expected one that can: give another path, or mend its rights"
+        )
+    return target
+
+
+def check_place(folder: Any, file: str) -> Path:
+    """Where the file will lie, if it can be put there; makes the folder. Asked before long work."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", file):
+        raise InputError(
+            "expected letters, digits, '.', '-' and '_' only, at most 200 of them, got the file name "
+            f"{one_line(repr(file), 80)}: give another name"
+        )
+    place = _absolute(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"the folder {one_line(place, 120)} cannot be made ({why}); expected one that can be written to: give "
+            "another one"
+        ) from error
+    return check_writable(place / file)
+
+
+@contextmanager
+def folder_for(folder: Any, file: str) -> Iterator[Path]:
+    """The folder that `file` will lie in, for work whose results go there; if it leaves nothing, nothing stays."""
+    known = _absolute(folder).exists()
+    place = check_place(folder, file).parent
+    try:
+        yield place
+    finally:
+        if not known:
+            with suppress(OSError):  # it is not empty: that is as it should be
+                place.rmdir()
+
+
+def write_atomically(path: Any, payload: bytes) -> Path:
+    """Put `payload` at `path`, whole or not at all; returns the absolute path.
+
+    A link is followed. What is no file (a device, a pipe) is written to, never replaced.
+    """
+    target = check_writable(path)
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(payload)
+        else:
+            _replace(Path(os.path.realpath(target)), payload)
+    except OSError as error:
+        raise InputError(
+            f"{target} could not be written ({error.strerror or error}); expected room and rights for it there: make "
+            "room or mend the rights, or give another path"
+        ) from error
+    return target
+
+
+def _replace(target: Path, payload: bytes) -> None:
+    remove_drafts(target.parent, older_than=_DAY)
+    draft = target.with_name(f"{_DRAFT}{uuid4().hex}.tmp")
+    try:
+        with draft.open("xb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave the name without the content
+        os.replace(draft, target)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path, older_than: float = -math.inf) -> None:
+    """Remove what killed processes left behind more than so many seconds ago; at once where nobody writes any more."""
+    for left in folder.glob(f"{_DRAFT}*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > older_than:
+                left.unlink()
+
+
+def _absolute(path: Any) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except (TypeError, RuntimeError) as error:  # no path at all, or ~nobody
+        raise InputError(
+            f"expected a text or a pathlib.Path, got {one_line(repr(path), 60)} of type {type(path).__name__} as a "
+            "path: give the name of a file or folder"
+        ) from error

@@ -1,0 +1,1 @@
+"""The same measures over many prompts, a row each."""

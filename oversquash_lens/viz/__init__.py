@@ -1,0 +1,1 @@
+"""Views, figures and the report page."""
