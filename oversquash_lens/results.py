@@ -1,0 +1,92 @@
+"""What every result can do: say itself in a few lines, as a table in a notebook, and as a pandas frame.
+
+A result is a frozen dataclass with `repr=False` that inherits `Result` and describes itself by two methods:
+
+    @dataclass(frozen=True, repr=False)
+    class PathProfile(Result):
+        def _title(self) -> str:                 # one line: what was measured, on which model, the total
+        def _table(self) -> dict[str, Sequence]: # columns of equal length, one row a token, length, edge, …
+        _ranked_by = "share"                     # rows shown first are the largest of this column; None: the first
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas
+
+LINES = 10  # rows of a `repr`
+HTML_ROWS = 40
+WIDTH = 24  # characters shown of a text
+
+
+class Result:
+    """Mixin of all results; see the module's docstring."""
+
+    _ranked_by: ClassVar[str | None] = None
+
+    def _title(self) -> str:
+        raise NotImplementedError(type(self).__name__)
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        raise NotImplementedError(type(self).__name__)
+
+    def __repr__(self) -> str:
+        """At most twelve lines: the title, the column names, the rows that matter most."""
+        head, rows, total = self._shown(LINES - 1)
+        cells = [head, *rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        more = [f"… {total - len(rows)} more rows: to_frame()"] if total > len(rows) else []
+        return "\n".join([self._title(), *lines, *more])
+
+    def _repr_html_(self) -> str:
+        head, rows, total = self._shown(HTML_ROWS)
+        columns = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        body = "".join(
+            "<tr>" + "".join(f"<td><bdi>{html.escape(cell)}</bdi></td>" for cell in row) + "</tr>" for row in rows
+        )
+        more = f"<p>… {total - len(rows)} more rows: to_frame()</p>" if total > len(rows) else ""
+        title = html.escape(self._title())
+        return f"<p>{title}</p><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The whole table as a pandas DataFrame, one row a token, length, edge, …"""
+        import pandas
+
+        return pandas.DataFrame({name: list(_plain(column)) for name, column in self._table().items()})
+
+    def _shown(self, most: int) -> tuple[list[str], list[list[str]], int]:
+        """Column names, the rows that are shown, and how many there are."""
+        table = {name: list(_plain(column)) for name, column in self._table().items()}
+        total = len(next(iter(table.values()), []))
+        places = list(range(total))
+        if self._ranked_by is not None:
+            rank = table[self._ranked_by]
+            places.sort(key=lambda i: -rank[i] if isinstance(rank[i], int | float) and rank[i] == rank[i] else math.inf)
+        return list(table), [[in_a_cell(column[i]) for column in table.values()] for i in places[:most]], total
+
+
+def in_a_cell(value: Any) -> str:
+    """One value as text of one line: three digits of a number, the beginning of a long text.
+
+    >>> in_a_cell(0.123456), in_a_cell(" cat\\n"), in_a_cell(None)
+    ('0.123', "' cat\\\\n'", '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, str):
+        shown = repr(value)
+        return shown if len(shown) <= WIDTH else shown[: WIDTH - 2] + "…" + shown[-1]
+    return str(value)
+
+
+def _plain(column: Any) -> Sequence[Any]:
+    """A tensor's or array's own numbers; any other sequence as it is."""
+    return column.tolist() if hasattr(column, "tolist") else column
