@@ -22,6 +22,7 @@ from oversquash_lens.capture.passes import last_logits_only, without_cache
 from oversquash_lens.capture.route import choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.support import architecture_support
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenized_ids
 from oversquash_lens.capture.trace import Gains, Trace
 from oversquash_lens.capture.weights import weight_gains
@@ -193,7 +194,7 @@ class Recorder:
         if node_probes is not None:
             whole_number("node_probes", node_probes, otherwise=", or None for the exact gain")
         random_source(seed)  # a seed that is none is refused before the model runs
-        self.architecture, self.about, self.support = subject.architecture, subject.about, subject.support
+        self.architecture, self.about = subject.architecture, subject.about
         self.verify, self.route = verify, route
         self._subject: Subject | None = subject
         self._node_probes, self._seed = node_probes, seed
@@ -305,7 +306,7 @@ class Recorder:
             gains=gains,
             gated_mlp=architecture.gated,
             parallel=architecture.parallel,
-            support=dict(self.support),
+            support=architecture_support(architecture),
         )
 
     def _complete(self) -> _Pass:
