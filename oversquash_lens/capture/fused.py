@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.rotation import halves_turned_back
 
 NAME = "oversquash_lens"  # in transformers' tables

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, HookedModel, read_architecture
+from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, read_architecture
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.errors import HookMismatchError
 
 Hook = Callable[..., None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oversquash_lens.capture import checks
+from oversquash_lens.capture.hooked_model import is_a
 from oversquash_lens.capture.nodes import MlpState, layer_probes, mlp_lipschitz, node_gain_by_backward, probe_directions
 from oversquash_lens.capture.parameters import LayerWeights
 from oversquash_lens.capture.pass_context import PassContext
@@ -119,7 +120,7 @@ def experts(context: PassContext, layer: int, w: LayerWeights, x: Tensor, writte
 @contextmanager
 def _unheard(module: nn.Module) -> Iterator[None]:
     """Within the block the module's hook points call nobody, so running it again goes unnoticed."""
-    points = [each for each in module.modules() if type(each).__name__ == "HookPoint"]
+    points = [each for each in module.modules() if is_a(each, "transformer_lens.hook_points", "HookPoint")]
     before = [(point._forward_hooks, point._backward_hooks) for point in points]
     try:
         for point in points:

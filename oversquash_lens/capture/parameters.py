@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture, per_head_sinks
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.norms import norm_bias, norm_gain
-from oversquash_lens.capture.structure import per_head_sinks
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _mlp_weights(
         return total if bias is None else total + bias
 
     # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
-    after = type(model).__name__ == "HookedTransformer" and gate is not None
+    after = architecture.hooked and gate is not None
     found = (
         gate,
         w_in,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import HookedModel
+from oversquash_lens.capture.hooked_model import HookedModel
 
 
 @contextmanager

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel, describe, read_architecture
+from oversquash_lens.capture.about import describe
+from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.final_norm import FinalNorm
 from oversquash_lens.capture.fused import fused_attention
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.nodes import random_source

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import Architecture, HookedModel, describe, read_architecture
+from oversquash_lens.capture.about import About, describe
+from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.size import Size, device_of, size_of
 from oversquash_lens.capture.support import Verdict, architecture_support, refuse_unsupported
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize

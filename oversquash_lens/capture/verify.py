@@ -9,7 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture, HookedModel
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import attached
 from oversquash_lens.errors import HookMismatchError
 

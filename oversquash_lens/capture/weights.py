@@ -15,8 +15,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.parameters import LayerWeights, layer_weights
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import to_float64
