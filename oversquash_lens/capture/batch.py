@@ -17,8 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, read_architecture
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
-from oversquash_lens.capture.passes import without_cache
+from oversquash_lens.capture.passes import Hook, NamedHook, attached, without_cache
 from oversquash_lens.capture.recorder import NODE_PROBES, Recorder
 from oversquash_lens.capture.size import AT_WORK, BASE, Size, device_of, kept_bytes, size_of
 from oversquash_lens.capture.tokens import TokenizedPrompt, tokenize

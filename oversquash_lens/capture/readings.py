@@ -16,7 +16,7 @@ from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.branches import Start, run_branches, run_trunk
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
+from oversquash_lens.capture.passes import Hook, NamedHook, attached
 from oversquash_lens.capture.prefixes import Ids, Plan, apart, plan
 from oversquash_lens.errors import HookMismatchError
 

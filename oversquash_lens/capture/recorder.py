@@ -16,11 +16,10 @@ from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.final_norm import FinalNorm
 from oversquash_lens.capture.fused import fused_attention
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.nodes import random_source
 from oversquash_lens.capture.pass_context import PassContext
-from oversquash_lens.capture.passes import last_logits_only, without_cache
+from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.route import choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording, device_of
 from oversquash_lens.capture.support import architecture_support

@@ -11,7 +11,7 @@ from torch import Tensor
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.passes import attached
 from oversquash_lens.errors import HookMismatchError
 
 
