@@ -19,13 +19,13 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import plain, seconds
-from oversquash_lens.capture import attending
+from oversquash_lens.capture import checks, layer, mlp
 from oversquash_lens.capture.layer import LayerRecord
 from oversquash_lens.capture.recorder import Recorder
 
-CHECKS = [(gate, name) for name in vars(gate) if name.startswith("check_")]
+CHECKS = [(checks, name) for name in vars(checks) if name.startswith("check_")] + [(mlp, "check_mlp")]
 CHECKS += [(LayerRecord, "_check_projections"), (LayerRecord, "_check_norm")]
-CHECKS += [(attending, "_check_scores"), (attending, "check_recomputed")]
+CHECKS += [(layer, "_check_scores"), (layer, "check_recomputed")]
 CHECKS += [(Recorder, "end")]
 
 

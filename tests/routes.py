@@ -15,7 +15,7 @@ import oversquash_lens as osl
 from oversquash_lens.capture.architecture import ROUTES, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.recorder import Recorder, record_on
-from oversquash_lens.capture.tokens import tokenize
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.paths.bounds import VARIANTS
 
 LENGTH = 12  # more than the window of the windowed ones, and none of them
@@ -49,9 +49,9 @@ class Difference:
 
 def on_route(model: Any, tokens: Any, route: str, **how: Any) -> osl.Trace:
     """The trace of one route and no other, whatever `attention="auto"` would have chosen."""
-    return record_on(
-        model, tokenize(model, tokens), Recorder(model, how.pop("node_probes", None), 0, **how, route=route)
-    )
+    subject = Subject.of(model)
+    recorder = Recorder(subject, how.pop("node_probes", None), 0, **how, route=route)
+    return record_on(subject, subject.tokenize(tokens), recorder)
 
 
 def differences(kept: osl.Trace, other: osl.Trace) -> dict[str, float]:

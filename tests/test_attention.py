@@ -17,14 +17,14 @@ from torch import nn
 from zoo import CELLS, WINDOW, lacking, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.capture import attending, attention, fused, rotation
+from oversquash_lens.capture import attention, fused, layer
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.attention import (
     AttentionRows,
     KeptAttention,
     RecomputedAttention,
     UniformAttention,
-    recomputed,
+    recomputed_attention,
 )
 from oversquash_lens.capture.edits import edited_attention, window
 from oversquash_lens.capture.fused import why_not_fused
@@ -78,7 +78,7 @@ def softmax_of(query: torch.Tensor, key: torch.Tensor, **how: Any) -> torch.Tens
 @pytest.mark.parametrize("name", SCORES)
 def test_rows_made_anew_are_the_softmax(name: str, dtype: torch.dtype) -> None:
     query, key = heads(dtype)
-    rows, expected = recomputed(query, key, **SCORES[name]), softmax_of(query, key, **SCORES[name])
+    rows, expected = recomputed_attention(query, key, **SCORES[name]), softmax_of(query, key, **SCORES[name])
     wide = torch.promote_types(dtype, torch.float32)
     buffer = torch.full((HEADS * N * N + 7,), torch.nan, dtype=wide)  # whatever was there before
     for size in (1, 4, N):
@@ -97,22 +97,22 @@ def test_rows_made_anew_are_the_softmax(name: str, dtype: torch.dtype) -> None:
 
 def test_log_normalisers_are_the_same_whatever_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = heads(torch.float64)
-    whole = recomputed(query, key, window=5).log_normaliser
+    whole = recomputed_attention(query, key, window=5).log_normaliser
     monkeypatch.setattr(attention, "BLOCK", HEADS * N * 3)
-    assert torch.allclose(recomputed(query, key, window=5).log_normaliser, whole, atol=1e-14, rtol=0)
+    assert torch.allclose(recomputed_attention(query, key, window=5).log_normaliser, whole, atol=1e-14, rtol=0)
 
 
 def test_rows_sum_to_one_and_with_a_sink_to_less() -> None:
     query, key = heads(torch.float64)
-    assert torch.allclose(recomputed(query, key).rows(0, N).sum(-1), torch.ones(1, dtype=torch.float64))
-    sums = recomputed(query, key, sinks=torch.zeros(HEADS)).rows(0, N).sum(-1)
+    assert torch.allclose(recomputed_attention(query, key).rows(0, N).sum(-1), torch.ones(1, dtype=torch.float64))
+    sums = recomputed_attention(query, key, sinks=torch.zeros(HEADS)).rows(0, N).sum(-1)
     assert 0 < sums.min() < sums.max() < 1
 
 
 def test_kept_and_uniform_rows_have_the_same_surface() -> None:
     pattern = softmax_of(*heads(torch.float32)).float()
     uniform = UniformAttention(N, HEADS, torch.float64)
-    for rows in (KeptAttention(pattern), uniform, recomputed(*heads(torch.float32))):
+    for rows in (KeptAttention(pattern), uniform, recomputed_attention(*heads(torch.float32))):
         assert isinstance(rows, AttentionRows)
         assert rows.mixed is None
         assert torch.equal(rows.causal(2, 5), rows.rows(2, 5)[:, :, :5])
@@ -124,7 +124,7 @@ def test_kept_and_uniform_rows_have_the_same_surface() -> None:
 
 
 def test_a_buffer_that_does_not_fit() -> None:
-    rows = recomputed(*heads(torch.float32))
+    rows = recomputed_attention(*heads(torch.float32))
     for buffer in (torch.empty(HEADS * 4 - 1), torch.empty(HEADS * N * N, dtype=torch.float64)):
         with pytest.raises(InputError, match="a buffer of"):
             rows.causal(0, 2, buffer)
@@ -148,10 +148,10 @@ def test_parts_that_do_not_fit_together() -> None:
 def test_turning_back_undoes_a_stretched_turn() -> None:
     x, angle = torch.randn(5, 2, 8, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     cos, sin = (1.3 * torch.cat((part, part), -1) for part in (angle.cos(), angle.sin()))
-    turned = rotation.halves_turned(x, cos, sin)
+    turned = attention.halves_turned(x, cos, sin)
     assert torch.equal(turned[..., 6:], x[..., 6:])
     assert torch.allclose(turned[..., :6].norm(dim=-1), 1.3 * x[..., :6].norm(dim=-1))
-    assert torch.allclose(rotation.halves_turned_back(turned, cos, sin), x)
+    assert torch.allclose(attention.halves_turned_back(turned, cos, sin), x)
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 4, 6, 12])
@@ -160,7 +160,7 @@ def test_the_bias_is_transformers_alibi(n_heads: int) -> None:
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
     theirs = build_alibi_tensor(torch.ones(1, 7), n_heads, torch.float32).view(n_heads, 7)
-    assert torch.allclose(rotation.linear_bias(n_heads, 7, torch.zeros(1)), theirs)
+    assert torch.allclose(attention.linear_bias(n_heads, 7, torch.zeros(1)), theirs)
 
 
 # ---------------------------------------------------------------- every architecture, every route
@@ -435,7 +435,7 @@ def test_a_wrong_scale_is_caught(name: str, kind: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("name", "kind"), list(sabotaged()))
 def test_a_scale_that_the_weights_do_not_tell_is_caught(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo(name, kind)
-    monkeypatch.setattr("oversquash_lens.capture.parameters._score_scale", lambda attn: 0.55)
+    monkeypatch.setattr("oversquash_lens.capture.weights._score_scale", lambda attn: 0.55)
     for route in ("recomputed", "fused") if kind == "bridge" else ("recomputed",):
         caught(model, route, "layer 0")
 
@@ -444,9 +444,9 @@ def test_a_scale_that_the_weights_do_not_tell_is_caught(name: str, kind: str, mo
 @pytest.mark.parametrize("name", ["gpt-neox", "phi3", "falcon", "gpt-j"])
 def test_a_wrong_turn_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the rotation is ours: the other way round, it is not the model's."""
-    halves, pairs = rotation.halves_turned, rotation.pairs_turned
-    monkeypatch.setattr(attending, "halves_turned", lambda x, cos, sin: halves(x, cos, -sin))
-    monkeypatch.setattr(attending, "pairs_turned", lambda x, dim: pairs(x.flip(-1), dim))
+    halves, pairs = attention.halves_turned, attention.pairs_turned
+    monkeypatch.setattr(layer, "halves_turned", lambda x, cos, sin: halves(x, cos, -sin))
+    monkeypatch.setattr(layer, "pairs_turned", lambda x, dim: pairs(x.flip(-1), dim))
     caught(zoo(name, "bridge"), "recomputed", "layer 0", "attn.hook_pattern")
 
 
@@ -478,8 +478,8 @@ def test_fused_attention_that_computes_something_else_is_caught(name: str, monke
 
 @needs_bridge
 def test_a_log_normaliser_that_is_off_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    gave = fused._Listener.gave
-    monkeypatch.setattr(fused._Listener, "gave", lambda self, z, sums: gave(self, z, sums + 0.05))
+    output = fused._Listener.output
+    monkeypatch.setattr(fused._Listener, "output", lambda self, z, sums: output(self, z, sums + 0.05))
     caught(zoo("llama", "bridge"), "fused", "layer 0, attn.hook_z", "pattern · v")
 
 

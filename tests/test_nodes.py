@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.capture import nodes
+from oversquash_lens.capture import mlp as mlp_module
 from oversquash_lens.capture.activations import ACTIVATIONS
-from oversquash_lens.capture.nodes import MlpState, layer_probes
-from oversquash_lens.capture.parameters import LayerWeights
+from oversquash_lens.capture.mlp import MlpState, PostNorm, layer_probes
+from oversquash_lens.capture.weights import MlpWeights
 
 D_MODEL, D_MLP, N = 20, 28, 5
 EPS = 1e-5
@@ -66,44 +66,25 @@ class Mlp:
     def state(self) -> MlpState:
         normalized, scale = self.normalise(self.x)
         gate, up = self.inside(self.x)
-        post: dict[str, Any] = {}
+        post_norm = None
         if self.post_gain is not None:
             unit, divisor = self.normalise(self.written(self.x))
-            post = {"post_scale": divisor[:, 0], "post_normalized": unit}
-        return MlpState(normalized, scale[:, 0], gate, up, self.norms, **post)
+            post_norm = PostNorm(divisor[:, 0], unit, self.post_gain)
+        return MlpState(normalized, scale[:, 0], (gate,) if up is None else (gate, up), self.norms, post_norm)
 
-    def weights(self) -> LayerWeights:
-        projection, nothing = (
-            torch.zeros(1, D_MODEL, 2),
-            dict.fromkeys(
-                ("attention_norm_bias", "query_bias", "key_bias", "value_bias", "query_gain", "key_gain", "output_bias")
-            ),
-        )
-        return LayerWeights(
-            **nothing,
-            attention_gain=self.gain,
-            query=projection,
-            key=projection,
-            value=projection,
-            output=projection.transpose(1, 2),
-            score_scale=1.0,
-            sinks=None,
-            attention_post_gain=None,
-            mlp_gain=self.gain,
-            mlp_norm_bias=self.bias,
-            mlp_gate=self.w_gate,
-            mlp_in=self.w_in,
-            mlp_out=self.w_out,
-            mlp_gate_offset=None if self.w_gate is None else self.bias @ self.w_gate,
-            mlp_in_offset=self.bias @ self.w_in,
-            mlp_post_bias=None,
-            mlp_out_bias=None,
-            mlp_post_gain=self.post_gain,
+    def weights(self) -> MlpWeights:
+        entering = (self.w_in,) if self.w_gate is None else (self.w_gate, self.w_in)
+        return MlpWeights(
+            entering=entering,
+            offsets=tuple(self.bias @ weight for weight in entering),
+            post_bias=None,
+            output=self.w_out,
+            output_bias=None,
         )
 
     def gains(self, probes: int | None, seed: int = 0) -> torch.Tensor:
         state = self.state()
-        measured = layer_probes(state, self.weights(), probes, seed, 0)
+        measured = layer_probes(state, self.weights(), self.gain, probes, seed, 0)
         return torch.cat([measured.gain(block, block.slopes(self.act)) for block in state.blocks()])
 
 
@@ -130,7 +111,7 @@ def test_probes_are_unbiased(gated: bool, norms: str, post: bool, probes: int) -
 def test_all_pairs_are_the_whole_jacobian(norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides a whole basis: nothing is left to chance."""
     mlp = Mlp(True, norms, post=False)
-    monkeypatch.setattr(nodes, "PAIRS", D_MODEL**2)
+    monkeypatch.setattr(mlp_module, "PAIRS", D_MODEL**2)
     assert torch.allclose(mlp.gains(1), mlp.gains(None), rtol=1e-11)
 
 
@@ -138,9 +119,9 @@ def test_all_pairs_are_the_whole_jacobian(norms: str, monkeypatch: pytest.Monkey
 def test_blocks_of_positions_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = Mlp(True, "rms", post=False)
     whole = mlp.gains(2)
-    monkeypatch.setattr(nodes, "BLOCK", block)
+    monkeypatch.setattr(mlp_module, "BLOCK", block)
     assert torch.allclose(mlp.gains(2), whole, rtol=1e-12)
-    monkeypatch.setattr(nodes, "CHUNK", 3 * D_MLP)
+    monkeypatch.setattr(mlp_module, "CHUNK", 3 * D_MLP)
     assert torch.allclose(mlp.gains(None), mlp.exact(), rtol=2e-5)
 
 

@@ -1,4 +1,4 @@
-"""plan() and apart(): every sequence at its place, and never more tokens than each alone would cost."""
+"""plan() and separate(): every sequence at its place, and never more tokens than each alone would cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from oversquash_lens.capture.prefixes import Branch, Place, Plan, Trunk, apart, plan
+from oversquash_lens.capture.prefixes import Branch, Place, Plan, Trunk, plan, separate
 
 Ids = tuple[int, ...]
 # Few kinds of token, so that beginnings are shared often; a long common beginning, so that branching pays.
@@ -44,7 +44,7 @@ def counted(whole: Plan) -> int:
 
 @given(SEQUENCES | LED)
 def test_every_sequence_is_found_at_its_place(sequences: list[Ids]) -> None:
-    for whole in (plan(sequences), plan(sequences, branching=False), apart(sequences)):
+    for whole in (plan(sequences), plan(sequences, branching=False), separate(sequences)):
         assert [read_off(whole, place) for place in whole.places] == sequences
 
 
@@ -52,7 +52,7 @@ def test_every_sequence_is_found_at_its_place(sequences: list[Ids]) -> None:
 def test_no_plan_runs_more_tokens_than_each_sequence_alone(sequences: list[Ids]) -> None:
     alone = sum(map(len, sequences))
     shared, whole = plan(sequences), plan(sequences, branching=False)
-    assert apart(sequences).tokens == counted(apart(sequences)) == alone
+    assert separate(sequences).tokens == counted(separate(sequences)) == alone
     assert shared.tokens == counted(shared) <= whole.tokens == counted(whole) <= sum(map(len, set(sequences))) <= alone
 
 

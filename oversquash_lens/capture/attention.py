@@ -1,4 +1,7 @@
-"""Attention as row blocks [head, dest, src]; the measures never see how they are kept."""
+"""Attention as row blocks [head, dest, src]; the measures never see how they are kept.
+
+Below them what positions do to queries, keys and scores, where the hooks show these before it only.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +182,7 @@ class RecomputedAttention:
         return 0 if self.window is None else max(0, start - self.window + 1)
 
 
-def recomputed(
+def recomputed_attention(
     query: Float[Tensor, "head pos d_head"],
     key: Float[Tensor, "kv_head pos d_head"],
     mixed: Float[Tensor, "head pos d_head"] | None = None,
@@ -220,7 +223,7 @@ def per_head(grouped: Tensor, n_heads: int, axis: int = 0) -> Tensor:
 
 
 def _memory(like: Tensor, shape: tuple[int, ...], out: Tensor | None) -> Tensor:
-    """Room for a block: the beginning of `out`, or new."""
+    """Memory for a block: the beginning of `out`, or new."""
     if out is None:
         return like.new_empty(shape)
     size = math.prod(shape)
@@ -240,3 +243,54 @@ def _widened(block: Float[Tensor, "head dest src"], n: int) -> Float[Tensor, "he
 def _check(start: int, stop: int, n: int) -> None:
     if not 0 <= start < stop <= n:
         raise InputError(f"expected 0 ≤ start < stop ≤ {n}, the number of positions, got rows {start}:{stop}")
+
+
+# ------------------------------------------------------------ what positions do to queries, keys and scores
+
+
+def halves_turned(
+    x: Float[Tensor, "pos head d_head"], cos: Float[Tensor, "pos rotary"], sin: Float[Tensor, "pos rotary"]
+) -> Float[Tensor, "pos head d_head"]:
+    """The first `rotary` coordinates turned, each of their first half with its like in the second (NeoX, Llama)."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    across = torch.cat((-second, first), -1)
+    return torch.cat((turned * cos[:, None] + across * sin[:, None], rest), -1)
+
+
+def halves_turned_back(
+    x: Float[Tensor, "pos head d_head"], cos: Float[Tensor, "pos rotary"], sin: Float[Tensor, "pos rotary"]
+) -> Float[Tensor, "pos head d_head"]:
+    """What `halves_turned` was given, also where the turn stretched it (YaRN)."""
+    stretched = cos.square() + sin.square()
+    return halves_turned(x, cos / stretched, -sin / stretched)
+
+
+def pairs_turned(x: Float[Tensor, "pos head d_head"], rotary_dim: int) -> Float[Tensor, "pos head d_head"]:
+    """Neighbouring pairs of the first `rotary_dim` coordinates turned by the position, at base 10000 (GPT-J)."""
+    if not rotary_dim:
+        return x
+    place = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float64)
+    position = torch.arange(len(x), device=x.device, dtype=torch.float64)
+    angle = position[:, None, None] * 10000.0 ** (-place / rotary_dim)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    even, odd = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
+    return torch.cat((pairs.flatten(-2), x[..., rotary_dim:]), -1)
+
+
+def linear_bias(heads: int, n: int, like: Tensor) -> Float[Tensor, "head pos"]:
+    """ALiBi: what every score of a source position gains, counted from the first position (Press et al. 2022).
+
+    Slopes are 2^(-8/h), 2^(-16/h), … for h heads; where h is no power of two, those of the next lower one and then
+    every other of the next higher one.
+
+    >>> linear_bias(2, 3, torch.zeros(1))
+    tensor([[0.0000, 0.0625, 0.1250],
+            [0.0000, 0.0039, 0.0078]])
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+    places = torch.arange(n, device=like.device, dtype=torch.float32)
+    return (torch.tensor(slopes, device=like.device)[:, None] * places).to(like.dtype)

@@ -7,8 +7,8 @@ is masking without any rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import LAYER_HOOKS, read_architecture
-from oversquash_lens.capture.passes import Hook, NamedHook, attached, without_cache
+from oversquash_lens.capture.architecture import LAYER_HOOKS
+from oversquash_lens.capture.checks import verify_pass
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.recorder import NODE_PROBES, Recorder
-from oversquash_lens.capture.size import AT_WORK, BASE, Size, device_of, kept_bytes, size_of
-from oversquash_lens.capture.tokens import TokenizedPrompt, tokenize
+from oversquash_lens.capture.size import AT_WORK, BASE, Size, kept_bytes
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.capture.verify import verify_pass
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import check_room
 
@@ -36,57 +38,70 @@ def record_batch(
     attention_mask: Any = None,
     chat: bool = False,
     bos: bool | None = None,
+    verify: bool = False,
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
-    verify: bool = False,
 ) -> list[Trace]:
     """Run several prompts through the model at once and keep of each what `record` would have kept of it alone.
 
-    `prompts`: texts and token ids [pos] in any mixture and of any lengths, or ids [prompt, pos] that are padded
-    already, on either side, with the `attention_mask` [prompt, pos] that says which of them are real. All else as for
-    `record` with attention="kept". The traces equal its own but for the rounding of larger matrix products, on every
+    The traces equal those of `record` with attention="kept" but for the rounding of larger matrix products, on every
     architecture that can be recorded, mixtures of experts included (where an expert's tokens make up its products, so
-    that what stands behind a prompt may change their rounding). Raises InputError that names the prompt where one
-    cannot be used.
+    that what stands behind a prompt may change their rounding).
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: texts and token ids [pos] in any mixture and of any lengths, or ids [prompt, pos] that are padded
+            already, on either side.
+        attention_mask: [prompt, pos], 1 for the real tokens of ids that are padded.
+        chat: as for `record`, and so are bos, verify, node_probes and seed.
+
+    Returns:
+        One Trace for each prompt.
+
+    Raises:
+        InputError: a prompt that cannot be used, by its number, or a batch that would not fit into memory.
+        HookMismatchError: what the hooks showed does not fit the model.
     """
+    subject = Subject.of(model)
     if attention_mask is not None:
         prompts = unpadded(prompts, attention_mask)
-    tokenized = tokenize_all(model, prompts, chat=chat, bos=bos)
-    return record_tokens_batch(model, tokenized, node_probes=node_probes, seed=seed, verify=verify)
+    tokenized = tokenize_all(subject, prompts, chat=chat, bos=bos)
+    return record_tokens_batch(subject, tokenized, verify=verify, node_probes=node_probes, seed=seed)
 
 
 def record_tokens_batch(
     model: Any,
     tokenized: Sequence[TokenizedPrompt],
     *,
+    verify: bool = False,
     node_probes: int | None = NODE_PROBES,
     seed: int = 0,
-    verify: bool = False,
 ) -> list[Trace]:
-    """`record_batch` for prompts that are already tokenized and checked."""
-    lengths, architecture = [len(each.ids) for each in tokenized], read_architecture(model)
-    check_batch(model, lengths)
+    """`record_batch` of a model or Subject for prompts that are already tokenized and checked."""
+    subject, lengths = Subject.of(model), [len(each.ids) for each in tokenized]
+    check_batch(subject, lengths)
+    model = subject.model
     batch, shares = padded(tokenized).to(model.W_E.device), _Shares(lengths, max(lengths))
     with ExitStack() as stack, torch.no_grad():
-        first = Recorder(model, node_probes, seed, verify, "kept", architecture)
-        recorders = [
-            first,
-            *(Recorder(model, node_probes, seed, verify, "kept", architecture, first) for _ in tokenized[1:]),
-        ]
+        first = Recorder(subject, node_probes, seed, verify)
+        others = (Recorder(subject, node_probes, seed, verify, beside=first) for _ in tokenized[1:])
+        recorders = [first, *others]
         for recorder in recorders:
             stack.callback(recorder.close)
         if not verify:
-            stack.enter_context(_last_logits_only(model, lengths))
+            stack.enter_context(last_logits_only(model, lengths))
         stack.enter_context(attached(model, _dispatched(recorders, shares)))
         for handle in _ends(model, recorders, shares):
             stack.callback(handle.remove)
         output = model(batch, **without_cache(model))
     if verify:
-        verify_pass(model, architecture, batch, output)
+        verify_pass(model, subject.architecture, batch, output)
     return [recorder.trace(each) for recorder, each in zip(recorders, tokenized, strict=True)]
 
 
-def tokenize_all(model: Any, prompts: Any, *, chat: bool = False, bos: bool | None = None) -> list[TokenizedPrompt]:
+def tokenize_all(
+    subject: Subject, prompts: Any, *, chat: bool = False, bos: bool | None = None
+) -> list[TokenizedPrompt]:
     """Check and tokenize each; an InputError says which one cannot be used."""
     if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__") or getattr(prompts, "ndim", 2) != 2:
         raise InputError(
@@ -96,7 +111,7 @@ def tokenize_all(model: Any, prompts: Any, *, chat: bool = False, bos: bool | No
     found = []
     for number, prompt in enumerate(prompts):
         try:
-            found.append(tokenize(model, prompt, chat=chat, bos=bos))
+            found.append(subject.tokenize(prompt, chat=chat, bos=bos))
         except InputError as error:
             raise InputError(f"prompt {number}: {error}") from error
     if not found:
@@ -153,11 +168,10 @@ def batch_bytes(size: Size, lengths: Sequence[int]) -> dict[str, int]:
     return kept | {"one layer at work": max(working, size.unembedding), "the libraries": BASE}
 
 
-def check_batch(model: Any, lengths: Sequence[int]) -> None:
+def check_batch(subject: Subject, lengths: Sequence[int]) -> None:
     """Refuse a batch that would not fit, with the numbers, before it begins."""
-    name = getattr(model.cfg, "model_name", None) or "this model"
-    what = f"recording {len(lengths)} prompts of up to {max(lengths)} tokens with {name}"
-    check_room(batch_bytes(size_of(model), lengths), device_of(model), what)
+    what = f"recording {len(lengths)} prompts of up to {max(lengths)} tokens with {subject.about.model}"
+    check_room(batch_bytes(subject.size, lengths), subject.device, what)
 
 
 @dataclass(frozen=True)
@@ -167,13 +181,13 @@ class _Shares:
     lengths: Sequence[int]
     width: int
 
-    def of(self, value: Tensor, row: int, square: bool = False) -> Tensor:
+    def part(self, value: Tensor, row: int, square: bool = False) -> Tensor:
         rows, length = len(self.lengths), self.lengths[row]
         if value.shape[0] != rows:  # some classes hand their norms all positions of all prompts in one row
             assert value.shape[0] == rows * self.width, f"{tuple(value.shape)} of {rows} prompts"
             return value[row * self.width : row * self.width + length]
-        own = value[row : row + 1]
-        return own[:, :, :length, :length] if square else own[:, :length]
+        part = value[row : row + 1]
+        return part[:, :, :length, :length] if square else part[:, :length]
 
 
 def _dispatched(recorders: Sequence[Recorder], shares: _Shares) -> list[NamedHook]:
@@ -187,40 +201,21 @@ def _dispatched(recorders: Sequence[Recorder], shares: _Shares) -> list[NamedHoo
 
 def _dispatch(hooks: Sequence[Hook], shares: _Shares, square: bool) -> Hook:
     def take(value: Tensor, hook: Any = None) -> None:
-        for row, own in enumerate(hooks):
-            own(shares.of(value, row, square), hook=hook)
+        for row, take_part in enumerate(hooks):
+            take_part(shares.part(value, row, square), hook=hook)
 
     return take
 
 
-@contextmanager
-def _last_logits_only(model: Any, lengths: Sequence[int]) -> Iterator[None]:
-    """The unembedding gets each prompt's last real position alone, unless somebody's hook listens there."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.unembed.modules()):
-        yield
-        return
-
-    def cut(unembed: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows = torch.arange(len(lengths), device=inputs[0].device)
-        last = torch.tensor(lengths, device=inputs[0].device) - 1
-        return (inputs[0][rows, last][:, None], *inputs[1:])
-
-    handle = model.unembed.register_forward_pre_hook(cut, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _ends(model: Any, recorders: Sequence[Recorder], shares: _Shares) -> list[Any]:
+def _ends(model: HookedModel, recorders: Sequence[Recorder], shares: _Shares) -> list[Any]:
     """Where a pass begins and where it ends: handles of what tells the recorders."""
 
     def begin(embed: Any, inputs: tuple) -> None:
         for row, recorder in enumerate(recorders):
-            recorder.begin(embed, (shares.of(inputs[0], row),))
+            recorder.begin(embed, (shares.part(inputs[0], row),))
 
     def end(unembed: Any, inputs: tuple, logits: Tensor) -> None:
         for row, recorder in enumerate(recorders):
-            recorder.end(unembed, inputs, shares.of(logits, row))
+            recorder.end(unembed, inputs, shares.part(logits, row))
 
     return [model.embed.register_forward_pre_hook(begin), model.unembed.register_forward_hook(end)]

@@ -1,21 +1,26 @@
-"""Proof, at recording, that what the hooks saw describes the model: otherwise an error, never a silent number.
+"""Checks, at recording, that what the hooks saw describes the model: otherwise an error, never a silent number.
 
 Every check names the hook and its layer. The cheap form, always on, looks at every row's sum, at every weight above
 the diagonal, and for the rest at the last position and a few more; the full form (`verify=True`) at all of them.
+`PassContext` says of a recorded pass where it is checked, in which precision, and how an error calls a place.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture
-from oversquash_lens.capture.nodes import MlpState
-from oversquash_lens.capture.parameters import LayerWeights
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.weights import LayerWeights, WeightGains
 from oversquash_lens.errors import HookMismatchError
 from oversquash_lens.numerics import to_float64
 
@@ -23,10 +28,64 @@ from oversquash_lens.numerics import to_float64
 # float64 weights computes norms, softmax and rotations in float32.)
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 ROWS = 16  # positions at which the cheap form follows attention
+# What fused attention reports where no hook shows it.
+REPORTED = ("turned_query", "turned_key", "scale", "log_normaliser")
+
+Pop = Callable[[str], Tensor]  # key -> what that hook saw
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """One pass: of which model, in what structure, with how many probes of each node, checked at how many positions."""
+
+    model: Any  # None once the recording is over
+    architecture: Architecture
+    weights: WeightGains
+    node_probes: int | None
+    seed: int
+    verify: bool
+    device: torch.device  # where all is computed, wherever the layers of a spread model lie
+    route: str = "kept"  # one of architecture.ROUTES
+    cache: dict[str, tuple[int, Any]] = field(default_factory=dict)  # see `per_layer`
+
+    def per_layer(self, what: str, layer: int, make: Callable[[], Made]) -> Made:
+        """What is made of one layer's weights alone, kept until another layer's is: the prompts of a batch share it."""
+        if self.cache.get(what, (None,))[0] != layer:
+            self.cache[what] = (layer, make())
+        return self.cache[what][1]
+
+    def detached(self, value: Tensor) -> Tensor:
+        """What a hook saw, without its graph, from whatever device its layer is on."""
+        return value.detach().to(self.device)
+
+    def work(self, value: Tensor) -> Tensor:
+        """float64 models stay float64; everything else is accumulated in float32."""
+        return value.double() if self.architecture.dtype == torch.float64 else value.float()
+
+    def normalized(self, x: Float[Tensor, "row d"], scale: Float[Tensor, " row"]) -> Float[Tensor, "row d"]:
+        """What a norm of this model makes of x, its gain left out."""
+        x = self.work(x)
+        centre = x.mean(-1, keepdim=True) if self.architecture.centred else 0.0
+        return (x - centre) / scale.to(x)[:, None]
+
+    def rows(self, n: int) -> Int[Tensor, " row"]:
+        """Where residual bookkeeping and matrices are followed: the last position, or all of them."""
+        return torch.arange(n, device="cpu") if self.verify else torch.tensor([n - 1], device="cpu")
+
+    def hooks(self) -> dict[str, str]:
+        """Key -> name of what is waited for in each layer: hooks, and what fused attention reports without one."""
+        reported = dict.fromkeys(REPORTED, "of fused attention") if self.route == "fused" else {}
+        return self.architecture.layer_hooks(self.route) | reported
+
+    def name(self, layer: int, key: str | None = None) -> str:
+        """`layer 7, attn.hook_pattern`: what an error calls a place."""
+        hook = self.hooks().get(key) if key else None
+        return f"layer {layer}" + (f", {hook}" if hook else "")
 
 
 def sampled(n: int, every: bool) -> Int[Tensor, " row"]:
-    """The positions at which a form of the gate looks: all, or up to ROWS of them, evenly spread, the last one last."""
+    """The positions at which checks look: all, or up to ROWS of them, evenly spread, the last one last."""
     if every or n <= ROWS:
         return torch.arange(n, device="cpu")
     return torch.linspace(0, n - 1, ROWS, device="cpu").round().long()
@@ -48,7 +107,7 @@ def _summed_in(value: Tensor) -> torch.dtype:
 def check_pattern(name: str, pattern: Float[Tensor, "head dest src"], sinks: bool = False) -> None:
     """Rows sum to 1 (with sinks: to no more), nothing above the diagonal; a head of zeros alone is switched off.
 
-    That such a head indeed reads nothing, and is not merely out of this hook's sight, `check_output` finds out.
+    Whether such a head indeed reads nothing, `check_output` decides: this hook may not show what it reads.
     """
     sums = pattern.sum(-1, dtype=torch.float32)
     off = ((sums - 1).clamp(min=0) if sinks else (sums - 1).abs()).amax(-1)
@@ -198,37 +257,6 @@ def check_projections(
         check_same(place, computed, value.to(normalized), f"norm · gain · W_{key}", seen_at, dtype)
 
 
-def check_mlp(
-    name: str,
-    state: MlpState,
-    post: Float[Tensor, "row d_mlp"],
-    w: LayerWeights,
-    architecture: Architecture,
-    rows: Tensor,
-) -> None:
-    """Pre-activations from norm, gain and weights, and activations from these, at `rows`."""
-    work = state.gate.dtype
-    entering = state.normalized[rows] * w.mlp_gain.to(work)
-    pre = state.gate[rows]
-
-    def same(computed: Tensor, seen: Tensor, route: str, hook: str) -> None:
-        check_same(name, computed, seen, route, hook, architecture.dtype)
-
-    inside = entering @ w.mlp_in.to(work) + w.mlp_in_offset.to(work)
-    out = architecture.activation.function(pre)
-    if state.up is None:
-        same(inside, pre, "norm · gain · W_in", "hook_pre")
-    else:
-        up = state.up[rows]
-        gate = entering @ w.mlp_gate.to(work) + w.mlp_gate_offset.to(work)
-        same(gate, pre, "norm · gain · W_gate", "hook_pre")
-        same(inside, up, "norm · gain · W_in", "hook_pre_linear")
-        out = out * up
-    if w.mlp_post_bias is not None:
-        out = out + w.mlp_post_bias.to(work)
-    same(out, post.to(work), "activation(pre)", "hook_post")
-
-
 def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: torch.dtype) -> None:
     """The residual stream: what was there, plus what the weights make of the hooks, is what comes out."""
     check_finite(name, after)
@@ -252,3 +280,43 @@ def check_same(where: str, computed: Tensor, seen: Tensor, route: str, hook: str
             "the result, which the weights then do not tell (to switch a head off, use edits.ablate_head; "
             "measured_sensitivity allows any edit), or the model computes something else than its hooks show"
         )
+
+
+# ------------------------------------------------------------ what needs passes of its own (verify=True)
+
+
+def verify_pass(model: HookedModel, architecture: Architecture, ids: Int[Tensor, "one pos"], recorded: Any) -> None:
+    """Run the model again without our hooks, and once with halved patterns; an error says what does not fit."""
+    shown: list[Tensor] = []
+    handle = model.unembed.register_forward_hook(lambda module, inputs, logits: shown.append(logits.detach()))
+    try:
+        with torch.no_grad():
+            plain = model(ids)
+    finally:
+        handle.remove()
+    check_same("logits", recorded, plain, "the recorded pass", "a plain pass", architecture.dtype)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    unembedded = cap * torch.tanh(shown[0] / cap) if cap > 0 else shown[0]
+    check_same("logits", unembedded[:, -1:], plain[:, -1:], "y · W_U + b_U", "the model's logits", architecture.dtype)
+    if not architecture.delegated and not patterns_are_used(model, architecture, ids):
+        raise HookMismatchError(
+            "attn.hook_pattern: halving all attention patterns changes nothing; expected the patterns that the hooks "
+            "show to be those that the model uses: load it with attn_implementation='eager'"
+        )
+
+
+def patterns_are_used(model: HookedModel, architecture: Architecture, ids: Int[Tensor, "one pos"]) -> bool:
+    """Whether an edit of hook_pattern reaches what the heads make of it; delegated attention drops it in silence."""
+    caught = []
+
+    def mixed(z: Tensor, hook: Any = None) -> None:
+        caught.append(z.detach().clone())
+
+    def halve(pattern: Tensor, hook: Any = None) -> Tensor:
+        return pattern * 0.5
+
+    halved = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(architecture.n_layers)]
+    for hooks in ([], halved):
+        with torch.no_grad(), attached(model, [(f"blocks.0.{LAYER_HOOKS['z']}", mixed), *hooks]):
+            model(ids)
+    return not torch.equal(*caught)

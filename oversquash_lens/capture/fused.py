@@ -2,7 +2,7 @@
 
 A bridge computes its patterns itself, eagerly, so that hooks can show them. Within `fused_attention` each of its
 attention blocks hands over to the module that it wraps, and transformers' table of attention functions sends that one's
-queries, keys and values here, where they are told to the recording. All other hooks go on firing.
+queries, keys and values here, where they are reported to the recording. All other hooks go on firing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from oversquash_lens.capture.architecture import Architecture
-from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.attention import halves_turned_back, per_head
 from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
-from oversquash_lens.capture.rotation import halves_turned_back
 
 NAME = "oversquash_lens"  # in transformers' tables
-Tell = Callable[[int, str, Tensor], None]  # layer, key of LAYER_HOOKS or TOLD, [1, pos, head, d_head]
+Report = Callable[[int, str, Tensor], None]  # layer, key of LAYER_HOOKS or checks.REPORTED, [1, pos, head, d_head]
 Tables = tuple[Tensor, Tensor]  # cosines and sines of the positions, [1, pos, rotary]
 _CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -62,8 +61,8 @@ def copied_projections_differ(model: HookedModel) -> bool:
 
 
 @contextmanager
-def fused_attention(model: HookedModel, tell: Tell) -> Iterator[None]:
-    """Within the block the model attends by fused attention; `tell` gets what no hook shows. All is put back after."""
+def fused_attention(model: HookedModel, report: Report) -> Iterator[None]:
+    """Within the block the model attends by fused attention; `report` gets what no hook shows."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -74,7 +73,7 @@ def fused_attention(model: HookedModel, tell: Tell) -> Iterator[None]:
     before = [config._attn_implementation for config in configs]
     try:
         for layer, (block, component) in enumerate(zip(model.blocks, wrapped, strict=True)):
-            listener = _Listener(component, layer, tell, _silent(block.attn))
+            listener = _Listener(component, layer, report, _silent(block.attn))
             block.attn.__dict__["forward"] = listener.forward  # not a submodule, and found before the class's own
             component.__dict__[NAME] = listener
         for config in configs:
@@ -90,11 +89,11 @@ def fused_attention(model: HookedModel, tell: Tell) -> Iterator[None]:
 
 @dataclass
 class _Listener:
-    """One layer's attention: what transformers hands to its attention function is told on."""
+    """One layer's attention: what transformers hands to its attention function is reported."""
 
     component: Any
     layer: int
-    tell: Tell
+    report: Report
     silent: frozenset[str]
     tables: Tables | None = field(default=None)
 
@@ -105,20 +104,20 @@ class _Listener:
         finally:
             self.tables = None
 
-    def told(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         if "query" in self.silent:
-            self.tell(self.layer, "query", self._before(query))
-            self.tell(self.layer, "key", self._before(key))
-            self.tell(self.layer, "value", value)
-        self.tell(self.layer, "turned_query", query)
-        self.tell(self.layer, "turned_key", key)
-        self.tell(self.layer, "scale", torch.tensor([scale], dtype=torch.float64, device="cpu"))
+            self.report(self.layer, "query", self._before(query))
+            self.report(self.layer, "key", self._before(key))
+            self.report(self.layer, "value", value)
+        self.report(self.layer, "turned_query", query)
+        self.report(self.layer, "turned_key", key)
+        self.report(self.layer, "scale", torch.tensor([scale], dtype=torch.float64, device="cpu"))
 
-    def gave(self, z: Float[Tensor, "1 pos head d_head"], sums: Float[Tensor, "1 head pos"] | None) -> None:
-        self.tell(self.layer, "log_normaliser", z.new_empty(1, 0) if sums is None else sums)
+    def output(self, z: Float[Tensor, "1 pos head d_head"], sums: Float[Tensor, "1 head pos"] | None) -> None:
+        self.report(self.layer, "log_normaliser", z.new_empty(1, 0) if sums is None else sums)
         if "z" in self.silent:
-            self.tell(self.layer, "z", z)
+            self.report(self.layer, "z", z)
 
     def _before(self, turned: Float[Tensor, "1 pos head d_head"]) -> Float[Tensor, "1 pos head d_head"]:
         """Queries or keys before positions turned them."""
@@ -140,7 +139,7 @@ def _attend(
 ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
     """transformers' attention function of that name."""
     listener, scale = module.__dict__[NAME], query.shape[-1] ** -0.5 if scaling is None else scaling
-    listener.told(query, key, value, scale)
+    listener.inputs(query, key, value, scale)
     key, value = (per_head(each, query.shape[1], axis=1) for each in (key, value))
     if attention_mask is None and not dropout and query.device.type == "cpu" and hasattr(torch.ops.aten, _CPU_KERNEL):
         kernel = getattr(torch.ops.aten, _CPU_KERNEL)  # what the function below calls, less its log-normalisers
@@ -149,7 +148,7 @@ def _attend(
         causal, sums = attention_mask is None, None
         mixed = functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scale)
     mixed = mixed.transpose(1, 2).contiguous()
-    listener.gave(mixed, sums)
+    listener.output(mixed, sums)
     return mixed, None
 
 

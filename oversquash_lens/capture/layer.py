@@ -1,6 +1,11 @@
-"""One layer of a recorded pass: what its hooks saw becomes what is kept of it, checked as soon as it is context."""
+"""One layer of a recorded pass: what its hooks saw becomes what is kept of it, checked as soon as it is complete.
+
+Attention is kept as its pattern, or as what makes its rows anew; the MLP is read by `oversquash_lens.capture.mlp`.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
@@ -8,11 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.attending import ATTENDING, Heads
-from oversquash_lens.capture.attention import AttentionRows, per_head
+from oversquash_lens.capture.architecture import Architecture
+from oversquash_lens.capture.attention import (
+    AttentionRows,
+    KeptAttention,
+    RecomputedAttention,
+    halves_turned,
+    linear_bias,
+    pairs_turned,
+    per_head,
+    recomputed_attention,
+)
+from oversquash_lens.capture.checks import PassContext, Pop
 from oversquash_lens.capture.mlp import dense_mlp, experts, no_mlp
-from oversquash_lens.capture.parameters import LayerWeights, layer_weights, moved
-from oversquash_lens.capture.pass_context import PassContext
+from oversquash_lens.capture.weights import LayerWeights, layer_weights, on_device
 from oversquash_lens.errors import HookMismatchError, InputError
 from oversquash_lens.numerics import to_float64
 
@@ -45,21 +59,21 @@ class LayerRecord:
     def __init__(self, context: PassContext, index: int) -> None:
         self.context, self.index = context, index
         self.kept: dict[str, Tensor] = {}
-        self.attention: AttentionRows | None = None
-        self._silent = context.hooks()
+        self.attention: AttentionRows  # once `attend` has run
+        self._awaited = context.hooks()
         self._seen: dict[str, Tensor] = {}
         self._between: dict[str, Tensor] = {}  # what one stage leaves for the next
         self._stages = [
-            (stage, {key for key in keys if key in self._silent}) for stage, keys in STAGES if keys[0] in self._silent
+            (stage, {key for key in keys if key in self._awaited}) for stage, keys in STAGES if keys[0] in self._awaited
         ]
 
     def take(self, key: str, value: Tensor) -> None:
         """One hook of this layer has fired."""
-        value = self.context.brought(value)
-        if key == "attention_scale" and self._same_again(value):
+        value = self.context.detached(value)
+        if key == "attention_scale" and self._repeated(value):
             return
         name = self.name(key)
-        if key not in self._silent:
+        if key not in self._awaited:
             raise HookMismatchError(
                 f"{name}: the hook fired a second time; expected one forward pass per recording, and no split "
                 "query/key/value inputs: open a new recording(model) for each pass"
@@ -68,7 +82,7 @@ class LayerRecord:
             raise InputError(
                 f"{name}: expected one prompt at a time, got a batch of {value.shape[0]}: record each by itself"
             )
-        del self._silent[key]
+        del self._awaited[key]
         self._seen[key] = _one_prompt(value)
         for stage, needs in self._stages:
             if key in needs and needs <= self._seen.keys():
@@ -80,19 +94,20 @@ class LayerRecord:
 
     def missing(self) -> str | None:
         """The first hook, in the order of their firing, that has not fired."""
-        return next(iter(self._silent.values()), None)
+        return next(iter(self._awaited.values()), None)
 
     def leave(self, after: Tensor) -> None:
         """The residual that the next layer reads: this layer's bookkeeping is closed with it."""
         if self.missing() is not None:
             raise HookMismatchError(self.silence())
-        after = self.context.brought(after)
+        after = self.context.detached(after)
         checks.check_finite(f"layer {self.index}, hook_resid_post", after)
         architecture, rows = self.context.architecture, self.context.rows(len(after))
         before, writers = ("middle", ("mlp",)) if architecture.sequential else ("residual", ("attention", "mlp"))
-        update = sum(self._between[f"{part}_update"] for part in writers if f"{part}_update" in self._between)
+        updates = [self._between[f"{part}_update"] for part in writers if f"{part}_update" in self._between]
         name = f"layer {self.index}, {' and '.join(writers)}, hook_resid_post"
         work = self.context.work
+        update = torch.stack(updates).sum(0)
         checks.check_sum(name, work(self._between[before][rows]), update, work(after[rows]), architecture.dtype)
         self.close()
 
@@ -130,16 +145,16 @@ class LayerRecord:
     def attend(self) -> None:
         query, key, value, z = map(self._pop, ("query", "key", "value", "z"))
         architecture, w, work = self.context.architecture, self._layer_weights(), self.context.work
-        entering, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
-        met, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
-        attending = ATTENDING[self.context.route]
-        self.attention = attending(self.context, self.index, w, Heads(entering, met, value, z), self._pop)
+        scored_query, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
+        scored_key, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
+        heads = Heads(scored_query, scored_key, value, z)
+        self.attention = ROWS_ON[self.context.route](self.context, self.index, w, heads, self._pop)
         self._check_projections(query, key, value)
         self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        self.kept["query_norm"] = entering.norm(dim=-1).T.contiguous()
-        self.kept["key_norm"] = met.norm(dim=-1).T.contiguous()
-        self.kept["key"] = met.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        self.kept["key_pull"] = self._key_pull(entering)
+        self.kept["query_norm"] = scored_query.norm(dim=-1).T.contiguous()
+        self.kept["key_norm"] = scored_key.norm(dim=-1).T.contiguous()
+        self.kept["key"] = scored_key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        self.kept["key_pull"] = self._key_pull(scored_query)
         self._between["attention_update"] = self._attention_update(z)
         if architecture.mlp == "none":
             self.kept |= no_mlp(self._needed("attention_scale", self.kept))
@@ -173,12 +188,12 @@ class LayerRecord:
     # ------------------------------------------------------------ parts of stages
 
     def _attention_update(self, z: Tensor) -> Tensor:
-        """What attention writes at the rows that the gate follows; keeps the divisor of its own norm."""
-        architecture, w, work = self.context.architecture, self._layer_weights(), self.context.work
+        """What attention writes at the rows that are checked; keeps the divisor of its own norm."""
+        w, work = self._layer_weights(), self.context.work
         rows = self.context.rows(len(z))
         update = work(z[rows]).flatten(1) @ work(w.output).flatten(0, 1)
         update = update if w.output_bias is None else update + work(w.output_bias)
-        if not architecture.post_norms:
+        if w.attention_post_gain is None:
             self.kept["attention_post_scale"] = to_float64(torch.ones(len(z), device=z.device))
             return update
         scale = self._pop("attention_post_scale").reshape(len(z))
@@ -193,10 +208,10 @@ class LayerRecord:
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
         checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture.dtype)
 
-    def _key_pull(self, entering: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
+    def _key_pull(self, query: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
         """‖diag(γ₁)W_K q‖: how far a step of a position's normalised residual moves its score with this query."""
-        factor = per_head(self.context.weights.key_factor[self.index].to(entering), entering.shape[1])
-        return torch.linalg.vector_norm(entering.transpose(0, 1) @ factor.mT, dim=-1)
+        factor = per_head(self.context.weights.key_factor[self.index].to(query), query.shape[1])
+        return torch.linalg.vector_norm(query.transpose(0, 1) @ factor.mT, dim=-1)
 
     def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""
@@ -216,10 +231,10 @@ class LayerRecord:
 
     def _layer_weights(self) -> LayerWeights:
         context = self.context
-        return context.once(
+        return context.per_layer(
             "weights",
             self.index,
-            lambda: moved(layer_weights(context.model, context.architecture, self.index), context.home),
+            lambda: on_device(layer_weights(context.model, context.architecture, self.index), context.device),
         )
 
     def _pop(self, key: str) -> Tensor:
@@ -235,19 +250,19 @@ class LayerRecord:
             raise HookMismatchError(self.silence())
         return where[key]
 
-    def _same_again(self, scale: Tensor) -> bool:
+    def _repeated(self, scale: Tensor) -> bool:
         """HookedTransformer normalises the same residual once each for queries, keys and values."""
         kept = self.kept.get("attention_scale")
         return kept is not None and scale.shape[0] == 1 and torch.equal(kept, to_float64(scale.detach()[0, :, 0]))
 
 
-# What tells how queries and keys meet; each route listens to some of it.
-MEETING = ("cos", "sin", "turned_query", "turned_key", "scale", "log_normaliser", "scores", "pattern")
-# A stage and the hooks that it waits for; the first of them tells whether a layer has the stage at all.
+# What shows how queries and keys make scores; each route listens to some of it.
+SCORING = ("cos", "sin", "turned_query", "turned_key", "scale", "log_normaliser", "scores", "pattern")
+# A stage and the hooks that it waits for; the first of them says whether a layer has the stage at all.
 STAGES = (
     (LayerRecord.enter, ("residual",)),
     (LayerRecord.attention_norm, ("attention_scale",)),
-    (LayerRecord.attend, ("query", "key", "value", *MEETING, "z", "attention_post_scale")),
+    (LayerRecord.attend, ("query", "key", "value", *SCORING, "z", "attention_post_scale")),
     (LayerRecord.middle, ("middle",)),
     (LayerRecord.mlp, ("post", "mlp_scale", "pre", "pre_linear", "mlp_post_scale", "mlp_post_normalized")),
     (LayerRecord.mlp, ("mlp_out", "mlp_scale")),
@@ -257,3 +272,128 @@ STAGES = (
 def _one_prompt(value: Tensor) -> Tensor:
     """Without the batch axis; some classes hand their norms all positions of all prompts in one row."""
     return value[0] if value.shape[0] == 1 else value
+
+
+# ------------------------------------------------------------ attention, by route
+
+
+class Heads(NamedTuple):
+    """What one layer's heads read and write. Queries and keys are normalised, but not turned by their positions."""
+
+    query: Float[Tensor, "pos head d_head"]
+    key: Float[Tensor, "pos kv_head d_head"]
+    value: Float[Tensor, "pos kv_head d_head"]
+    z: Float[Tensor, "pos head d_head"]
+
+
+def _kept(context: PassContext, layer: int, w: LayerWeights, heads: Heads, pop: Pop) -> KeptAttention:
+    """The full pattern, once it is sure that the model uses it."""
+    architecture, scores, pattern = context.architecture, pop("scores"), pop("pattern")
+    name, rows = context.name(layer, "pattern"), checks.sampled(len(heads.z), context.verify).to(pattern.device)
+    _refuse_cache(name, pattern.shape[1], pattern.shape[2])
+    checks.check_pattern(name, pattern, architecture.sinks)
+    checks.check_window(name, pattern[:, rows], rows, architecture.windows[layer])
+    if w.sinks is not None:
+        checks.check_sinks(name, pattern[:, rows], scores[:, rows], w.sinks, rows)
+    checks.check_output(context.name(layer, "z"), pattern[:, rows], heads.value, heads.z[rows])
+    _check_scores(context, layer, scores, pattern, heads, rows)
+    return KeptAttention(pattern.clone(), _mixed(context, heads.z))  # a user's cache may hold the same memory
+
+
+def _recomputed(context: PassContext, layer: int, w: LayerWeights, heads: Heads, pop: Pop) -> RecomputedAttention:
+    """Queries, keys and log-normalisers; that they make the pattern which mixed the values is checked at some rows."""
+    architecture = context.architecture
+    query, key = _turned(architecture, heads, pop)
+    _refuse_cache(context.name(layer, "query"), len(query), len(key))
+    found = recomputed_attention(
+        _by_head(query),
+        _by_head(key),
+        _mixed(context, heads.z),
+        sinks=w.sinks,
+        scale=context.weights.score_scale[layer].item() / architecture.score_factor,
+        soft_cap=architecture.soft_cap,
+        window=architecture.windows[layer],
+        bias=linear_bias(architecture.n_heads, len(query), query) if architecture.biased else None,
+    )
+    check_recomputed(context, layer, found, heads, pop("pattern"))
+    return found
+
+
+def _fused(context: PassContext, layer: int, w: LayerWeights, heads: Heads, pop: Pop) -> RecomputedAttention:
+    """The same, of what fused attention was given, with its own log-normalisers where it reports them."""
+    query, key = pop("turned_query"), pop("turned_key")
+    scores: dict[str, Any] = {"scale": pop("scale").item(), "window": context.architecture.windows[layer]}
+    made, mixed = (_by_head(query), _by_head(key)), _mixed(context, heads.z)
+    sums = pop("log_normaliser")
+    if len(sums):
+        found = RecomputedAttention(*made, sums.clone(memory_format=torch.contiguous_format), mixed, **scores)
+    else:
+        found = recomputed_attention(*made, mixed, **scores)
+    check_recomputed(context, layer, found, heads, None)
+    return found
+
+
+ROWS_ON = {"kept": _kept, "recomputed": _recomputed, "fused": _fused}
+
+
+def check_recomputed(
+    context: PassContext, layer: int, found: RecomputedAttention, heads: Heads, pattern: Tensor | None
+) -> None:
+    """At some rows, or all: they are those of the pattern shown, and mix the values into what the model goes on with.
+
+    On the diagonal positions cancel: there the score is that of the queries and keys which norms are taken of.
+    """
+    architecture, every = context.architecture, checks.sampled(len(heads.z), context.verify).to(heads.z.device)
+    own = (context.work(found.query[:, every]) * context.work(found.grouped(found.key[:, every]))).sum(-1)
+    scale = context.weights.score_scale[layer].item()
+    name = context.name(layer) + ", queries and keys"
+    checks.check_scores(name, own * found.scale, heads.query[every], heads.key[every], scale, dtype=architecture.dtype)
+    for rows in every.split(checks.ROWS):
+        block = found.at(rows)
+        if pattern is not None:
+            place, route = context.name(layer, "pattern"), "softmax(q · k · scale)"
+            checks.check_same(place, block, pattern[:, rows].to(block), route, "hook_pattern", architecture.dtype)
+        checks.check_output(context.name(layer, "z"), block, heads.value, heads.z[rows])
+
+
+def _turned(architecture: Architecture, heads: Heads, pop: Pop) -> tuple[Tensor, Tensor]:
+    """Queries and keys as the score multiplies them, [pos head d_head]."""
+    if architecture.rotation == "shown":
+        return pop("turned_query"), pop("turned_key")
+    if architecture.rotation == "tables":
+        cos, sin = pop("cos"), pop("sin")
+        return halves_turned(heads.query, cos, sin), halves_turned(heads.key, cos, sin)
+    if architecture.rotation == "pairs":
+        return pairs_turned(heads.query, architecture.rotary_dim), pairs_turned(heads.key, architecture.rotary_dim)
+    return heads.query, heads.key
+
+
+def _by_head(x: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos d_head"]:
+    """A copy: a view would keep more alive, and a user's cache may hold the same memory."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _mixed(context: PassContext, z: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos d_head"] | None:
+    """What the heads read, where the model computes it as exactly as the measures do."""
+    return _by_head(z) if z.dtype == context.work(z[:0]).dtype else None
+
+
+def _refuse_cache(name: str, queries: int, keys: int) -> None:
+    if queries != keys:
+        raise InputError(f"{name}: expected the whole prompt at once, got a pass with a key/value cache")
+
+
+def _check_scores(
+    context: PassContext, layer: int, scores: Tensor, pattern: Tensor, heads: Heads, rows: Tensor
+) -> None:
+    architecture, scale = context.architecture, context.weights.score_scale[layer].item()
+    query, key = heads.query, heads.key
+    if architecture.delegated:
+        query, key = (pairs_turned(each.float(), architecture.rotary_dim) for each in (query, key))
+        place = context.name(layer, "pattern")
+        checks.check_delegated_scores(place, pattern[:, rows], query, key, scale, rows, architecture.dtype)
+    else:
+        shown = scores.diagonal(dim1=1, dim2=2)[:, rows]
+        bias_at = rows.to(query.dtype) if architecture.biased else None
+        place, cap = context.name(layer, "scores"), architecture.soft_cap
+        checks.check_scores(place, shown, query[rows], key[rows], scale, cap, bias_at, architecture.dtype)

@@ -244,14 +244,21 @@ def _is_ours(number: int, hook: Callable) -> bool:
 
 
 @contextmanager
-def last_logits_only(model: HookedModel) -> Iterator[None]:
-    """The unembedding gets the last position alone, unless somebody's hook listens there."""
+def last_logits_only(model: HookedModel, lengths: Sequence[int] | None = None) -> Iterator[None]:
+    """The unembedding gets the last position alone, unless somebody's hook listens there.
+
+    `lengths`: of the prompts of a batch that is padded on the right; the last position of all rows without it.
+    """
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.unembed.modules()):
         yield
         return
 
     def cut(unembed: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][:, -1:], *inputs[1:])
+        x = inputs[0]
+        if lengths is None:
+            return (x[:, -1:], *inputs[1:])
+        last = torch.tensor(lengths, device=x.device) - 1
+        return (x[torch.arange(len(last), device=x.device), last][:, None], *inputs[1:])
 
     handle = model.unembed.register_forward_pre_hook(cut, prepend=True)
     try:

@@ -1,15 +1,32 @@
 """Many token sequences as few forward passes: what is a prefix of another is read off that one's pass.
 
 A causal model's activations at a position know nothing of what follows, so a sequence that begins another costs
-nothing; one that shares a beginning with another branches off it and costs its own ending only.
+nothing; one that shares a beginning with another branches off it and costs its own ending only: it is run against the
+keys and values of the trunk. A bridge runs many endings as one sequence: a mask lets each see its own beginning and
+itself, and positions say where each stands. A HookedTransformer takes neither, so there they are a batch whose cached
+keys are masked out beyond each beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
+from oversquash_lens.errors import ModelError
+
+TOKENS = 256  # of endings in one pass: enough to fill the cores, few enough for [head, TOKENS, pos] to be small
 
 Ids = tuple[int, ...]
+Start = tuple[int, int, int]  # a branch's number, and the batch row and column of its first token in a pass
+Watch = Callable[[list[Start]], AbstractContextManager[Any]]  # entered around a pass, with what lies where in it
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,8 @@ def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids]
     while waiting:
         ids = waiting.pop(0)
         homes[ids] = Home(len(trunks), None, 0, 0)
-        branches, others = [], []
+        branches: list[Branch] = []
+        others: list[Ids] = []
         for leaf in waiting:
             shared = common(ids, leaf)
             fork = shared - 1 if leaf[: shared + 1] in together else shared
@@ -92,7 +110,7 @@ def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids]
     return Plan(tuple(trunks), _places(sequences, homes))
 
 
-def apart(sequences: Sequence[Ids]) -> Plan:
+def separate(sequences: Sequence[Ids]) -> Plan:
     """Every sequence in a pass of its own: the way that sharing is checked against."""
     places = tuple(Place(number, None, len(ids) - 1) for number, ids in enumerate(sequences))
     return Plan(tuple(Trunk(ids, ()) for ids in sequences), places)
@@ -129,3 +147,108 @@ def _places(sequences: Sequence[Ids], homes: dict[Ids, Home]) -> tuple[Place, ..
         aside = len(one) > home.shared
         found[one] = Place(home.trunk, home.branch if aside else None, len(one) - 1 - (home.fork if aside else 0))
     return tuple(found[one] for one in sequences)
+
+
+# ------------------------------------------------------------ passes
+
+
+def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int = 1) -> Any:
+    """One pass over a sequence, logits left out as far as possible; its key/value cache if that is wanted."""
+    rows = torch.tensor([ids] * batch, device=model.W_E.device)
+    if is_hooked_transformer(model):
+        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
+        mask = torch.ones_like(rows) if cached else None
+        model(rows, return_type=None, past_kv_cache=cache, attention_mask=mask)
+        return cache
+    from transformers import DynamicCache
+
+    cache = DynamicCache() if cached else None
+    model(rows, logits_to_keep=1, past_key_values=cache, use_cache=cached)
+    return cache
+
+
+def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
+    """All endings of a trunk, some at a time, each pass inside `watch`."""
+    if is_hooked_transformer(model):
+        _run_batches(model, trunk, cache, watch)
+    else:
+        _run_trees(model, trunk, cache, watch)
+
+
+def tree_mask(forks: Sequence[int], sizes: Sequence[int], trunk: int) -> Bool[Tensor, "token trunk_plus_token"]:
+    """What each token of the endings sees: the trunk up to its ending's fork, and its own ending up to itself."""
+    ending = torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+    order = torch.arange(len(ending), device="cpu")
+    past = torch.arange(trunk, device="cpu") < torch.tensor(forks, device="cpu")[ending][:, None]
+    same_ending = (ending[:, None] == ending) & (order[:, None] >= order)
+    return torch.cat([past, same_ending], dim=1)
+
+
+def tree_positions(forks: Sequence[int], sizes: Sequence[int]) -> Int[Tensor, " token"]:
+    return torch.cat([torch.arange(fork, fork + size, device="cpu") for fork, size in zip(forks, sizes, strict=True)])
+
+
+def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
+    device, n = model.W_E.device, len(trunk.ids)
+    for numbered in _chunks(list(enumerate(trunk.branches)), lambda pair: len(pair[1].suffix)):
+        branches = [branch for _, branch in numbered]
+        forks, sizes = [b.fork for b in branches], [len(b.suffix) for b in branches]
+        seen = tree_mask(forks, sizes, n).to(device)
+        mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
+        mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
+        with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
+            model(
+                torch.tensor([[token for b in branches for token in b.suffix]], device=device),
+                past_key_values=cache,
+                use_cache=True,
+                attention_mask=mask[None, None],
+                position_ids=tree_positions(forks, sizes)[None].to(device),
+                logits_to_keep=1,
+            )
+        cache.crop(-sum(sizes))  # what this pass added: newer versions take no positive length
+
+
+def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
+    device, n = model.W_E.device, len(trunk.ids)
+    cache.freeze()
+    keys = [(entry.past_keys, entry.past_values) for entry in cache.entries]
+    numbered = sorted(enumerate(trunk.branches), key=lambda pair: len(pair[1].suffix))
+    for _, same in groupby(numbered, key=lambda pair: len(pair[1].suffix)):
+        # The cache is repeated for each row of the batch: n tokens' worth of memory a row.
+        for some in _chunks(list(same), lambda pair: max(len(pair[1].suffix), TOKENS // 16)):
+            rows = len(some)
+            for entry, (past_keys, past_values) in zip(cache.entries, keys, strict=True):
+                entry.past_keys = past_keys.expand(rows, -1, -1, -1)
+                entry.past_values = past_values.expand(rows, -1, -1, -1)
+            forks = torch.tensor([branch.fork for _, branch in some], device=device)
+            cache.previous_attention_mask = (torch.arange(n, device=device) < forks[:, None]).int()
+            ids = torch.tensor([branch.suffix for _, branch in some], device=device)
+            with watch([(number, row, 0) for row, (number, _) in enumerate(some)]):
+                model(ids, return_type=None, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
+
+
+def hooked_cache_class() -> Any:
+    """HookedTransformer's key/value cache, under the name that this TransformerLens has for it."""
+    import transformer_lens
+
+    for name in ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache"):  # 3.x, 2.x
+        if hasattr(transformer_lens, name):
+            return getattr(transformer_lens, name)
+    raise ModelError("this TransformerLens has no key/value cache for HookedTransformer; expected version 2 or 3")
+
+
+def _chunks(
+    items: list[tuple[int, Branch]], cost: Callable[[tuple[int, Branch]], int]
+) -> Iterator[list[tuple[int, Branch]]]:
+    """Runs of items that cost at most TOKENS together (one at least)."""
+    some: list[tuple[int, Branch]] = []
+    spent = 0
+    for item in items:
+        if some and spent + cost(item) > TOKENS:
+            yield some
+            some, spent = [], 0
+        some.append(item)
+        spent += cost(item)
+    if some:
+        yield some

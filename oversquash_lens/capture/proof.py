@@ -1,4 +1,4 @@
-"""Proof, on a few tokens, of what every measure takes for granted of a model; an error says what failed and by how much.
+"""Proof, on a few tokens, of what every measure takes for granted of a model; an error says by how much it fails.
 
 At most six passes of at most eight tokens: the class's own; one with later tokens changed and a row of each pattern
 halved; one of fused attention; one of the transformers model inside, where `load_model` has not made it before; and one

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.branches import Start, run_branches, run_trunk
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.passes import Hook, NamedHook, attached
-from oversquash_lens.capture.prefixes import Ids, Plan, apart, plan
-from oversquash_lens.errors import HookMismatchError
+from oversquash_lens.capture.prefixes import Ids, Plan, Start, plan, run_branches, run_trunk, separate
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.errors import HookMismatchError, one_line
+
+log = logging.getLogger(__name__)
 
 ROWS = 64  # attention rows compared at a time: [head, ROWS, pos] stays in the processor's cache
 GAP = 4  # rows at most this far apart are compared in one piece, those between them for nothing
@@ -48,8 +51,7 @@ class Readings:
 
 
 def read(
-    model: HookedModel,
-    architecture: Architecture,
+    subject: Subject,
     sequences: Sequence[Ids],
     *,
     compared: Sequence[bool] = (),
@@ -65,24 +67,29 @@ def read(
     """
 
     def reading(way: Plan, shared: bool) -> Readings:
-        return _Reader(model, architecture, sequences, compared or [False] * len(sequences)).run(way, shared)
+        return _Reader(subject, sequences, compared or [False] * len(sequences)).run(way, shared)
 
     if not share:
-        return reading(apart(sequences), False)
+        return reading(separate(sequences), False)
     way = plan(sequences, together={ids for ids, asked in zip(sequences, compared, strict=False) if asked})
     if not any(trunk.branches for trunk in way.trunks):
         return reading(way, True)
-    with suppress(Exception):  # what is wrong with more than the cache will be raised by the whole passes
+    try:
         found = reading(way, True)
-        if _as_alone(model, architecture, sequences, way, found):
+        if _as_alone(subject, sequences, way, found):
             return found
+    except Exception as error:
+        # No class says beforehand which caches and masks it takes. What is wrong with more than these, the passes
+        # without them raise again.
+        log.debug("endings are run by themselves: %s", one_line(error))
     return reading(plan(sequences, branching=False), False)
 
 
 def read_alone(
-    model: HookedModel, architecture: Architecture, ids: Ids, batch: int = 1
+    subject: Subject, ids: Ids, batch: int = 1
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
     """The prediction's input and the last layer's heads of one prompt, `batch` times over in a pass of its own."""
+    model, architecture = subject.model, subject.architecture
     kept: dict[str, Tensor] = {}
 
     def keep_heads(z: Tensor, hook: Any = None) -> None:
@@ -92,17 +99,15 @@ def read_alone(
         kept["y"] = _restored(y[0, -1], architecture).clone()
 
     hooks = [(f"blocks.{architecture.n_layers - 1}.{LAYER_HOOKS['z']}", keep_heads)]
-    with torch.no_grad(), attached(model, hooks), _listening(_last_module(model), keep_prediction_input):
+    with torch.no_grad(), attached(model, hooks), _forward_hook(_last_module(model), keep_prediction_input):
         run_trunk(model, ids, batch=batch)
     return kept["y"], kept["heads"]
 
 
-def unembedded(
-    model: HookedModel, architecture: Architecture, y: Float[Tensor, "sequence d_model"]
-) -> Float[Tensor, "sequence d_vocab"]:
+def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
     """The model's own logits of these prediction inputs."""
     with torch.no_grad():
-        return model.unembed(_restored(y, architecture, undo=True)[None])[0]
+        return subject.model.unembed(_restored(y, subject.architecture, undo=True)[None])[0]
 
 
 def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> Tensor:
@@ -113,21 +118,18 @@ def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> T
     return torch.where(gain == 0, 0, y / gain).to(y) if undo else (y * gain).to(y)
 
 
-def _as_alone(
-    model: HookedModel, architecture: Architecture, sequences: Sequence[Ids], way: Plan, found: Readings
-) -> bool:
+def _as_alone(subject: Subject, sequences: Sequence[Ids], way: Plan, found: Readings) -> bool:
     """Whether branches say what passes of their own say: the longest one, and the one that hides most of its trunk."""
-    places = {i: place for i, place in enumerate(way.places) if place.branch is not None}
-
-    def hidden(i: int) -> int:
-        trunk = way.trunks[places[i].trunk]
-        return len(trunk.ids) - trunk.branches[places[i].branch].fork
-
-    for i in {max(places, key=lambda i: len(sequences[i])), max(places, key=hidden)}:
-        own = read_alone(model, architecture, sequences[i])[0].cpu().double()
-        cached = found.prediction_input[i].to(own)
-        epsilon = max(torch.finfo(architecture.dtype).eps, torch.finfo(torch.float32).eps)
-        if not bool((cached - own).norm() <= min(MISMATCH * epsilon, WORST) * own.norm()):
+    hidden: dict[int, int] = {}  # sequence -> how many tokens of its trunk its branch must not see
+    for i, place in enumerate(way.places):
+        if place.branch is not None:
+            trunk = way.trunks[place.trunk]
+            hidden[i] = len(trunk.ids) - trunk.branches[place.branch].fork
+    for i in {max(hidden, key=lambda i: len(sequences[i])), max(hidden, key=lambda i: hidden[i])}:
+        alone = read_alone(subject, sequences[i])[0].cpu().double()
+        cached = found.prediction_input[i].to(alone)
+        epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
+        if not bool((cached - alone).norm() <= min(MISMATCH * epsilon, WORST) * alone.norm()):
             return False
     return True
 
@@ -135,13 +137,12 @@ def _as_alone(
 class _Reader:
     """Fills one row per sequence, layer by layer, while the planned passes run."""
 
-    def __init__(
-        self, model: HookedModel, architecture: Architecture, sequences: Sequence[Ids], compared: Sequence[bool]
-    ) -> None:
+    def __init__(self, subject: Subject, sequences: Sequence[Ids], compared: Sequence[bool]) -> None:
         assert all(len(ids) > 1 for ids, asked in zip(sequences, compared, strict=True) if asked)
+        model, architecture = subject.model, subject.architecture
         self.model, self.architecture, self.compared = model, architecture, compared
         count, layers = len(sequences), architecture.n_layers
-        like = {"fill_value": torch.nan, "dtype": architecture.dtype, "device": model.W_E.device}
+        like: dict[str, Any] = {"fill_value": torch.nan, "dtype": architecture.dtype, "device": model.W_E.device}
         self.residuals = torch.full((layers + 1, count, architecture.d_model), **like)
         self.prediction_input = torch.full((count, architecture.d_model), **like)
         self.heads = torch.full((count, *model.blocks[-1].attn.W_O.shape[:2]), **like)
@@ -199,7 +200,7 @@ class _Reader:
             (f"blocks.{layers[-1]}.{LAYER_HOOKS['z']}", keeper(self.heads)),
             *self._attention_hooks([one for one in wanted if self.compared[one[0]]]),
         ]
-        with attached(self.model, hooks), _listening(_last_module(self.model), keep_prediction_input):
+        with attached(self.model, hooks), _forward_hook(_last_module(self.model), keep_prediction_input):
             yield
 
     def _attention_hooks(self, wanted: list[Wanted]) -> list[NamedHook]:
@@ -217,9 +218,9 @@ class _Reader:
                     _check_row(layer, rows[:, -1])
                     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                     shift = rows.diff(dim=1).abs_().sum(2).mean(0)
-                    own = rows[:, 1:].diagonal(past + first, 1, 2).mean(0)
+                    itself = rows[:, 1:].diagonal(past + first, 1, 2).mean(0)
                     self.attention_shift[layer, sequence] = shift.cpu().double()[column - first]
-                    self.self_attention[layer, sequence] = own.cpu().double()[column - first]
+                    self.self_attention[layer, sequence] = itself.cpu().double()[column - first]
 
             return keep
 
@@ -271,7 +272,7 @@ def _last_module(model: HookedModel) -> Any:
 
 
 @contextmanager
-def _listening(module: Any, keep: Any) -> Iterator[None]:
+def _forward_hook(module: Any, keep: Any) -> Iterator[None]:
     """What a module hands on, the user's hooks inside it included, within the block."""
     handle = module.register_forward_hook(keep)
     try:

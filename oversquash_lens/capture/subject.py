@@ -19,7 +19,7 @@ from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.passes import ordinary_tensors, surroundings, uncompiled, without_hooks
 from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, refuse_dropout, rows_of
 from oversquash_lens.capture.size import Size, device_of, size_of
-from oversquash_lens.capture.support import Verdict, architecture_support, refuse_unsupported
+from oversquash_lens.capture.support import RECORDED, Verdict, architecture_support, refuse_unsupported
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
@@ -96,6 +96,11 @@ class Subject:
             unproven=known.function.not_compared,
         )
 
+    @property
+    def declared(self) -> dict[str, Verdict]:
+        """Which measures hold, by name, as structure and the proof say; no recording is tried."""
+        return architecture_support(self.architecture, patterns_used=self.patterns_used)
+
     @cached_property
     def size(self) -> Size:
         """The shapes that memory and work are counted from."""
@@ -116,11 +121,8 @@ class Subject:
 
     def require(self, measure: str) -> None:
         """Raise the ModelError that says why, where this measure is refused."""
-        if measure == "attention frozen":  # known without a recording
-            supported = architecture_support(self.architecture, patterns_used=self.patterns_used)
-        else:
-            supported = self.support
-        refuse_unsupported(supported, measure, self.about.model)
+        needs_recording = measure in RECORDED
+        refuse_unsupported(self.support if needs_recording else self.declared, measure, self.about.model)
 
     def tokenize(self, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
         """The ids of a prompt, by the model's own rule, checked."""
@@ -170,7 +172,7 @@ def _recording_fault(subject: Subject) -> str:
     tokens = tokenized_ids(model, rows_of(model)[0][0])
     try:
         with without_hooks(model):
-            record_tokens(model, tokens, node_probes=1)
+            record_tokens(subject, tokens, node_probes=1)
     except OversquashError as error:
         return str(error)
     except Exception as error:

@@ -1,12 +1,14 @@
-"""What the measures need of the weights alone: operator norms, Gram matrices and traces, once per model.
+"""A model's weights as the mathematics has them, and what the measures need of them alone, once per model.
 
-Everything about OV_h = diag(γ) W_V^h W_O^h is computed from d_head × d_head matrices, never from d × d products.
-Operator norms enter bounds, so they come from whole singular- or eigenvalue computations in float64.
+Operator norms, Gram matrices and traces: everything about OV_h = diag(γ) W_V^h W_O^h is computed from d_head × d_head
+matrices, never from d × d products. Operator norms enter bounds, so they come from full singular- or eigenvalue
+computations in float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,12 +17,156 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture
+from oversquash_lens.capture.architecture import Architecture, per_head_sinks
 from oversquash_lens.capture.attention import per_head
-from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.parameters import LayerWeights, layer_weights
+from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
+from oversquash_lens.capture.norms import norm_bias, norm_gain
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import to_float64
+
+# HookedTransformer's matrices, and layers that keep theirs as `weight`, turned to [outputs, inputs] (einops).
+MATRIX_AXES = {
+    **dict.fromkeys(("W_Q", "W_K", "W_V", "_W_K", "_W_V"), "head d_model d_head -> (head d_head) d_model"),
+    "W_O": "head d_head d_model -> d_model (head d_head)",
+    **dict.fromkeys(("W_in", "W_gate", "W_out"), "inputs outputs -> outputs inputs"),
+    "Linear.weight": "outputs inputs -> outputs inputs",
+    "Conv1D.weight": "inputs outputs -> outputs inputs",
+}
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """The matrices of a plain or gated MLP: x @ W.
+
+    `entering` holds W_gate and W_in of a gated one, W_in of a plain one; `offsets` what pre-activations hold besides
+    normalized · gain · W (biases of norm and matrix). `post_bias` is what a class adds behind the gate's product.
+    """
+
+    entering: tuple[Float[Tensor, "d_model d_mlp"], ...]
+    offsets: tuple[Float[Tensor, " d_mlp"], ...]
+    post_bias: Float[Tensor, " d_mlp"] | None
+    output: Float[Tensor, "d_mlp d_model"]
+    output_bias: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights: x @ W, heads apart, norms' gains beside. A norm that is not there has gains of 1.
+
+    `attention_post_gain`, `mlp_post_gain` belong to norms of what attention and MLP write, `query_gain`, `key_gain` to
+    those of queries and keys: None without them. `mlp` is None where there is no MLP, or a mixture of experts.
+    """
+
+    attention_gain: Float[Tensor, " d_model"]
+    attention_norm_bias: Float[Tensor, " d_model"] | None
+    query: Float[Tensor, "head d_model d_head"]
+    key: Float[Tensor, "kv_head d_model d_head"]
+    value: Float[Tensor, "kv_head d_model d_head"]
+    query_bias: Float[Tensor, "head d_head"] | None
+    key_bias: Float[Tensor, "kv_head d_head"] | None
+    value_bias: Float[Tensor, "kv_head d_head"] | None
+    query_gain: Float[Tensor, " d_head"] | None
+    key_gain: Float[Tensor, " d_head"] | None
+    output: Float[Tensor, "head d_head d_model"]
+    output_bias: Float[Tensor, " d_model"] | None
+    score_scale: float
+    sinks: Float[Tensor, " head"] | None
+    attention_post_gain: Float[Tensor, " d_model"] | None
+    mlp_gain: Float[Tensor, " d_model"]
+    mlp_norm_bias: Float[Tensor, " d_model"] | None
+    mlp: MlpWeights | None
+    mlp_post_gain: Float[Tensor, " d_model"] | None
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Weights, or a part of them, on this device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(on_device(each, device) for each in value)
+    if isinstance(value, LayerWeights | MlpWeights):
+        return replace(value, **{each.name: on_device(getattr(value, each.name), device) for each in fields(value)})
+    return value
+
+
+def layer_weights(model: HookedModel, architecture: Architecture, layer: int) -> LayerWeights:
+    """One layer's weights, as views where the class has them; detached."""
+    block = model.blocks[layer]
+    attn = block.attn
+    mlp_norm = getattr(block, "ln1" if architecture.shared_norm else "ln2", None)
+    return LayerWeights(
+        attention_gain=norm_gain(block.ln1, model),
+        attention_norm_bias=norm_bias(block.ln1),
+        query=attn.W_Q.detach(),
+        key=_per_kv_head(attn.W_K.detach(), architecture),
+        value=_per_kv_head(attn.W_V.detach(), architecture),
+        query_bias=_heads_bias(attn, "b_Q", architecture.n_heads),
+        key_bias=_heads_bias(attn, "b_K", architecture.n_kv_heads),
+        value_bias=_heads_bias(attn, "b_V", architecture.n_kv_heads),
+        query_gain=norm_gain(attn.q_norm, model) if architecture.qk_norm else None,
+        key_gain=norm_gain(attn.k_norm, model) if architecture.qk_norm else None,
+        output=attn.W_O.detach(),
+        output_bias=_detached(attn, "b_O"),
+        score_scale=_score_scale(attn) * architecture.score_factor,
+        sinks=per_head_sinks(block),
+        attention_post_gain=norm_gain(block.ln1_post, model) if architecture.post_norms else None,
+        mlp_gain=norm_gain(mlp_norm, model),
+        mlp_norm_bias=norm_bias(mlp_norm),
+        mlp_post_gain=norm_gain(block.ln2_post, model)
+        if architecture.post_norms and architecture.mlp != "none"
+        else None,
+        mlp=_mlp_weights(model, block.mlp, norm_bias(mlp_norm)) if architecture.dense else None,
+    )
+
+
+def _mlp_weights(model: HookedModel, mlp: Any, norm_bias: Tensor | None) -> MlpWeights:
+    gated = _detached(mlp, "W_gate") is not None
+    # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
+    after = is_hooked_transformer(model) and gated
+
+    def offset(weight: Tensor, bias: Tensor | None) -> Tensor:
+        total = weight.new_zeros(weight.shape[1]) if norm_bias is None else norm_bias @ weight
+        return total if bias is None else total + bias
+
+    parts = ("gate", "in") if gated else ("in",)
+    entering = tuple(getattr(mlp, f"W_{part}").detach() for part in parts)
+    biases = (None if after else _detached(mlp, f"b_{part}") for part in parts)
+    return MlpWeights(
+        entering=entering,
+        offsets=tuple(offset(weight, bias) for weight, bias in zip(entering, biases, strict=True)),
+        post_bias=_detached(mlp, "b_in") if after else None,
+        output=mlp.W_out.detach(),
+        output_bias=_detached(mlp, "b_out"),
+    )
+
+
+def _detached(module: Any, name: str) -> Tensor | None:
+    weight = getattr(module, name, None)
+    return weight.detach() if isinstance(weight, Tensor) else None
+
+
+def _heads_bias(attn: Any, name: str, heads: int) -> Tensor | None:
+    bias = _detached(attn, name)
+    if bias is None:
+        return None
+    bias = bias.reshape(-1, attn.W_Q.shape[2])
+    return bias[:: bias.shape[0] // heads]
+
+
+def _per_kv_head(weight: Tensor, architecture: Architecture) -> Tensor:
+    """HookedTransformer repeats grouped keys and values for every head; keep one of each."""
+    return weight[:: weight.shape[0] // architecture.n_kv_heads]
+
+
+def _score_scale(attn: Any) -> float:
+    """What q·k is multiplied by in the score; recording checks it against the scores themselves."""
+    if isinstance(getattr(attn, "attn_scale", None), float):
+        return 1.0 / attn.attn_scale
+    component: Any = getattr(attn, "original_component", None)
+    if getattr(component, "scaling", None) is not None:
+        return float(component.scaling)
+    divisor = getattr(component, "scale_attn", None)  # GPT-J
+    return 1.0 / float(divisor) if divisor is not None else attn.W_Q.shape[2] ** -0.5
 
 
 @dataclass(frozen=True)
@@ -91,14 +237,16 @@ def _irregular_sum(weight: Tensor) -> Float[Tensor, ""]:
 
 def _every_layer(model: HookedModel, architecture: Architecture) -> WeightGains:
     """Into memory set aside at once: small results between large passing ones keep the heap from reusing theirs."""
-    found: dict[str, Tensor | None] = {}
-    home = next(model.parameters()).device  # layers may lie on several
+    found: dict[str, Any] = {}
+    device = next(model.parameters()).device  # layers may lie on several
     for i in range(architecture.n_layers):
         for name, value in _layer_gains(layer_weights(model, architecture, i), architecture).items():
+            if value is None:
+                found[name] = None
+                continue
             if i == 0:
-                found[name] = None if value is None else value.to(home).new_empty((architecture.n_layers, *value.shape))
-            if value is not None:
-                found[name][i] = value
+                found[name] = value.new_empty((architecture.n_layers, *value.shape), device=device)
+            found[name][i] = value
     return WeightGains(**found)
 
 
@@ -133,15 +281,12 @@ def _layer_gains(w: LayerWeights, architecture: Architecture) -> dict[str, Tenso
 def _mlp_norms(w: LayerWeights, architecture: Architecture) -> dict[str, Tensor]:
     names = ("mlp_gate_norm", "mlp_in_norm", "mlp_out_norm")
     zero = to_float64(w.output.new_zeros(()))
-    if not architecture.dense:
+    if w.mlp is None:
         return dict.fromkeys(names, zero * float("nan") if architecture.experts else zero)
     gain = to_float64(w.mlp_gain)
-    found = (
-        zero if w.mlp_gate is None else _norm(gain, w.mlp_gate),
-        _norm(gain, w.mlp_in),
-        _norm(gain.new_ones(w.mlp_out.shape[0]), w.mlp_out) * _largest(w.mlp_post_gain),
-    )
-    return dict(zip(names, found, strict=True))
+    *gate_norm, in_norm = (_norm(gain, weight) for weight in w.mlp.entering)
+    out_norm = _norm(gain.new_ones(len(w.mlp.output)), w.mlp.output) * _largest(w.mlp_post_gain)
+    return dict(zip(names, (*(gate_norm or [zero]), in_norm, out_norm), strict=True))
 
 
 def _as_scores_see(
@@ -175,3 +320,27 @@ def _norm(gain: Float[Tensor, " rows"], weight: Float[Tensor, "rows columns"]) -
     scaled = gain[:, None] * to_float64(weight)
     gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
     return torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()
+
+
+def weight_holder(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose tree holds every weight: what a bridge wraps, otherwise the model itself."""
+    return getattr(model, "original_model", model)
+
+
+def weight_matrices(model: torch.nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """Every matrix that multiplies activations, with the einops pattern that turns it to [outputs, inputs].
+
+    Left out are embedding and unembedding tables; where a model does not say which layer unembeds, none is.
+    """
+    holder: Any = weight_holder(model)
+    unembedding = getattr(model, "unembed", None)
+    if unembedding is None and hasattr(holder, "get_output_embeddings"):
+        unembedding = holder.get_output_embeddings()
+    tables = [unembedding, *(module for module in holder.modules() if isinstance(module, torch.nn.Embedding))]
+    left_out = {id(table) for module in tables if module is not None for table in module.parameters()}
+    for module in holder.modules():
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        for name, weight in module.named_parameters(recurse=False):
+            patterns = [MATRIX_AXES[key] for key in (name, *(f"{kind}.{name}" for kind in kinds)) if key in MATRIX_AXES]
+            if patterns and id(weight) not in left_out:
+                yield weight, patterns[0]

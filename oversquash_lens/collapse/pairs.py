@@ -14,6 +14,7 @@ from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.readings import read, read_alone, unembedded
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.family import repeats_last
 from oversquash_lens.collapse.precision import NumberFormat, stored
 from oversquash_lens.jacobian.double import InDouble
@@ -38,7 +39,7 @@ class PairRun:
         repeated = {b for (_, b), asked in zip(pairs, covered, strict=True) if asked}
         compared = [ids in repeated for ids in self.sequences]
         with self._passing():
-            self.readings = read(model, architecture, self.sequences, compared=compared, share=share)
+            self.readings = read(Subject(model, architecture), self.sequences, compared=compared, share=share)
         self.covered = torch.tensor(covered, device="cpu")
 
     def _passing(self) -> AbstractContextManager[Any]:
@@ -80,7 +81,7 @@ class PairRun:
         wide = torch.promote_types(inputs.dtype, torch.float32)
         for first, second in zip(self.first.split(LOGITS), self.second.split(LOGITS), strict=True):
             both, place = torch.cat([first, second]).unique(return_inverse=True)
-            logits = unembedded(self.model, self.architecture, inputs[both]).to(wide)
+            logits = unembedded(Subject(self.model, self.architecture), inputs[both]).to(wide)
             best = logits.topk(2)
             a, b = place.tensor_split(2)
             top, runner_up = best.values.double().unbind(1)
@@ -99,7 +100,7 @@ class PairRun:
         """The first prompts of these pairs once more, from a batch of two."""
         with self._passing():
             return {
-                at: read_alone(self.model, self.architecture, self.sequences[int(self.first[at])], batch=2)
+                at: read_alone(Subject(self.model, self.architecture), self.sequences[int(self.first[at])], batch=2)
                 for at in some
             }
 

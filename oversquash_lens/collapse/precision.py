@@ -17,7 +17,7 @@ from einops import parse_shape, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.matrices import weight_holder, weight_matrices
+from oversquash_lens.capture.weights import weight_holder, weight_matrices
 from oversquash_lens.errors import InputError, one_line
 
 COMPUTE = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}

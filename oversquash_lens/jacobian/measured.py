@@ -18,12 +18,12 @@ from torch import Tensor
 
 from oversquash_lens.capture.about import About, describe
 from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.nodes import random_source
+from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.size import size_of
 from oversquash_lens.capture.support import architecture_support, refuse_unsupported
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
-from oversquash_lens.capture.verify import patterns_are_used
 from oversquash_lens.errors import InputError, ModelError, whole_number
 from oversquash_lens.jacobian.costs import fitting_memory, product_bytes, truth_route
 from oversquash_lens.jacobian.relay import Relay, relayed

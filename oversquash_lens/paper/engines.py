@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.capture.branches import hooked_cache_class
+from oversquash_lens.capture.prefixes import hooked_cache_class
 from oversquash_lens.errors import InputError, ModelError
 
 

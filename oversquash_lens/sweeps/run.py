@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from oversquash_lens.capture.nodes import random_source
+from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.route import check_attention
 from oversquash_lens.errors import InputError, one_line, whole_number
