@@ -69,7 +69,7 @@ _HOME = {
     "reproduce": "paper.experiments",
     "run_task": "paper.tasks",
     "squashing": "paths.squashing",
-    "support": "capture.support",
+    "support": "capture.subject",
     "sweep": "sweeps.run",
     "uniform_causal": "paths.paths",
     "views": "viz.views",

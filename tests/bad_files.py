@@ -16,7 +16,7 @@ from small_speakers import model as speaking_model
 import oversquash_lens as osl
 from oversquash_lens.errors import ModelError, TraceFileError
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paper.speakers import Sampling
+from oversquash_lens.paper.sampling import Sampling
 
 Call = Callable[[World], Any]
 

@@ -21,7 +21,7 @@ from zoo import float64_throughout, zoo
 import oversquash_lens as osl
 from oversquash_lens.analyses.compare import compare
 from oversquash_lens.capture.architecture import read_architecture
-from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.support import MEASURES, STATES, Verdict
 from oversquash_lens.paths.bounds import PRINTED
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise, product
 
-from oversquash_lens.viz.chart import Chart, Panel, Paths, Series, Table, Verdict
+from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
+from oversquash_lens.viz.diagrams import Paths
 from oversquash_lens.viz.diagrams import Heat, Route
 
 LENGTHS = (1, 2, 6, 11, 51, 101, 501, 1001, 2001)

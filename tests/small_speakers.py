@@ -18,7 +18,8 @@ from torch import Tensor
 import oversquash_lens as osl
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paper.speakers import GREEDY, Reply, Sampling, Speaker
+from oversquash_lens.paper.sampling import GREEDY, Sampling
+from oversquash_lens.paper.speakers import Reply, Speaker
 
 N_CTX = 1024
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"

@@ -267,7 +267,7 @@ def test_short_prompts_keep_their_patterns_and_long_ones_do_not(monkeypatch: pyt
 @needs_hooked
 def test_what_cannot_be_recomputed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = zoo("gpt2", "hooked"), tokens_for(4, 12)
-    monkeypatch.setattr("oversquash_lens.capture.structure.rotation", lambda model, hooks: "unknown")
+    monkeypatch.setattr("oversquash_lens.capture.architecture.rotation", lambda model, hooks: "unknown")
     monkeypatch.setenv(MEMORY_VARIABLE, "300MB")
     assert kinds(osl.record(model, tokens)) == {KeptAttention}
     with pytest.raises(ModelError, match="expected a model that shows it"):
@@ -428,7 +428,7 @@ def sabotaged() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "kind"), list(sabotaged()))
 def test_a_wrong_scale_is_caught(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo(name, kind)
-    monkeypatch.setattr("oversquash_lens.capture.structure.score_factor", lambda model: 1.05)
+    monkeypatch.setattr("oversquash_lens.capture.architecture.score_factor", lambda model: 1.05)
     caught(model, "recomputed", "layer 0", "differs from")
 
 
@@ -591,7 +591,7 @@ def test_windows_are_where_the_model_says(monkeypatch: pytest.MonkeyPatch) -> No
     """A layer whose window is not seen would look further back than the model does: caught where it is as wide."""
     model, tokens = zoo("mistral-window", "hooked"), tokens_for(4, 12)
     assert read_architecture(model).windows == (WINDOW, WINDOW)
-    monkeypatch.setattr("oversquash_lens.capture.structure.window", lambda model, layer: None)
+    monkeypatch.setattr("oversquash_lens.capture.architecture.window", lambda model, layer: None)
     with pytest.raises(HookMismatchError, match="softmax"):
         on_route(model, tokens, "recomputed")
 

@@ -21,7 +21,8 @@ import torch
 from small_models import has_bridge, has_hooked
 
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models.loading import cache_folder, cached_models, conversion, embedded, load_model, sources
+from oversquash_lens.models.embedded import cache_folder, cached_models
+from oversquash_lens.models.loading import conversion, embedded, load_model, sources
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 VOCAB = 40

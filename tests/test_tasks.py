@@ -22,8 +22,10 @@ from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.questions import TASKS, Task, questions
 from oversquash_lens.paper.scores import MEASURES, Score, TaskScores
-from oversquash_lens.paper.speakers import Sampling, Speaker
-from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task, score_task
+from oversquash_lens.paper.sampling import Sampling
+from oversquash_lens.paper.speakers import Speaker
+from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task
+from oversquash_lens.paper.scores import score_task
 
 COUNTING = ("sum", "ones", "bernoulli", "word")
 COPYING = [name for name in TASKS if name not in (*COUNTING, "copy_last_control")]
@@ -339,7 +341,7 @@ def test_scores_alone_resume_too(tmp_path: Path) -> None:
 KILLED = """
     import os, signal, sys
     from small_speakers import speaker
-    from oversquash_lens.paper.speakers import Sampling
+    from oversquash_lens.paper.sampling import Sampling
     from oversquash_lens.paper.tasks import run_task
     who, asked = speaker(batch_size=2), 0
     replies = who.replies

@@ -16,9 +16,10 @@ from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_edges
 from oversquash_lens.viz.captions import named, percent
 from oversquash_lens.viz.cells import cells_for, millionths
-from oversquash_lens.viz.flow_views import heaviest_by_layer
+from oversquash_lens.paths.heaviest import heaviest_by_layer
 from oversquash_lens.viz.html import View, visible_token
-from oversquash_lens.viz.views import activations, heads, layers, prompts, route
+from oversquash_lens.viz.flow_views import activations
+from oversquash_lens.viz.views import heads, layers, prompts, route
 
 LONG = tuple(f" w{i}" for i in range(600))
 VIEWS = (heads, route, activations, layers)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from oversquash_lens.capture.architecture import Architecture
+    from oversquash_lens.capture.hooked_model import HookedModel
 
 FINAL_GAIN = ("model", "restored", "unknown")
 
@@ -55,3 +60,20 @@ class About:
         if self.folded:
             parts.append(f"folded norms, final gain {self.final_gain}")
         return ", ".join(parts)
+
+
+def describe(model: HookedModel, architecture: Architecture) -> About:
+    """The label that every result carries."""
+    return About(
+        model=getattr(model.cfg, "model_name", None) or "unnamed",
+        model_class=type(model).__name__,
+        n_layers=architecture.n_layers,
+        n_heads=architecture.n_heads,
+        d_model=architecture.d_model,
+        dtype=str(architecture.dtype).removeprefix("torch."),
+        folded=architecture.folded,
+        final_gain=architecture.final_gain_state,
+        bos=False,
+        chat=False,
+        versions=software_versions(),
+    )

@@ -7,31 +7,24 @@ exist, not from the config, which a bridge does not keep up to date.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture import structure
-from oversquash_lens.capture.about import About, software_versions
-from oversquash_lens.capture.activations import Activation
+from oversquash_lens.capture.activations import ACTIVATIONS, Activation
+from oversquash_lens.capture.hooked_model import (
+    is_a,
+    is_hooked_transformer,
+    known_class,
+    weight_of,
+    wrapped_config,
+    wrapped_model,
+)
 from oversquash_lens.capture.norms import folded_final_gain, is_folded, norm_gain
 from oversquash_lens.errors import InputError, ModelError
-
-
-@runtime_checkable
-class HookedModel(Protocol):
-    """The surface that HookedTransformer and TransformerBridge share and that we use."""
-
-    cfg: Any
-    hook_dict: dict[str, Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
-
 
 # What is recorded in each layer -> the hook's name inside `blocks.{layer}.`, the same on both classes, in the order
 # in which they fire.
@@ -91,14 +84,20 @@ FINAL_HOOKS = {
     "final_scale": "ln_final.hook_scale",
     "prediction_input": "unembed.hook_in",
 }
-# What a layer's MLP is.
-MLPS = ("plain", "gated", "experts", "none")
+# What transformers' configs call an MLP's activation.
+ACTIVATION_WORDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+_COMPONENTS = "transformer_lens.model_bridge.generalized_components"
+_UNSAID = object()  # of a layer that says nothing of its own window
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A hooked model's structure: which of the theory's terms it has.
 
+    `obstacle` says what keeps every recording from describing the model, None where nothing does; what needs no
+    recording (the measured sensitivity, collapse, the hook utilities) is not touched by it. `hooked`: a
+    HookedTransformer or a class made from it, rather than a bridge. `mlp` is "plain", "gated", "experts" or "none".
+    `fused_obstacle`: what a pass has shown to be in the way of fused attention.
     `norms` is "layer" (subtracts the mean), "rms" or "none". `parallel`: attention and MLP both read the residual
     that enters the layer; `shared_norm`: through one norm. `post_norms`: what attention and MLP write is normalised.
     `qk_norm`: queries and keys are, head by head. `delegated`: the attention is computed out of the hooks' sight,
@@ -108,6 +107,9 @@ class Architecture:
     all. `score_factor`: what stretched rotations multiply scores by (YaRN).
     """
 
+    name: str
+    hooked: bool
+    obstacle: str | None
     n_layers: int
     n_heads: int
     n_kv_heads: int
@@ -136,6 +138,7 @@ class Architecture:
     final_gain: Float[Tensor, " d_model"]
     final_gain_state: str
     restore_gain: Float[Tensor, " d_model"] | None
+    fused_obstacle: str | None = None
 
     @property
     def normed(self) -> bool:
@@ -184,76 +187,220 @@ class Architecture:
         """The norms' divisors inside a layer; those of queries and keys apart."""
         return tuple(name for key, name in self.layer_hooks().items() if key.endswith("_scale"))
 
+    def check_recordable(self) -> None:
+        """Raise the ModelError that says why no recording describes this model, where none does."""
+        if self.obstacle is not None:
+            raise ModelError(f"{self.name} has {self.obstacle}")
+
 
 def read_architecture(model: Any) -> Architecture:
-    """Read a model's structure; a ModelError names what this package cannot describe."""
+    """Read a model's structure, no pass is made; an InputError or ModelError for what is no causal hooked model."""
     if not (hasattr(model, "hook_dict") and hasattr(model, "cfg") and hasattr(model, "blocks")):
         raise InputError(
             f"expected a HookedTransformer or TransformerBridge, got a {type(model).__name__}: load one with "
             "oversquash_lens.load_model()"
         )
     hooks = model.hook_dict  # a bridge builds it anew at every look
-    structure.refuse_unknown_structure(model, hooks)
     cfg, block = model.cfg, model.blocks[0]
+    name = getattr(cfg, "model_name", None) or "this model"
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        raise ModelError(
+            f"{name} has attention that is not causal; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …): "
+            "its measures would not hold, so they are refused"
+        )
+    obstacles = _obstacles(model, hooks)
     folded = is_folded(model)
     restore = folded_final_gain(model) if folded else None
-    weight, mlp = block.attn.W_O, structure.mlp_kind(block)
+    weight, mlp = weight_of(getattr(block, "attn", None), "W_O"), mlp_kind(block)
+    n_heads = cfg.n_heads if weight is None else weight.shape[0]
+    grouped = (
+        None if getattr(cfg, "ungroup_grouped_query_attention", False) else getattr(cfg, "n_key_value_heads", None)
+    )
+    activation, known = None, activation_name(model)
+    if mlp in ("plain", "gated"):
+        activation = ACTIVATIONS.get(known)
+        if activation is None:
+            obstacles.append(
+                f"an activation of unknown slope; expected one of {', '.join(sorted(ACTIVATIONS))}, got {known!r}"
+            )
     architecture = Architecture(
+        name=name,
+        hooked=is_hooked_transformer(model),
+        obstacle=None,
         n_layers=len(model.blocks),
-        n_heads=weight.shape[0],
-        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or weight.shape[0],
-        d_model=weight.shape[2],
+        n_heads=n_heads,
+        n_kv_heads=grouped or n_heads,
+        d_model=cfg.d_model if weight is None else weight.shape[2],
         d_mlp=block.mlp.W_out.shape[0] if mlp in ("plain", "gated") else 0,
         n_ctx=cfg.n_ctx,
-        norms=structure.norms(model, hooks),
-        parallel=structure.parallel(model, hooks),
-        shared_norm=structure.parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
+        norms=norms(model, hooks),
+        parallel=parallel(model, hooks),
+        shared_norm=parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
         post_norms="blocks.0.ln1_post.hook_scale" in hooks,
-        qk_norm=any(f"blocks.0.attn.{name}.hook_scale" in hooks for name in ("q_norm", "k_norm")),
+        qk_norm=any(f"blocks.0.attn.{norm}.hook_scale" in hooks for norm in ("q_norm", "k_norm")),
         mlp=mlp,
-        # A bridge's plain attention hands everything to the module that it wraps; its other kinds compute themselves.
-        delegated=type(block.attn).__name__ == "AttentionBridge",
-        rotary_dim=structure.rotary_dim(model),
-        rotation=structure.rotation(model, hooks),
-        alibi=structure.alibi(model),
-        biased=structure.biased(model),
-        score_factor=structure.score_factor(model),
-        soft_cap=structure.soft_cap(model),
-        windows=tuple(structure.window(model, layer) for layer in range(len(model.blocks))),
-        sinks=structure.per_head_sinks(block) is not None,
+        delegated=delegated(block),
+        rotary_dim=rotary_dim(model),
+        rotation=rotation(model, hooks),
+        alibi=alibi(model),
+        biased=biased(model),
+        score_factor=score_factor(model),
+        soft_cap=soft_cap(model),
+        windows=tuple(window(model, layer) for layer in range(len(model.blocks))),
+        sinks=per_head_sinks(block) is not None,
         eps=float(getattr(cfg, "eps", None) or 1e-5),
-        activation=structure.activation(model) if mlp in ("plain", "gated") else None,
-        dtype=weight.dtype,
+        activation=activation,
+        dtype=next(model.parameters()).dtype if weight is None else weight.dtype,
         folded=folded,
         final_gain=norm_gain(getattr(model, "ln_final", None), model) if restore is None else restore,
         final_gain_state="model" if not folded else ("restored" if restore is not None else "unknown"),
         restore_gain=restore,
     )
-    _refuse_missing_hooks(model, architecture, hooks)
-    return architecture
-
-
-def describe(model: HookedModel, architecture: Architecture) -> About:
-    """The label that every result carries."""
-    return About(
-        model=getattr(model.cfg, "model_name", None) or "unnamed",
-        model_class=type(model).__name__,
-        n_layers=architecture.n_layers,
-        n_heads=architecture.n_heads,
-        d_model=architecture.d_model,
-        dtype=str(architecture.dtype).removeprefix("torch."),
-        folded=architecture.folded,
-        final_gain=architecture.final_gain_state,
-        bos=False,
-        chat=False,
-        versions=software_versions(),
-    )
-
-
-def _refuse_missing_hooks(model: HookedModel, architecture: Architecture, hooks: dict[str, Any]) -> None:
-    missing = [name for name in architecture.layer_hooks().values() if f"blocks.0.{name}" not in hooks]
-    if missing:
-        raise ModelError(
-            f"{structure.model_name(model)} has no hook {missing[0]!r} in its blocks; expected TransformerLens' "
-            "standard hooks: load the model with attn_implementation='eager'"
+    missing = [each for each in architecture.layer_hooks().values() if f"blocks.0.{each}" not in hooks]
+    if missing and not obstacles:
+        obstacles.append(
+            f"no hook {missing[0]!r} in its blocks; expected TransformerLens' standard hooks: load the model with "
+            "attn_implementation='eager'"
         )
+    return replace(architecture, obstacle=obstacles[0] if obstacles else None)
+
+
+# ---------------------------------------------------------------- what is read of structure, one fact a function
+
+
+def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
+    """What would make the recorded hooks tell another story than the theory's equations."""
+    cfg, block = model.cfg, model.blocks[0]
+    attention = [getattr(each, "attn", None) for each in model.blocks]
+    normed = "blocks.0.ln1.hook_scale" in hooks
+    architecture = str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or "")
+    reasons = {
+        "no attention in its first block": weight_of(attention[0], "W_O") is None,
+        "attention without query and key weights of its own (latent attention)": any(
+            weight_of(attention[0], each) is None for each in ("W_Q", "W_K", "W_V")
+        ),
+        "norms behind attention and MLP only": "olmo2" in architecture.lower() or "olmo3" in architecture.lower(),
+        "norms in some places only": normed != ("ln_final.hook_scale" in hooks),
+        "queries and keys normalised across heads": _norms_across_heads(block),
+        "blocks that differ in kind": len(
+            {mlp_kind(b) for b, a in zip(model.blocks, attention, strict=True) if a is not None}
+        )
+        > 1
+        or None in attention,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    expected = (
+        "; expected a causal decoder that normalises what attention and MLP read, or nothing (GPT-2, NeoX, Llama, "
+        "Qwen, Gemma, Mixtral, …): its measures would not hold, so they are refused"
+    )
+    return [" and ".join(found) + expected] if found else []
+
+
+def per_head_sinks(block: Any) -> Float[Tensor, " head"] | None:
+    """Each head's score of nothing at all, a parameter where attention may look away (gpt-oss)."""
+    attn = getattr(block, "attn", None)
+    sinks = getattr(getattr(attn, "original_component", attn), "sinks", None)
+    return sinks.detach() if isinstance(sinks, Tensor) else None
+
+
+def mlp_kind(block: Any) -> str:
+    mlp = getattr(block, "mlp", None)
+    if mlp is None:
+        return "none"
+    if weight_of(mlp, "W_gate") is not None and weight_of(mlp, "W_in") is not None:
+        return "gated"
+    return "plain" if weight_of(mlp, "W_in") is not None else "experts"
+
+
+def norms(model: Any, hooks: dict[str, Any]) -> str:
+    if "blocks.0.ln1.hook_scale" not in hooks:
+        return "none"
+    return "rms" if "RMS" in str(getattr(model.cfg, "normalization_type", "LN") or "LN") else "layer"
+
+
+def parallel(model: Any, hooks: dict[str, Any]) -> bool:
+    return hasattr(model.blocks[0], "mlp") and "blocks.0.hook_resid_mid" not in hooks
+
+
+def _norms_across_heads(block: Any) -> bool:
+    norm = getattr(block.attn, "q_norm", None) if hasattr(block, "attn") else None
+    weight = getattr(norm, "w", None) if norm is not None else None
+    weight = getattr(norm, "weight", None) if weight is None else weight
+    queries = weight_of(getattr(block, "attn", None), "W_Q")
+    return weight is not None and queries is not None and weight.numel() != queries.shape[2]
+
+
+def soft_cap(model: Any) -> float | None:
+    """c of c·tanh(score / c); None where scores are not capped."""
+    attn = getattr(model.blocks[0], "attn", None)
+    own = getattr(getattr(attn, "original_component", None), "attn_logit_softcapping", None)
+    cap = own if own is not None else getattr(model.cfg, "attn_scores_soft_cap", None)
+    return float(cap) if cap is not None and cap > 0 else None
+
+
+def window(model: Any, layer: int) -> int | None:
+    """How many positions a layer sees, itself included; None for all of them."""
+    component = getattr(getattr(model.blocks[layer], "attn", None), "original_component", None)
+    if component is None:
+        kinds = getattr(model.cfg, "attn_types", None)
+        local = getattr(model.cfg, "use_local_attn", False) and kinds is not None and kinds[layer] == "local"
+        return model.cfg.window_size if local else None
+    found = getattr(component, "sliding_window", _UNSAID)
+    if found is _UNSAID:  # Mistral, Mixtral, Phi-3: all layers see as far as the config says
+        found = getattr(wrapped_config(model), "sliding_window", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def activation_name(model: Any) -> Any:
+    """A bridge's own word for it is not always true; what it wraps knows better."""
+    config = wrapped_config(model)
+    if getattr(config, "model_type", "") == "bloom":
+        return "gelu_new"  # it has no word for its own
+    named = (getattr(config, word, None) for word in ACTIVATION_WORDS)
+    return next((each for each in named if isinstance(each, str)), None) or getattr(model.cfg, "act_fn", None)
+
+
+def score_factor(model: Any) -> float:
+    """Rotations that stretch what they turn (YaRN) do so to queries and keys both."""
+    inner = getattr(wrapped_model(model), "model", None)
+    return float(getattr(getattr(inner, "rotary_emb", None), "attention_scaling", None) or 1.0) ** 2
+
+
+def rotary_dim(model: Any) -> int:
+    """How many coordinates of a head GPT-J's way of rotating turns; 0 where a config has no word for it."""
+    return getattr(wrapped_config(model), "rotary_dim", None) or 0
+
+
+def rotation(model: Any, hooks: dict[str, Any]) -> str:
+    """Where queries and keys are to be had as they meet in the score: one of ROTATIONS."""
+    if is_hooked_transformer(model):
+        known = {"rotary": "shown", "standard": "none", "alibi": "none"}
+        scaled = getattr(model.cfg, "use_logn_attn", False)  # queries are scaled behind the hook
+        return "unknown" if scaled else known.get(model.cfg.positional_embedding_type, "unknown")
+    attn = getattr(model.blocks[0], "attn", None)
+    if is_a(attn, _COMPONENTS, "JointQKVPositionEmbeddingsAttentionBridge"):
+        return "tables"
+    if is_a(attn, _COMPONENTS, "PositionEmbeddingsAttentionBridge"):
+        return "shown" if "blocks.0.attn.hook_rot_q" in hooks else "none"
+    if delegated(model.blocks[0]) and rotary_dim(model):
+        return "pairs"
+    turned = getattr(model.cfg, "positional_embedding_type", None) == "rotary"
+    return "unknown" if turned else "none"
+
+
+def delegated(block: Any) -> bool:
+    """Whether attention is left to the module that a bridge wraps: its plain class does, most others compute it."""
+    attn = getattr(block, "attn", None)
+    plain = known_class(_COMPONENTS, "AttentionBridge")
+    return plain is not None and isinstance(attn, plain) and type(attn).forward is plain.forward
+
+
+def biased(model: Any) -> bool:
+    """Whether scores carry ALiBi's bias, wherever it is counted from."""
+    return alibi(model) or getattr(model.cfg, "positional_embedding_type", None) == "alibi"
+
+
+def alibi(model: Any) -> bool:
+    """Whether scores carry a bias that is counted from the first position, as transformers writes ALiBi."""
+    config = wrapped_config(model)
+    return bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") == "bloom"

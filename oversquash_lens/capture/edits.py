@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture, read_architecture
-from oversquash_lens.capture.hooks import attached
+from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids, tokenize
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, ModelError, one_line

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.attention import halves_turned_back, per_head
+from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
 
 NAME = "oversquash_lens"  # in transformers' tables
 Report = Callable[[int, str, Tensor], None]  # layer, key of LAYER_HOOKS or checks.REPORTED, [1, pos, head, d_head]
@@ -28,7 +29,9 @@ _CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 
 def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
     """What keeps this model's attention from being fused; None where nothing does."""
-    original = getattr(model, "original_model", None)
+    if architecture.fused_obstacle is not None:
+        return architecture.fused_obstacle
+    original = wrapped_model(model)
     can_switch = getattr(original, "_can_set_attn_implementation", None)
     if can_switch is None:
         return f"a {type(model).__name__} over no transformers model computes its attention itself"
@@ -42,6 +45,19 @@ def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def copied_projections_differ(model: HookedModel) -> bool:
+    """Whether a bridge's own copies of joint projections are no longer those of the modules that it wraps."""
+    for block in model.blocks:
+        split = getattr(block.attn, "split_qkv_matrix", None)
+        if split is None:
+            continue
+        for name, fresh in zip(("q", "k", "v"), split(block.attn.original_component), strict=True):
+            copy = getattr(getattr(block.attn, name), "original_component", None)
+            if copy is None or not torch.equal(copy.weight, fresh.weight.to(copy.weight)):
+                return True
+    return False
 
 
 @contextmanager

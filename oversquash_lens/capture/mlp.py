@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.activations import Activation
 from oversquash_lens.capture.checks import PassContext, Pop
+from oversquash_lens.capture.hooked_model import is_a
 from oversquash_lens.capture.weights import LayerWeights, MlpWeights
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import to_float64
@@ -183,7 +184,7 @@ def experts(context: PassContext, layer: int, w: LayerWeights, x: Tensor, writte
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Within the block the module's hook points call no hook."""
-    points = [each for each in module.modules() if type(each).__name__ == "HookPoint"]
+    points = [each for each in module.modules() if is_a(each, "transformer_lens.hook_points", "HookPoint")]
     before = [(point._forward_hooks, point._backward_hooks) for point in points]
     try:
         for point in points:

@@ -16,7 +16,7 @@ def norm_gain(norm: Any, model: Any) -> Float[Tensor, " gain"]:
     if weight is None:
         weight = getattr(norm, "weight", None)
     if weight is None:
-        return model.blocks[0].attn.W_O.new_ones(model.cfg.d_model).detach()
+        return next(model.parameters()).detach().new_ones(model.cfg.d_model)
     offset = bool(getattr(getattr(norm, "config", None), "rmsnorm_uses_offset", False))
     return weight.detach() + 1 if offset else weight.detach()
 

@@ -1,15 +1,246 @@
-"""What a forward pass of ours leaves out: logits and a key/value cache that nobody uses."""
+"""What every forward pass of ours is made in: one thread at a time, full precision, tensors that can be differentiated.
+
+`surroundings` is entered by `attached`, through which all of our passes go, and by the proof of a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from oversquash_lens.capture.architecture import HookedModel
+from oversquash_lens.capture.architecture import FINAL_HOOKS
+from oversquash_lens.capture.hooked_model import HookedModel, is_a, wrapped_config, wrapped_model
+from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError
+
+Hook = Callable[..., None]
+NamedHook = tuple[str, Hook]
+PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
+LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.", "oversquash_lens.")
+_KINDS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class _Capture:
+    """Who is capturing a model: a lock that one thread may take several times over, and that thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.thread: int | None = None
+        self.depth = 0
+
+
+_captures: WeakKeyDictionary[Any, _Capture] = WeakKeyDictionary()
+_captures_lock = threading.Lock()
+_attached: set[int] = set()  # ids of the hooks of ours that hang on some model's hook points
+
+
+@contextmanager
+def surroundings(model: HookedModel) -> Iterator[None]:
+    """Within the block the model is this thread's own, autocast is off, inference mode is no-grad mode.
+
+    Modules that `module.compile()` has compiled in place run eagerly, so that their hooks fire. Raises OversquashError
+    where another thread keeps a capture of the same model open for `PATIENCE` seconds.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_alone(model))
+        device = next(iter(model.parameters())).device.type
+        for kind in sorted({device, "cpu"}):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())  # leaving inference mode has turned gradients on
+        if any(getattr(module, "_compiled_call_impl", None) is not None for module in all_modules(model)):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _alone(model: HookedModel) -> Iterator[None]:
+    with _captures_lock:
+        capture = _captures.setdefault(model, _Capture())
+    if not capture.lock.acquire(timeout=PATIENCE):
+        raise OversquashError(
+            f"another thread has kept a capture of this model open for {PATIENCE} s; expected one capture of a model "
+            "at a time: close that recording, or give each thread a model of its own"
+        )
+    capture.thread, capture.depth = threading.get_ident(), capture.depth + 1
+    try:
+        yield
+    finally:
+        capture.depth -= 1
+        if not capture.depth:
+            capture.thread = None
+        capture.lock.release()
+
+
+def check_pass(model: HookedModel) -> None:
+    """At the beginning of a pass that our hooks listen to: it is the capturing thread's own, and in full precision."""
+    capture = _captures.get(model)
+    if capture is not None and capture.thread not in (None, threading.get_ident()):
+        raise OversquashError(
+            "a forward pass was begun in one thread while another captures this model; expected one thread at a time: "
+            "wait for the capture to end, or give each thread a model of its own"
+        )
+    device = next(iter(model.parameters())).device.type
+    if torch.is_autocast_enabled(device):
+        raise OversquashError(
+            f"torch.autocast({device!r}) is on inside a capture; expected it to be off, for its rounding is not the "
+            "model's own: run the model outside it, or enter it before the recording, which turns it off"
+        )
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside what `torch.compile(model)` gives; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def all_modules(model: HookedModel) -> Iterator[nn.Module]:
+    """Every module of a model once, those of what a bridge wraps included."""
+    seen: set[int] = set()
+    for owner in (model, wrapped_model(model)):
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield module
+
+
+def ordinary_tensors(model: HookedModel) -> None:
+    """Replace what was made inside torch.inference_mode() by equal tensors that can be differentiated, for good.
+
+    Weights that several modules share go on being shared. A model on the meta device is refused: it has no numbers.
+    """
+    copies: dict[int, Tensor] = {}
+    for module in all_modules(model):
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is None:
+                    continue
+                if value.device.type == "meta":
+                    raise ModelError(
+                        f"the weight {name!r} lies on the meta device, which holds no numbers; expected a model with "
+                        "its weights: load it onto a device such as 'cpu'"
+                    )
+                if value.is_inference():
+                    if id(value) not in copies:
+                        with torch.inference_mode(False), torch.no_grad():
+                            copy = value.clone()
+                        copies[id(value)] = (
+                            nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+                        )
+                    kept[name] = copies[id(value)]
+
+
+# ---------------------------------------------------------------- our own hooks
+
+
+@contextmanager
+def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
+    """Attach our hooks, and on leaving, whatever happened, remove these and no others.
+
+    Passes inside are made in `surroundings`. The hooks survive the model's own reset_hooks(). When a pass begins they
+    move behind every other hook of their points, so that what they see is what the model goes on to use.
+    """
+    handles: list[tuple[Any, Any]] = []
+    with ExitStack() as stack:
+        stack.enter_context(surroundings(model))
+        points, lent = _hook_points(model)
+        stack.callback(_detach, handles, lent)
+        for name, hook in hooks:
+            if name not in points:
+                raise HookMismatchError(
+                    f"the model has no hook point {name!r}; expected TransformerLens' standard hooks"
+                )
+            point = points[name]
+            point.add_hook(hook, is_permanent=True)
+            handles.append((point, point.fwd_hooks[-1]))
+            _attached.add(point.fwd_hooks[-1].hook.id)
+
+        def move_last(embed: Any, inputs: tuple) -> None:
+            check_pass(model)
+            for _, handle in handles:
+                waiting = handle.hook.hooks_dict_ref()
+                if waiting is not None and handle.hook.id in waiting:
+                    waiting.move_to_end(handle.hook.id)
+
+        stack.callback(model.embed.register_forward_pre_hook(move_last).remove)
+        yield
+
+
+def _detach(handles: list[tuple[Any, Any]], lent: Any) -> None:
+    if lent is not None:
+        lent.remove()
+    for point, handle in handles:
+        handle.hook.remove()
+        _attached.discard(handle.hook.id)
+        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
+def _hook_points(model: HookedModel) -> tuple[dict[str, Any], Any]:
+    """The model's hook points. TransformerLens 2 has none before the unembedding: it is lent one, with its handle."""
+    points = model.hook_dict  # a bridge builds it anew at every look
+    name = FINAL_HOOKS["prediction_input"]
+    if name in points or not isinstance(getattr(model, "unembed", None), nn.Module):
+        return points, None
+    point = type(next(iter(points.values())))()
+    handle = model.unembed.register_forward_pre_hook(lambda unembed, inputs: (point(inputs[0]), *inputs[1:]))
+    return points | {name: point}, handle
+
+
+# ---------------------------------------------------------------- whose hooks: ours, the libraries', the user's
+
+
+def foreign_hooks(module: nn.Module) -> list[int]:
+    """Ids of the user's forward hooks of any kind on one module: neither ours nor a library's own."""
+    point = is_a(module, "transformer_lens.hook_points", "HookPoint")
+    return [
+        number
+        for kind in _KINDS
+        for number, hook in getattr(module, kind).items()
+        if number not in _attached and (_from_user(hook) or (point and not _module_of(hook).startswith("oversquash")))
+    ]
+
+
+def _from_user(hook: Any) -> bool:
+    return not _module_of(hook).startswith(LIBRARIES)
+
+
+def _module_of(hook: Any) -> str:
+    hook = getattr(hook, "func", hook)  # of a partial
+    return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
+
+
+@contextmanager
+def without_hooks(model: HookedModel, *, users: bool = True) -> Iterator[None]:
+    """Within the block neither our hooks nor (unless `users` is False) the user's are called; libraries' own are."""
+    before: list[tuple[nn.Module, str, OrderedDict]] = []
+    for module in all_modules(model):
+        theirs = set(foreign_hooks(module))
+        for kind in _KINDS:
+            hooks = getattr(module, kind)
+            silenced = {n for n, hook in hooks.items() if (users if n in theirs else _is_ours(n, hook))}
+            if silenced:
+                before.append((module, kind, hooks))
+                kept = OrderedDict((n, hook) for n, hook in hooks.items() if n not in silenced)
+                setattr(module, kind, kept)
+    try:
+        yield
+    finally:
+        for module, kind, hooks in before:
+            setattr(module, kind, hooks)
+
+
+def _is_ours(number: int, hook: Callable) -> bool:
+    return number in _attached or _module_of(hook).startswith("oversquash_lens.")
+
+
+# ---------------------------------------------------------------- what a pass leaves out
 
 
 @contextmanager
@@ -38,5 +269,4 @@ def last_logits_only(model: HookedModel, lengths: Sequence[int] | None = None) -
 
 def without_cache(model: HookedModel) -> dict[str, bool]:
     """What tells transformers' model inside a bridge to keep no keys and values for tokens to come."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    return {"use_cache": False} if hasattr(config, "use_cache") else {}
+    return {"use_cache": False} if hasattr(wrapped_config(model), "use_cache") else {}

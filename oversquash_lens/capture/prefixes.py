@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import HookedModel
+from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
 from oversquash_lens.errors import ModelError
 
 TOKENS = 256  # of endings in one pass: enough to fill the cores, few enough for [head, TOKENS, pos] to be small
@@ -155,7 +155,7 @@ def _places(sequences: Sequence[Ids], homes: dict[Ids, Home]) -> tuple[Place, ..
 def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int = 1) -> Any:
     """One pass over a sequence, logits left out as far as possible; its key/value cache if that is wanted."""
     rows = torch.tensor([ids] * batch, device=model.W_E.device)
-    if type(model).__name__ == "HookedTransformer":
+    if is_hooked_transformer(model):
         cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
         mask = torch.ones_like(rows) if cached else None
         model(rows, return_type=None, past_kv_cache=cache, attention_mask=mask)
@@ -169,7 +169,7 @@ def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int 
 
 def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
     """All endings of a trunk, some at a time, each pass inside `watch`."""
-    if type(model).__name__ == "HookedTransformer":
+    if is_hooked_transformer(model):
         _run_batches(model, trunk, cache, watch)
     else:
         _run_trees(model, trunk, cache, watch)

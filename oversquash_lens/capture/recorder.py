@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.architecture import Architecture, HookedModel, read_architecture
+from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.checks import PassContext
 from oversquash_lens.capture.fused import fused_attention
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.norms import norm_bias, norm_gain
-from oversquash_lens.capture.passes import last_logits_only, without_cache
+from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.route import choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording
 from oversquash_lens.capture.subject import Subject
@@ -194,7 +194,8 @@ class Recorder:
         if node_probes is not None:
             whole_number("node_probes", node_probes, otherwise=", or None for the exact gain")
         random_source(seed)  # a seed that is none is refused before the model runs
-        self.architecture, self.about = subject.architecture, subject.about
+        subject.architecture.check_recordable()
+        self.architecture, self.about, self.support = subject.architecture, subject.about, subject.declared
         self.verify, self.route = verify, route
         self._subject: Subject | None = subject
         self._node_probes, self._seed = node_probes, seed

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel, read_architecture
+from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.size import device_of, record_bytes, size_of
-from oversquash_lens.capture.structure import model_name
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.memory import available_bytes
 
@@ -81,7 +81,7 @@ def _refuse_recomputed(model: HookedModel, architecture: Architecture, somebody:
         )
     if architecture.rotation == "unknown":
         raise ModelError(
-            f"attention='recomputed' was asked of {model_name(model)}, whose hooks do not show how positions turn its "
+            f"attention='recomputed' was asked of {architecture.name}, whose hooks do not show how positions turn its "
             "queries and keys; expected a model that shows it: record with attention='kept'"
         )
 

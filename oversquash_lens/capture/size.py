@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from oversquash_lens.capture.hooked_model import is_hooked_transformer
 from oversquash_lens.memory import check_room
 
 BASE = 50_000_000  # bytes that libraries take for themselves once anything runs: buffers, threads, code
@@ -72,7 +73,7 @@ def size_of(model: Any) -> Size:
         matrices=3 if gated else 2,
         d_vocab=cfg.d_vocab,
         itemsize=next(model.parameters()).dtype.itemsize,
-        kind="hooked" if type(model).__name__ == "HookedTransformer" else "bridge",
+        kind="hooked" if is_hooked_transformer(model) else "bridge",
     )
 
 

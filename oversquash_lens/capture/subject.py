@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
-from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import Architecture, HookedModel, describe, read_architecture
+from oversquash_lens.capture.about import About, describe
+from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.fingerprint import hooks_fingerprint, settings_fingerprint, weights_fingerprint
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.passes import ordinary_tensors, surroundings, uncompiled, without_hooks
+from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, refuse_dropout, rows_of
 from oversquash_lens.capture.size import Size, device_of, size_of
-from oversquash_lens.capture.support import Verdict, architecture_support, refuse_unsupported
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
+from oversquash_lens.capture.support import RECORDED, Verdict, architecture_support, refuse_unsupported
+from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
+from oversquash_lens.errors import ModelError, OversquashError, one_line
+
+
+@dataclass
+class _Known:
+    """What was found of one model, valid for `mark`: weights, settings and modes. It holds no reference to the model.
+
+    `sequences`: the user's hooks under which it was proven fixed and causal, and whether they could be tried;
+    `failures`: by hooks, what the proof said; `unrecordable`: "" once a recording was made, or why none can be.
+    """
+
+    mark: tuple
+    architecture: Architecture
+    function: Function | None = None
+    sequences: dict[tuple, bool] = field(default_factory=dict)
+    failures: dict[tuple, str] = field(default_factory=dict)
+    unrecordable: str | None = None
+
+
+_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -24,8 +52,29 @@ class Subject:
 
     @classmethod
     def of(cls, model: Any) -> Subject:
-        """The subject of a HookedTransformer or TransformerBridge; a subject is handed through as it is."""
-        return model if isinstance(model, Subject) else cls(model, read_architecture(model))
+        """The proven subject of a HookedTransformer or TransformerBridge; a subject is handed through as it is.
+
+        Read and proven at the first call, and again when weights, settings, mode or the user's hooks have changed.
+        Raises InputError for what is no hooked model, ModelError for one that fails a proof, with numbers.
+        """
+        if isinstance(model, Subject):
+            return model
+        model = uncompiled(model)
+        if not isinstance(model, nn.Module):
+            return cls(model, read_architecture(model))
+        ordinary_tensors(model)
+        with surroundings(model):
+            known = _read(model)
+            hooks = hooks_fingerprint(model)
+            if hooks in known.failures:
+                raise ModelError(known.failures[hooks])
+            if hooks not in known.sequences:
+                try:
+                    _prove(model, known, hooks)
+                except ModelError as error:
+                    known.failures[hooks] = str(error)
+                    raise
+        return cls(model, known.architecture)
 
     @cached_property
     def about(self) -> About:
@@ -34,8 +83,23 @@ class Subject:
 
     @cached_property
     def support(self) -> dict[str, Verdict]:
-        """Which measures hold, by name."""
-        return architecture_support(self.architecture)
+        """Which measures hold, by name, as a recording of the proof's tokens has shown."""
+        known = _known.get(self.model)
+        if known is None or known.function is None:
+            return architecture_support(self.architecture)
+        if known.unrecordable is None:
+            known.unrecordable = _recording_fault(self)
+        return architecture_support(
+            self.architecture,
+            unrecordable=known.unrecordable,
+            patterns_used=known.function.patterns_used,
+            unproven=known.function.not_compared,
+        )
+
+    @property
+    def declared(self) -> dict[str, Verdict]:
+        """Which measures hold, by name, as structure and the proof say; no recording is tried."""
+        return architecture_support(self.architecture, patterns_used=self.patterns_used)
 
     @cached_property
     def size(self) -> Size:
@@ -47,10 +111,70 @@ class Subject:
         """Where the first weight lies."""
         return device_of(self.model)
 
+    @property
+    def patterns_used(self) -> bool:
+        """Whether an edit of the patterns that hooks show reaches what attention mixes."""
+        known = _known.get(self.model)
+        return not self.architecture.delegated and (
+            known is None or known.function is None or known.function.patterns_used
+        )
+
     def require(self, measure: str) -> None:
         """Raise the ModelError that says why, where this measure is refused."""
-        refuse_unsupported(self.support, measure, self.about.model)
+        needs_recording = measure in RECORDED
+        refuse_unsupported(self.support if needs_recording else self.declared, measure, self.about.model)
 
     def tokenize(self, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
         """The ids of a prompt, by the model's own rule, checked."""
         return tokenize(self.model, prompt, chat=chat, bos=bos)
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Within the block the model is this thread's own, autocast is off and inference mode is no-grad mode."""
+        with surroundings(self.model):
+            yield
+
+
+def support(model: Any) -> dict[str, Verdict]:
+    """What may be said of a HookedTransformer or TransformerBridge, measure by measure.
+
+    Keys are those of `oversquash_lens.capture.support.MEASURES`; values say "supported", "approximate" or "refused",
+    and why. Read off a recording of a few tokens. Raises ModelError for a model that no measure may be taken of, and so
+    does a refused measure when it is asked for.
+    """
+    return Subject.of(model).support
+
+
+def _read(model: HookedModel) -> _Known:
+    mark = (weights_fingerprint(model), settings_fingerprint(model))
+    known = _known.get(model)
+    if known is None or known.mark != mark:
+        known = _known[model] = _Known(mark, read_architecture(model))
+    return known
+
+
+def _prove(model: HookedModel, known: _Known, hooks: tuple) -> None:
+    """The user's random numbers go on as if nothing had been drawn."""
+    refuse_dropout(model, known.architecture.name)
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if known.function is None:
+            known.function = prove_function(model, known.architecture)
+            known.architecture = replace(known.architecture, fused_obstacle=known.function.fused_obstacle)
+        known.sequences[hooks] = prove_sequence(model, known.architecture, known.function, bool(hooks))
+
+
+def _recording_fault(subject: Subject) -> str:
+    """Why no recording of the proof's tokens can be made, empty where one is made."""
+    from oversquash_lens.capture.recorder import record_tokens
+
+    model = subject.model
+    tokens = tokenized_ids(model, rows_of(model)[0][0])
+    try:
+        with without_hooks(model):
+            record_tokens(subject, tokens, node_probes=1)
+    except OversquashError as error:
+        return str(error)
+    except Exception as error:
+        return f"recording {subject.about.model} ends in {type(error).__name__}: {one_line(error, 160)}"
+    return ""

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.errors import ModelError
 
 STATES = ("supported", "approximate", "refused")
 MEASURES = ("printed bounds", "calibrated", "calibrated_full", "mean_field", "truth", "attention frozen")
+RECORDED = MEASURES[:4]  # what is made of a recording
+FEW = 8  # tokens of the proof: what only longer prompts use is not seen by it
 
 
 class Verdict(NamedTuple):
-    """`state` is one of `STATES`; `why` says what is left out or in the way, and is empty where nothing is."""
+    """`state` is one of `STATES`; `why` says what is left out, unproven or in the way, empty where nothing is."""
 
     state: str
     why: str
 
 
-def support(model: Any) -> dict[str, Verdict]:
-    """What may be said of a HookedTransformer or TransformerBridge, measure by measure (keys: `MEASURES`).
-
-    Read from the model's structure; no pass is made. Raises ModelError for a model that cannot be recorded at all,
-    and so does a refused measure when it is asked for.
-    """
-    return architecture_support(read_architecture(model))
-
-
-def architecture_support(architecture: Architecture) -> dict[str, Verdict]:
+def architecture_support(
+    architecture: Architecture, *, unrecordable: str = "", patterns_used: bool = True, unproven: str = ""
+) -> dict[str, Verdict]:
+    """Verdicts by measure; `unrecordable`, `patterns_used` and `unproven` are what passes have shown."""
     experts = "a mixture of experts has no rigorous bound on what its router's choice does"
-    frozen = "attention is computed out of the hooks' sight, so its weights cannot be held fixed"
+    hidden = "attention is computed out of the hooks' sight, so its weights cannot be held fixed"
     printed = [text for text, applies in _unprinted(architecture).items() if applies]
     left_out = [text for text, applies in _left_out(architecture).items() if applies]
     bound = _refused_if(architecture.experts, experts)
-    return {
+    found = {
         "printed bounds": _approximate(printed),
         "calibrated": bound,
         "calibrated_full": bound,
         "mean_field": _approximate(left_out),
-        "truth": Verdict("supported", ""),
-        "attention frozen": _refused_if(architecture.delegated, frozen),
+        "truth": Verdict("supported", "; ".join(filter(None, (unproven, _by_length(architecture))))),
+        "attention frozen": _refused_if(architecture.delegated or not patterns_used, hidden),
     }
+    if architecture.obstacle is not None:
+        unrecordable = f"{architecture.name} has {architecture.obstacle}"
+    return found | dict.fromkeys(RECORDED, Verdict("refused", unrecordable)) if unrecordable else found
 
 
 def refuse_unsupported(supported: dict[str, Verdict], measure: str, model: str) -> None:
@@ -52,6 +51,11 @@ def refuse_unsupported(supported: dict[str, Verdict], measure: str, model: str) 
             f"{measure} was asked of {model}: refused, because {verdict.why}; expected a model without that: ask for "
             f"one of {others} instead"
         )
+
+
+def _by_length(architecture: Architecture) -> str:
+    windows = sorted({window for window in architecture.windows if window is not None and window > FEW})
+    return f"windows of {', '.join(map(str, windows))} are longer than the {FEW} tokens compared" if windows else ""
 
 
 def _unprinted(architecture: Architecture) -> dict[str, bool]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import HookedModel
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.errors import InputError
 
 # A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.

@@ -17,10 +17,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture, per_head_sinks
 from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
 from oversquash_lens.capture.norms import norm_bias, norm_gain
-from oversquash_lens.capture.structure import per_head_sinks
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import to_float64
 
@@ -122,7 +122,7 @@ def layer_weights(model: HookedModel, architecture: Architecture, layer: int) ->
 def _mlp_weights(model: HookedModel, mlp: Any, norm_bias: Tensor | None) -> MlpWeights:
     gated = _detached(mlp, "W_gate") is not None
     # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
-    after = type(model).__name__ == "HookedTransformer" and gated
+    after = is_hooked_transformer(model) and gated
 
     def offset(weight: Tensor, bias: Tensor | None) -> Tensor:
         total = weight.new_zeros(weight.shape[1]) if norm_bias is None else norm_bias @ weight

@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import HookedModel, describe, read_architecture
-from oversquash_lens.collapse.family import Family, Ids, as_family
+from oversquash_lens.capture.about import About, describe
+from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.prefixes import Ids
+from oversquash_lens.collapse.family import Family, as_family
 from oversquash_lens.collapse.pairs import PairRun
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import InputError, one_line

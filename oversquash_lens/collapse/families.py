@@ -9,9 +9,9 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from oversquash_lens.capture.prefixes import common
+from oversquash_lens.capture.prefixes import Ids, common
 from oversquash_lens.capture.tokens import text_ids, tokenize
-from oversquash_lens.collapse.family import Family, Ids
+from oversquash_lens.collapse.family import Family
 from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.paper.prompts import COPY_NUMBER, HOW_MANY_ONES
 

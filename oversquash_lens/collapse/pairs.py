@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.readings import read, read_alone, unembedded
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.collapse.family import Ids, repeats_last
+from oversquash_lens.collapse.family import repeats_last
 from oversquash_lens.collapse.precision import NumberFormat, stored
 from oversquash_lens.jacobian.double import InDouble
 

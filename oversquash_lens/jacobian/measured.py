@@ -16,9 +16,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import Architecture, HookedModel, describe, read_architecture
+from oversquash_lens.capture.about import About, describe
+from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.checks import patterns_are_used
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.size import size_of
 from oversquash_lens.capture.support import architecture_support, refuse_unsupported

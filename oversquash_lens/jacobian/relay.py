@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.architecture import Architecture, HookedModel
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.fused import fused_attention
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.errors import HookMismatchError
 from oversquash_lens.jacobian.costs import CARRIED, products_at_once

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture, HookedModel
-from oversquash_lens.capture.hooks import NamedHook, attached
-from oversquash_lens.capture.passes import last_logits_only, without_cache
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
+from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.passes import NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.jacobian.costs import products_at_once
 

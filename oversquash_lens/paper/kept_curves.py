@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import describe, read_architecture
+from oversquash_lens.capture.about import About, describe
+from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve, readable_pairs
 from oversquash_lens.collapse.family import Family
 from oversquash_lens.collapse.precision import NumberFormat, number_format

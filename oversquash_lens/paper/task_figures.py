@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from oversquash_lens.paper.judging import all_of, grows
 from oversquash_lens.paper.prompts import COTS, OURS
+from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.setting import Setting
-from oversquash_lens.paper.speakers import Sampling
 from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oversquash_lens.capture.about import software_versions
-from oversquash_lens.capture.architecture import describe, read_architecture
+from oversquash_lens.capture.about import describe, software_versions
+from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
 from oversquash_lens.capture.recorder import record_tokens
 from oversquash_lens.capture.size import Size, device_of, size_of

@@ -21,8 +21,9 @@ from oversquash_lens.viz.document import (
     table,
     token_html,
 )
+from oversquash_lens.viz.flow_views import activations
 from oversquash_lens.viz.html import escape
-from oversquash_lens.viz.views import activations, heads, route
+from oversquash_lens.viz.views import heads, route
 
 MOST_SPANS = 10
 WHY = {

@@ -6,7 +6,8 @@ import math
 from functools import cache
 from typing import Any
 
-from oversquash_lens.viz.chart import Panel, Paths
+from oversquash_lens.viz.chart import Panel
+from oversquash_lens.viz.diagrams import Paths
 from oversquash_lens.viz.html import visible_token
 from oversquash_lens.viz.scales import number, put, scale, short
 from oversquash_lens.viz.style import COLOURS, INK, RIGHT, SMALL, WRONG, wrapped

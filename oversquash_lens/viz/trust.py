@@ -5,9 +5,9 @@ from __future__ import annotations
 from oversquash_lens.analyses.assumptions import Assumption
 from oversquash_lens.analyses.audit import AuditRow
 from oversquash_lens.analyses.findings import Findings
+from oversquash_lens.viz.captions import NAMES
 from oversquash_lens.viz.document import DASH, cell, formula, guide, section, table
 from oversquash_lens.viz.html import escape
-from oversquash_lens.viz.views import NAMES
 
 
 def audited(found: Findings) -> str:
