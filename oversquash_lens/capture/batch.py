@@ -25,7 +25,7 @@ from oversquash_lens.capture.tokens import TokenizedPrompt, tokenize
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.capture.verify import verify_pass
 from oversquash_lens.errors import InputError
-from oversquash_lens.memory import check_room
+from oversquash_lens.memory import check_memory
 
 SQUARE = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])  # [prompt, head, dest, src]; all others [prompt, pos, …]
 
@@ -158,7 +158,7 @@ def check_batch(model: Any, lengths: Sequence[int]) -> None:
     """Refuse a batch that would not fit, with the numbers, before it begins."""
     name = getattr(model.cfg, "model_name", None) or "this model"
     what = f"recording {len(lengths)} prompts of up to {max(lengths)} tokens with {name}"
-    check_room(batch_bytes(size_of(model), lengths), device_of(model), what)
+    check_memory(batch_bytes(size_of(model), lengths), device_of(model), what)
 
 
 @dataclass(frozen=True)

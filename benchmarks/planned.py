@@ -1,6 +1,6 @@
 """What a run needs of memory and time, forecast against measured.
 
-    python -m benchmarks.forecast [--kind hooked|bridge] [--measures bound truth] [--lengths 256 512 1024 2048 4096]
+    python -m benchmarks.planned [--kind hooked|bridge] [--measures bound truth] [--lengths 256 512 1024 2048 4096]
 
 `bound` is record, every bound and the mean-field estimate in one sweep: a report without the truth. Each line is a
 process of its own, in which the forecast comes first. Memory is the peak of the resident set less what it was before;
@@ -52,7 +52,7 @@ def main() -> None:
 
 def apart(options: argparse.Namespace, measure: str, n: int) -> dict:
     """One line's numbers from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.forecast", "--one", "--kind", options.kind, "--measures", measure]
+    command = [sys.executable, "-m", "benchmarks.planned", "--one", "--kind", options.kind, "--measures", measure]
     command += ["--lengths", str(n), "--repeats", str(options.repeats), "--clock", options.clock]
     command += ["--probes", str(options.probes)]
     command += ["--layers", str(options.layers)] if options.layers else []
