@@ -411,18 +411,18 @@ def test_json_there_and_back(tried: tuple[str, WhatIf]) -> None:
 @pytest.mark.parametrize(
     ("asked", "options", "said"),
     [
-        ((), {}, "expected at least one, got no edit"),
-        ((edits.window(2), "window"), {}, "expected one that, got 'window' as an edit"),
-        ((lambda pattern: pattern,), {}, "came as an edit"),
-        ((edits.adaptive_temperature(),), {}, "expected an edit under which, got adaptive temperature"),
+        ((), {}, "expected at least one edit, got none"),
+        ((edits.window(2), "window"), {}, "expected an edit, got 'window'"),
+        ((lambda pattern: pattern,), {}, "expected an edit, got <function"),
+        ((edits.adaptive_temperature(),), {}, "expected an edit under which .* is known, got adaptive temperature"),
         ((edits.ablate_head(9, 0),), {}, "expected 0 … 1, the layers of this model, got layer 9"),
         ((edits.window(2), edits.ablate_head(0, 7)), {}, "expected 0 … 3, the heads of this model, got head 7"),
         ((edits.mask_position(6),), {}, "expected 0 … 5, the positions of this prompt, got position 6"),
-        ((edits.separators(1, "w9 w9"),), {}, "got behind every token: 16 tokens, 17 with the last one repeated"),
+        ((edits.separators(1, "w9 w9"),), {}, "16 tokens, 17 with the last one repeated"),
         ((edits.separators(1, "w9 w9 w9"),), {}, "n_ctx = 16"),
-        ((edits.without_bos(),), {}, "got a prompt without BOS"),
+        ((edits.without_bos(),), {}, "without BOS"),
         ((edits.window(2),), {"variant": "theorem"}, "got variant 'theorem'"),
-        ((edits.window(2),), {"probes": 0}, "expected at least 1, got probes=0"),
+        ((edits.window(2),), {"probes": 0}, "expected at least 1.*, got probes=0"),
         ((edits.window(2),), {"node_probes": -1}, "got node_probes=-1"),
     ],
 )
@@ -431,7 +431,7 @@ def test_what_cannot_be_is_said_before_the_model_runs(
 ) -> None:
     model, tokens = fresh
     if model.tokenizer is None and any(getattr(edit, "spell", None) for edit in asked):
-        said = "without tokenizer|a prompt without BOS"
+        said = "without (a )?tokenizer|without BOS"
     before, runs = count_hooks(model), []
     handle = model.embed.register_forward_pre_hook(lambda *arguments: runs.append(1))
     with pytest.raises(InputError, match=said) as caught:

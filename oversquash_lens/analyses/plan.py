@@ -19,7 +19,7 @@ import torch
 from oversquash_lens.capture.passes import last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import plan as shared_passes
 from oversquash_lens.capture.route import choose_route
-from oversquash_lens.capture.size import BASE, Size, kept_bytes, logits_bytes, record_bytes
+from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, logits_bytes, record_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.weights import weights_known
@@ -30,11 +30,12 @@ from oversquash_lens.memory import available_bytes, in_words, resident_bytes
 from oversquash_lens.paths.block import ENTRIES, MOST_ROWS
 from oversquash_lens.results import Result
 
-Bytes = Mapping[str, int]
+Bytes = dict[str, int]
 
 SMALL = 64  # tokens of the pass that is timed
 MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
 SWEEP = 1.5  # attentions: what all kinds of path in one sweep multiply for each [head, dest, src] of a layer
+EDITED = 3  # copies of its [head, dest, src] that an edit adds to the graph of a layer
 DIRECTIONS = 144  # pairs of directions through each MLP at the default number of node probes
 
 
@@ -66,7 +67,7 @@ class Request:
 
     def kept(self) -> Bytes:
         """The recording, while something else is done."""
-        return kept_bytes(self.size, self.n, self.recorded)
+        return kept_bytes(self.size, self.n, self.recorded, HELD)
 
     @property
     def one_pass(self) -> int:
@@ -342,11 +343,11 @@ def _truth(run: Request) -> Course:
 def _audit(run: Request) -> Course:
     """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate."""
     course, spectral = _bound(run), run.probes is None
-    phases = {**course.phases, "measuring the truth": {**run.kept(), **run.truth_bytes(run.truth, spectral)}}
+    phases = {**course.phases, "measuring the truth": run.kept() | run.truth_bytes(run.truth, spectral)}
     steps = {**course.steps, "the truth": run.times * run.truth_operations(run.truth)}
     if run.n <= costs.MOST_FROZEN:
         name = "the truth with attention frozen"
-        phases[f"measuring {name}"] = {**run.kept(), **run.truth_bytes(run.frozen, spectral)}
+        phases[f"measuring {name}"] = run.kept() | run.truth_bytes(run.frozen, spectral)
         steps[name] = run.times * run.truth_operations(run.frozen)
     return Course(phases, steps)
 
@@ -358,7 +359,7 @@ def _report(run: Request) -> Course:
     if run.n <= costs.MOST_FROZEN:
         steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
         steps["each assumption imposed"] = run.times * 4 * run.sweep
-    phases = {**course.phases, "following the flow": {**run.kept(), **_block_bytes(run.size, run.n)}}
+    phases = {**course.phases, "following the flow": run.kept() | _block_bytes(run.size, run.n)}
     return Course(phases, steps)
 
 
@@ -369,7 +370,9 @@ def _what_if(run: Request) -> Course:
     """
     edited = replace(run, recorded="kept", truth=run.frozen, times=run.times + 1)
     course = _bound(edited)
-    phases = {**course.phases, "measuring the truth": {**edited.kept(), **edited.truth_bytes(edited.truth)}}
+    layers = run.size.n_layers if edited.truth == "whole" else 1
+    weights = {"the edited attention": EDITED * layers * run.size.scores(run.n)}
+    phases = {**course.phases, "measuring the truth": edited.kept() | weights | edited.truth_bytes(edited.truth)}
     truth = {"the truth": edited.times * edited.truth_operations(edited.truth)}
     return Course(phases, {**course.steps, **truth, "the last token repeated": edited.times * edited.one_pass})
 

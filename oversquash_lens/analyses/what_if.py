@@ -307,12 +307,14 @@ def what_if(
 
 def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_probes: int | None) -> None:
     if not edits:
-        raise InputError("expected at least one, such as oversquash_lens.edits.window(32), got no edit")
+        raise InputError(
+            "expected at least one edit, got none: give one of oversquash_lens.edits, such as edits.window(32)"
+        )
     for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(
-                "expected one that a function of oversquash_lens.edits makes, such as edits.window(32), got "
-                f"{one_line(repr(edit), 60)} as an edit"
+                f"expected an edit, got {one_line(repr(edit), 60)}: make one by a function of oversquash_lens.edits, "
+                "such as edits.window(32)"
             )
         if edit.power is None:
             raise InputError(
@@ -327,9 +329,10 @@ def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_
 def _check_length(architecture: Architecture, edit: Edit | None, n: int) -> None:
     """The prompt with its last token repeated must fit, too."""
     if n + 1 > architecture.n_ctx:
+        what = "the prompt" if edit is None else edit.label
         raise InputError(
-            f"{'the prompt' if edit is None else edit.label}: {n} tokens came, {n + 1} with the last one repeated; "
-            f"this model reads at most n_ctx = {architecture.n_ctx}: shorten the prompt"
+            f"expected at most n_ctx = {architecture.n_ctx} tokens, what this model reads, got {what}: {n} tokens, "
+            f"{n + 1} with the last one repeated; shorten the prompt"
         )
 
 

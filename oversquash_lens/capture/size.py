@@ -12,7 +12,8 @@ from typing import Any
 from oversquash_lens.memory import check_memory
 
 BASE = 50_000_000  # bytes that libraries take for themselves once anything runs: buffers, threads, code
-SCRAP = 0.15  # of what is kept, lost between the blocks of the heap
+SCRAP = 0.15  # of what is kept, lost between the blocks of the heap while it is recorded
+HELD = 0.45  # the same afterwards: what the recording itself worked with stays in the heap, and is of little use there
 # Copies of one layer's [head, dest, src] while it is recorded and checked.
 AT_WORK = {"kept": 6, "recomputed": 5, "fused": 0}
 EIGENVALUES = 3  # of a matrix, in products of it with itself
@@ -107,17 +108,20 @@ def size_of(model: Any) -> Size:
     )
 
 
-def kept_bytes(size: Size, n: int, route: str = "kept") -> dict[str, int]:
-    """What a Trace of n tokens holds, by the route (architecture.ROUTES) that it was recorded on."""
+def kept_bytes(size: Size, n: int, route: str = "kept", scrap: float = SCRAP) -> dict[str, int]:
+    """What a Trace of n tokens holds, by the route (architecture.ROUTES) that it was recorded on.
+
+    `scrap`: the share besides that the heap loses, `HELD` once the recording is over.
+    """
     wide = max(4, size.itemsize)
     heads = size.n_heads * size.d_head * (wide if size.itemsize >= 4 else 0)  # what they read, kept where it is exact
     per_position = size.n_kv_heads * (2 * size.d_head + 1) * wide + heads + 2 * size.n_heads * wide + 5 * 8
     if route != "kept":
         per_position += (size.n_heads + size.n_kv_heads) * size.d_head * size.itemsize + size.n_heads * wide
-        return {"queries, keys and values of all layers": round((1 + SCRAP) * size.n_layers * n * per_position)}
+        return {"queries, keys and values of all layers": round((1 + scrap) * size.n_layers * n * per_position)}
     patterns = size.n_layers * size.scores(n)
     return {
-        "the attention patterns of all layers": round((1 + SCRAP) * patterns),
+        "the attention patterns of all layers": round((1 + scrap) * patterns),
         "values and norms": size.n_layers * n * per_position,
     }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.route import choose_route, foreign_hooks
-from oversquash_lens.capture.size import BASE, Size, kept_bytes, record_bytes
+from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, record_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, check_memory, in_words
@@ -87,7 +87,7 @@ def check_audit(subject: Subject, n: int, probes: int | None) -> None:
     """Refuse what would not fit even with one backward product at a time, before the recording that comes first."""
     size, recorded = subject.size, choose_route(subject.model, subject.architecture, n)
     route = truth_route(subject, n, ("attention",) if n <= MOST_FROZEN else ())
-    needed = kept_bytes(size, n, recorded) | truth_bytes(size, n, 1, 0, probes is None, route)
+    needed = kept_bytes(size, n, recorded, HELD) | truth_bytes(size, n, 1, 0, probes is None, route)
     what = f"recording {n} tokens with {subject.about.model} and measuring their truth"
     for parts in (record_bytes(size, n, recorded), needed):
         check_memory(parts, subject.device, what)
