@@ -23,7 +23,7 @@ from torch import Tensor
 import oversquash_lens as osl
 from benchmarks.estimate_prompts import REAL, halves, tokens
 from benchmarks.estimate_vs_truth import model_of
-from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.paths.mean_field import mean_field_weighing
 

@@ -30,7 +30,7 @@ import oversquash_lens as osl
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, tokens
 from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
-from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
 from oversquash_lens.storage import write_atomically
 from oversquash_lens.sweeps.work import model_identity

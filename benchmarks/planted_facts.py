@@ -17,7 +17,7 @@ import torch
 
 import oversquash_lens as osl
 from benchmarks.facts import fact_prompts
-from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.passes import attached
 from oversquash_lens.storage import write_atomically
 

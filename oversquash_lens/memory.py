@@ -40,6 +40,18 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     return max(0, min(limits))
 
 
+def resident_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process holds now, in the machine's memory or the accelerator's."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of an amount as people write it.
 
@@ -69,7 +81,7 @@ def in_words(size: float | int) -> str:
     return f"{size:.3g} TB"
 
 
-def check_room(needed: Mapping[str, int], device: torch.device | str, what: str) -> None:
+def check_memory(needed: Mapping[str, int], device: torch.device | str, what: str) -> None:
     """Refuse what would not fit, with the numbers, before anything is allocated."""
     total, there = sum(needed.values()), available_bytes(device)
     if total <= there:
@@ -77,7 +89,7 @@ def check_room(needed: Mapping[str, int], device: torch.device | str, what: str)
     part, most = max(needed.items(), key=lambda each: each[1])
     raise InputError(
         f"{what} needs about {in_words(total)} of memory beyond what is in use ({in_words(most)} of it for {part}), "
-        f"and {in_words(there)} are there; expected room for it: take a shorter prompt, load the model with "
+        f"and {in_words(there)} are there; expected less than that: take a shorter prompt, load the model with "
         f"dtype='bfloat16', free some memory, or set {MEMORY_VARIABLE} if you know of more"
     )
 

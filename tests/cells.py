@@ -19,7 +19,7 @@ from torch.nn import functional
 from zoo import float64_throughout, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.compare import compare
+from oversquash_lens.analyses.audit import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.support import MEASURES, STATES, Verdict

@@ -45,7 +45,7 @@ def long_findings(n: int, n_layers: int = 4, n_heads: int = 2, tokens: tuple[str
         short,
         audit=audit,
         squashing=Squashing(flows[0], flows[1], audit.mean_field.share, flows[1].node[0]),
-        routes={"most heard": replace(flows[2], source=n // 3)},
+        routes={"largest": replace(flows[2], source=n // 3)},
         edges=(HeavyEdge(1, 0, n - 1, n // 3, 0.02),),
         paths=(HeavyPath((n // 3, *([n - 1] * n_layers)), (0, *([None] * (n_layers - 1))), 0.01),),
     )

@@ -6,8 +6,7 @@ import math
 from itertools import pairwise, product
 
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.viz.diagrams import Paths
-from oversquash_lens.viz.diagrams import Heat, Route
+from oversquash_lens.viz.diagrams import Heat, Paths, Route
 
 LENGTHS = (1, 2, 6, 11, 51, 101, 501, 1001, 2001)
 PRECISION = 2.0**-7

@@ -8,8 +8,8 @@ import torch
 from small_results import TOKENS, audit_result, flow_result
 
 from oversquash_lens.analyses.assumptions import Assumption
-from oversquash_lens.analyses.compare import Comparison
-from oversquash_lens.analyses.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, Findings
+from oversquash_lens.analyses.audit import Comparison
+from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Findings
 from oversquash_lens.capture.about import About
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
@@ -30,7 +30,7 @@ def findings_result(
 ) -> Findings:
     audit = audit_result(tokens, model=model, n_layers=n_layers, exact=exact)
     real, null = flow_result(tokens, n_layers), flow_result(tokens, n_layers, seed=5)
-    sources = dict(zip((MOST_HEARD, FROM_AFAR, MOST_SQUASHED), range(min(3, len(tokens))), strict=False))
+    sources = dict(zip((LARGEST, DISTANT, MOST_SQUASHED), range(min(3, len(tokens))), strict=False))
     found = Findings(
         audit=audit,
         squashing=Squashing(real, null, audit.mean_field.share, _share(null)),

@@ -16,8 +16,7 @@ from small_results import audit_result
 from zoo import zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow
-from oversquash_lens.analyses.compare import compare, spearman
+from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare, spearman
 from oversquash_lens.paths.bounds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")

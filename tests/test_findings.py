@@ -14,11 +14,12 @@ from small_models import CASES, case, tokens_for
 from zoo import zoo
 
 import oversquash_lens as osl
+from oversquash_lens.analyses import audit as audit_module
 from oversquash_lens.analyses import findings as findings_module
 from oversquash_lens.analyses.assumptions import assumptions
-from oversquash_lens.analyses.audit import held_against, measure_truths
-from oversquash_lens.analyses.compare import compare, spearman
-from oversquash_lens.analyses.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, chosen_sources, findings
+from oversquash_lens.analyses.audit import audit_trace, compare, measure_truths, spearman
+from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, chosen_sources, findings
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
@@ -51,8 +52,8 @@ def test_heard_is_the_entropy_of_the_exact_jacobian(found):
     name, result = found
     share = frobenius(exact_jacobian(*case(name)))
     share = share / share.sum()
-    assert result.heard == pytest.approx(math.exp(-(share * share.log()).sum().item()), rel=1e-4)
-    assert f"Measured, it hears {result.heard:.1f}." in result.sentence
+    assert result.effective_tokens == pytest.approx(math.exp(-(share * share.log()).sum().item()), rel=1e-4)
+    assert f"Measured, the effective number of tokens is {result.effective_tokens:.1f}." in result.sentence
 
 
 def test_findings_go_into_json_and_back(found):
@@ -68,8 +69,8 @@ def test_findings_go_into_json_and_back(found):
 
 def test_one_prompt_is_recorded_once(monkeypatch):
     recorded = []
-    real = findings_module.record_tokens
-    monkeypatch.setattr(findings_module, "record_tokens", lambda *a, **k: recorded.append(1) or real(*a, **k))
+    real = audit_module.record_tokens
+    monkeypatch.setattr(audit_module, "record_tokens", lambda *a, **k: recorded.append(1) or real(*a, **k))
     findings(*case("ln-one-layer"), probes=2)
     assert recorded == [1]
 
@@ -96,7 +97,7 @@ def test_what_is_imposed_is_what_is_claimed(name):
     """Where a model keeps an assumption already, imposing it changes nothing; where not, it does."""
     model, tokens = case(name)
     trace = osl.record(model, tokens)
-    truths = measure_truths(model, tokenize(model, tokens), trace.about, probes=3)
+    truths = measure_truths(Subject.of(model), tokenize(model, tokens), trace.about, probes=3)
     gains, weights = trace.gains, trace.gains.weights
     n_heads = trace.about.n_heads
     kept = replace(
@@ -124,7 +125,9 @@ def test_what_is_imposed_is_what_is_claimed(name):
 
 def test_ranges_said_are_those_of_the_recording():
     trace = osl.record(*case("ln-plain-learned"))
-    truths = measure_truths(case("ln-plain-learned")[0], tokenize(*case("ln-plain-learned")), trace.about, probes=2)
+    truths = measure_truths(
+        Subject.of(case("ln-plain-learned")[0]), tokenize(*case("ln-plain-learned")), trace.about, probes=2
+    )
     norms, _, heads, _ = assumptions(trace, truths)
     scale = trace.gains.attention_scale
     spread = scale.amax(-1) / scale.amin(-1)
@@ -147,36 +150,36 @@ def test_sources_are_chosen_once_each_and_for_what_they_are_called(found):
     assert chosen == {why: flow.source for why, flow in found[1].routes.items()}
     assert len(set(chosen.values())) == len(chosen)
     share = squashed.share
-    assert chosen[MOST_HEARD] == int(share.argmax())
-    half = [i for i in range(len(share) // 2) if i != chosen[MOST_HEARD]]
-    assert chosen[FROM_AFAR] == max(half, key=lambda i: share[i].item())
-    rest = [i for i in range(len(share)) if i not in (chosen[MOST_HEARD], chosen[FROM_AFAR])]
+    assert chosen[LARGEST] == int(share.argmax())
+    half = [i for i in range(len(share) // 2) if i != chosen[LARGEST]]
+    assert chosen[DISTANT] == max(half, key=lambda i: share[i].item())
+    rest = [i for i in range(len(share)) if i not in (chosen[LARGEST], chosen[DISTANT])]
     assert chosen[MOST_SQUASHED] == min(rest, key=lambda i: (share - squashed.null_share)[i].item())
 
 
 def test_what_is_not_heard_at_all_has_no_route():
     squashed = findings_result(("a", "b", "c")).squashing
     alone = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    assert chosen_sources(replace(squashed, share=alone)) == {MOST_HEARD: 2}
+    assert chosen_sources(replace(squashed, share=alone)) == {LARGEST: 2}
 
 
 def test_two_tokens_are_enough():
     model, tokens = case("ln-one-layer")
     result = findings(model, tokens[:, :2], probes=2)
     assert len(result.tokens) == 2
-    assert set(result.routes) <= {MOST_HEARD, FROM_AFAR, MOST_SQUASHED}
+    assert set(result.routes) <= {LARGEST, DISTANT, MOST_SQUASHED}
 
 
 def test_an_audit_is_that_of_its_parts():
     model, tokens = case("rms-plain-rotary")
     trace = osl.record(model, tokens)
-    truths = measure_truths(model, tokenize(model, tokens), trace.about)
-    assert held_against(truths, trace).rows == osl.audit(model, tokens).rows
-    assert held_against(truths, trace, 2.0).rows == osl.audit(model, tokens, beta=2.0).rows
+    truths = measure_truths(Subject.of(model), tokenize(model, tokens), trace.about)
+    assert audit_trace(trace, truths).rows == osl.audit(model, tokens).rows
+    assert audit_trace(trace, truths, 2.0).rows == osl.audit(model, tokens, beta=2.0).rows
 
 
 def test_bad_input_is_refused_before_anything_is_recorded(monkeypatch):
-    monkeypatch.setattr(findings_module, "record_tokens", lambda *a, **k: pytest.fail("recorded"))
+    monkeypatch.setattr(audit_module, "record_tokens", lambda *a, **k: pytest.fail("recorded"))
     model, _ = case("ln-one-layer")
     with pytest.raises(InputError, match="at least two"):
         findings(model, [1])
@@ -189,7 +192,7 @@ def test_models_in_half_precision_have_findings_and_an_exact_spectral_norm(dtype
     found = findings(model, tokens_for(3, 8))
     wide = findings(zoo("mistral", "bridge", 3, dtype=torch.float32), tokens_for(3, 8))
     assert found.audit.truth.exact
-    assert found.heard == pytest.approx(wide.heard, rel=0.2)
+    assert found.effective_tokens == pytest.approx(wide.effective_tokens, rel=0.2)
 
 
 def test_the_most_squashed_token_loses():

@@ -15,13 +15,12 @@ import pytest
 from oversquash_lens.paper import task_figures as recipe
 from oversquash_lens.paper.answers import parse_answer
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE
-from oversquash_lens.paper.questions import questions
+from oversquash_lens.paper.questions import TASKS, questions
+from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.scores import Score, TaskScores
 from oversquash_lens.paper.setting import Options, Setting
-from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.task_figures import BIN, QUICK_TOKENS
 from oversquash_lens.paper.tasks import NEW_TOKENS, TaskAnswer, TaskResult
-from oversquash_lens.paper.questions import TASKS
 from oversquash_lens.viz.chart import Chart, Panel, Series
 
 Answer = Callable[[str, str, int, int], str]  # task, chain of thought, length, right answer -> reply

@@ -21,11 +21,10 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.questions import TASKS, Task, questions
-from oversquash_lens.paper.scores import MEASURES, Score, TaskScores
 from oversquash_lens.paper.sampling import Sampling
+from oversquash_lens.paper.scores import MEASURES, Score, TaskScores, score_task
 from oversquash_lens.paper.speakers import Speaker
 from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task
-from oversquash_lens.paper.scores import score_task
 
 COUNTING = ("sum", "ones", "bernoulli", "word")
 COPYING = [name for name in TASKS if name not in (*COUNTING, "copy_last_control")]

@@ -13,12 +13,11 @@ from small_results import EVIL, TOKENS, about, flow_result, profile, truth
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.heaviest import heaviest_edges
+from oversquash_lens.paths.heaviest import heaviest_by_layer, heaviest_edges
 from oversquash_lens.viz.captions import named, percent
 from oversquash_lens.viz.cells import cells_for, millionths
-from oversquash_lens.paths.heaviest import heaviest_by_layer
-from oversquash_lens.viz.html import View, visible_token
 from oversquash_lens.viz.flow_views import activations
+from oversquash_lens.viz.html import View, visible_token
 from oversquash_lens.viz.views import heads, layers, prompts, route
 
 LONG = tuple(f" w{i}" for i in range(600))

@@ -308,8 +308,8 @@ def test_changes_are_ratios_token_by_token(tried: tuple[str, WhatIf]) -> None:
 def test_effective_numbers(tried: tuple[str, WhatIf]) -> None:
     for outcome in tried[1].outcomes:
         for heard, share in (
-            (outcome.truth_heard, outcome.truth.share),
-            (outcome.estimate_heard, outcome.estimate.share),
+            (outcome.measured_tokens, outcome.truth.share),
+            (outcome.estimated_tokens, outcome.estimate.share),
         ):
             entropy = -sum(s * math.log(s) for s in share.tolist() if s > 0)
             assert heard == pytest.approx(math.exp(entropy), rel=1e-9)
@@ -329,9 +329,9 @@ def test_tokens_that_a_window_cuts_off() -> None:
     assert math.isfinite(change.median("estimate"))
     assert nothing.cut_off == 5
     assert math.isnan(nothing.spearman)
-    assert result.after[1].truth_heard == pytest.approx(1)
-    assert result.after[1].estimate_heard == 1
-    assert "3 can no longer be heard" in result.sentence
+    assert result.after[1].measured_tokens == pytest.approx(1)
+    assert result.after[1].estimated_tokens == 1
+    assert "3 can no longer reach the last one" in result.sentence
     assert "nan" not in result.sentence
 
 
@@ -376,7 +376,7 @@ def test_the_table_holds_the_numbers(tried: tuple[str, WhatIf]) -> None:
         assert cells[:2] == [str(len(outcome.tokens)), str(change.cut_off)]
         assert [float(cell) for cell in cells[2:6]] == pytest.approx(medians, abs=0.0051)
         assert cells[6] == ("–" if math.isnan(change.spearman) else f"{round(change.spearman, 2) + 0.0:.2f}")
-        assert cells[7] == f"{outcome.truth_heard:.1f} ({outcome.estimate_heard:.1f})"
+        assert cells[7] == f"{outcome.measured_tokens:.1f} ({outcome.estimated_tokens:.1f})"
         assert cells[8:] == [f"{outcome.collapse:.3g}", f"{outcome.relative_collapse:.2g}"]
     assert " ".join(result.sentence.split()) in " ".join(text.split())
     assert "\n" not in result.sentence
@@ -397,7 +397,7 @@ def test_json_there_and_back(tried: tuple[str, WhatIf]) -> None:
     for one, two in zip(result.outcomes, (back["before"], *back["after"]), strict=True):
         assert (two["label"], two["tokens"], two["places"]) == (one.label, list(one.tokens), list(one.places))
         assert two["truth"]["values"] == one.truth.values.tolist()
-        assert (two["collapse"], two["truth_heard"]) == (one.collapse, one.truth_heard)
+        assert (two["collapse"], two["measured_tokens"]) == (one.collapse, one.measured_tokens)
         assert two["bound"]["kind"] == "proof"
     for one, two in zip(result.changes, back["changes"], strict=True):
         assert two["estimate"]["log10"] == [x if math.isfinite(x) else None for x in one.estimate.tolist()]
@@ -411,18 +411,18 @@ def test_json_there_and_back(tried: tuple[str, WhatIf]) -> None:
 @pytest.mark.parametrize(
     ("asked", "options", "said"),
     [
-        ((), {}, "expected at least one, got no edit"),
-        ((edits.window(2), "window"), {}, "expected one that, got 'window' as an edit"),
-        ((lambda pattern: pattern,), {}, "came as an edit"),
-        ((edits.adaptive_temperature(),), {}, "expected an edit under which, got adaptive temperature"),
+        ((), {}, "expected at least one edit, got none"),
+        ((edits.window(2), "window"), {}, "expected an edit, got 'window'"),
+        ((lambda pattern: pattern,), {}, "expected an edit, got <function"),
+        ((edits.adaptive_temperature(),), {}, "expected an edit under which .* is known, got adaptive temperature"),
         ((edits.ablate_head(9, 0),), {}, "expected 0 … 1, the layers of this model, got layer 9"),
         ((edits.window(2), edits.ablate_head(0, 7)), {}, "expected 0 … 3, the heads of this model, got head 7"),
         ((edits.mask_position(6),), {}, "expected 0 … 5, the positions of this prompt, got position 6"),
-        ((edits.separators(1, "w9 w9"),), {}, "got behind every token: 16 tokens, 17 with the last one repeated"),
+        ((edits.separators(1, "w9 w9"),), {}, "16 tokens, 17 with the last one repeated"),
         ((edits.separators(1, "w9 w9 w9"),), {}, "n_ctx = 16"),
-        ((edits.without_bos(),), {}, "got a prompt without BOS"),
+        ((edits.without_bos(),), {}, "without BOS"),
         ((edits.window(2),), {"variant": "theorem"}, "got variant 'theorem'"),
-        ((edits.window(2),), {"probes": 0}, "expected at least 1, got probes=0"),
+        ((edits.window(2),), {"probes": 0}, "expected at least 1.*, got probes=0"),
         ((edits.window(2),), {"node_probes": -1}, "got node_probes=-1"),
     ],
 )
@@ -431,7 +431,7 @@ def test_what_cannot_be_is_said_before_the_model_runs(
 ) -> None:
     model, tokens = fresh
     if model.tokenizer is None and any(getattr(edit, "spell", None) for edit in asked):
-        said = "without tokenizer|a prompt without BOS"
+        said = "without (a )?tokenizer|without BOS"
     before, runs = count_hooks(model), []
     handle = model.embed.register_forward_pre_hook(lambda *arguments: runs.append(1))
     with pytest.raises(InputError, match=said) as caught:

@@ -97,7 +97,7 @@ def test_any_measure_can_colour(of: str, name: str) -> None:
 def test_the_captions_hold_the_numbers() -> None:
     result = with_commas()
     for part, each, change in zip(what_if(result).views, result.outcomes, (None, *result.changes), strict=True):
-        assert f"hears {each.truth_heard:.1f} of {len(each.tokens)} tokens" in part.caption
+        assert f"hears {each.measured_tokens:.1f} of {len(each.tokens)} tokens" in part.caption
         assert "collapse distance 12.5" in part.caption
         if change is not None:
             assert f"{10 ** change.median('truth'):.2f} times as loud" in part.caption

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.analyses.audit import Truths
-from oversquash_lens.analyses.compare import Comparison, compare
+from oversquash_lens.analyses.audit import Comparison, Truths, compare
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.mean_field import mean_field_sensitivity

@@ -1,10 +1,10 @@
-"""Bound, estimate and truth side by side, on the user's own model and prompt."""
+"""Bound, estimate and truth side by side, on the user's own model and prompt; and any two profiles compared."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,14 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.analyses.compare import compare
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
-from oversquash_lens.capture.support import architecture_support
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.errors import whole_number
+from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.costs import MOST_FROZEN, check_audit, fitting_memory
 from oversquash_lens.jacobian.measured import (
     MEMORY,
@@ -35,6 +33,9 @@ from oversquash_lens.paths.mean_field import mean_field_weighing
 from oversquash_lens.paths.paths import PathProfile, json_numbers
 from oversquash_lens.paths.profiles import path_weighing
 from oversquash_lens.paths.weighing import weigh
+from oversquash_lens.results import Result
+
+Profile = PathProfile | MeasuredSensitivity
 
 ROUNDING = 1e-9  # a bound may be below the truth by this share before it counts as violated
 UNIT_BETA = "proof, β = 1"
@@ -56,9 +57,14 @@ class AuditRow:
     compared_with: str
 
 
-@dataclass(frozen=True)
-class Audit:
-    """Every measure of one prompt beside the truth; `str(audit)` is a table, `sentence` says what it says."""
+@dataclass(frozen=True, repr=False)
+class Audit(Result):
+    """Every measure of one prompt beside the measured truth.
+
+    `str(audit)` is a table of `rows`, `sentence` says what it says; `truth` is ‖∂y_n/∂v_i‖_F, `mean_field` and
+    `bounds` (by variant) are the profiles that `rows` compare with it. `expected` is the estimate's error, predicted
+    without the truth.
+    """
 
     about: About
     tokens: tuple[str, ...]
@@ -66,14 +72,14 @@ class Audit:
     bounds: dict[str, PathProfile]
     mean_field: PathProfile
     rows: tuple[AuditRow, ...]
-    expected: ExpectedError  # of the estimate, foretold without the truth
+    expected: ExpectedError
 
     @property
     def sentence(self) -> str:
         estimate, paper = self._row("mean_field"), self._row("proof")
         size = 10**estimate.median_log10_ratio
         return (
-            f"Of these {len(self.tokens)} tokens the mean-field estimate ranks what the last token hears "
+            f"Of these {len(self.tokens)} tokens the mean-field estimate ranks the sensitivities "
             f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
             f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); "
             f"{self._soundness}."
@@ -94,6 +100,21 @@ class Audit:
 
     def _row(self, name: str) -> AuditRow:
         return next(row for row in self.rows if row.name == name)
+
+    def _title(self) -> str:
+        return f"Audit of {len(self.tokens)} tokens, {self.about}; log10 ratio: measure over truth"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        names = {
+            "measure": "name",
+            "spearman": "spearman",
+            "median_log10_ratio": "median_log10_ratio",
+            "min": "min_log10_ratio",
+            "max": "max_log10_ratio",
+            "below_truth": "violations",
+            "ratio_to": "compared_with",
+        }
+        return {column: [getattr(row, field) for row in self.rows] for column, field in names.items()}
 
     def to_dict(self) -> dict:
         return {
@@ -140,7 +161,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Truths:
-    """What the measures are held against, with nothing frozen and with the attention weights frozen.
+    """What the measures are compared with: the Jacobian with nothing frozen, and with the attention weights frozen.
 
     Spectral norms are exact, or rigorous lower bounds from probes; all four come from the same probes. The last two
     are None where a model class computes attention out of sight, so that it cannot be frozen, or nobody asked.
@@ -157,30 +178,32 @@ def audit(
     prompt: Prompt,
     *,
     probes: int | None = None,
+    beta: float | str = "measured",
     chat: bool = False,
     bos: bool | None = None,
-    beta: float | str = "measured",
-    node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    node_probes: int | None = NODE_PROBES,
     attention: str = "auto",
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Audit:
     """Record a prompt, compute every bound and the mean-field estimate, measure the truth, and compare.
 
+    `prompt`: a text or token ids; `chat`, `bos`, `node_probes`, `seed`, `verify`, `attention` as `record` takes them.
     `probes=None` measures exactly (2·d_model backward products). With probes the Frobenius truth is estimated, and
-    bounds are held against ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
+    bounds are compared with ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
+    `beta`: of the printed bounds, "measured" or a number. `memory`: bytes for a batch of backward products.
     Beyond `MOST_FROZEN` tokens the truth is not measured again with attention frozen, which would take memory that
-    grows with their square.
+    grows with their square. Raises InputError for what cannot be used or does not fit into memory, ModelError for a
+    model of which the truth cannot be measured.
     """
+    subject = Subject.of(model)
     check_effort(probes, node_probes)
-    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    check_audit(model, len(tokenized.ids), probes)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify, attention=attention)
+    recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
-    truths = measure_truths(model, tokenized, trace.about, frozen=len(tokenized.ids) <= MOST_FROZEN, **effort)
-    return held_against(truths, trace, beta)
+    trace, truths = recorded_truths(subject, subject.tokenize(prompt, chat=chat, bos=bos), recording, effort)
+    return audit_trace(trace, truths, beta)
 
 
 def check_effort(probes: int | None, node_probes: int | None) -> None:
@@ -190,7 +213,7 @@ def check_effort(probes: int | None, node_probes: int | None) -> None:
             whole_number(name, number, otherwise=", or None for exact numbers")
 
 
-def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -> Audit:
+def audit_trace(trace: Trace, truths: Truths, beta: float | str = "measured") -> Audit:
     """The audit of a recorded prompt whose truth is measured already; variants that the model refuses are left out."""
     known = [name for name in VARIANTS if name not in CALIBRATED or trace.support[name].state != "refused"]
     weighings = {name: path_weighing(trace, name, beta if name in PRINTED else "measured") for name in known}
@@ -210,8 +233,21 @@ def held_against(truths: Truths, trace: Trace, beta: float | str = "measured") -
     return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), foretold(estimate, fixed))
 
 
+def recorded_truths(
+    subject: Subject, tokenized: TokenizedPrompt, recording: Mapping[str, Any], effort: Mapping[str, Any]
+) -> tuple[Trace, Truths]:
+    """One prompt recorded once and its truth measured; what would not fit is refused before that.
+
+    `recording`: options of `record_tokens`; `effort`: probes, seed, memory and progress of `measure_truths`.
+    """
+    n = len(tokenized.ids)
+    check_audit(subject, n, effort["probes"])
+    trace = record_tokens(subject.model, tokenized, **recording)
+    return trace, measure_truths(subject, tokenized, trace.about, frozen=n <= MOST_FROZEN, **effort)
+
+
 def measure_truths(
-    model: Any,
+    subject: Subject,
     tokenized: TokenizedPrompt,
     about: About,
     *,
@@ -222,12 +258,13 @@ def measure_truths(
     progress: bool = False,
 ) -> Truths:
     """Full and, if asked, frozen-attention Jacobian of a tokenized prompt: both norms from the same products."""
-    architecture = read_architecture(model)
-    dearest = ("attention",) if frozen else ()
-    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=probes is None, freeze=dearest)
+    largest = ("attention",) if frozen else ()
+    memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=probes is None, freeze=largest)
 
     def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
-        tape = differentiate(model, architecture, tokenized, freeze)  # let go before the next: one graph at a time
+        tape = differentiate(
+            subject.model, subject.architecture, tokenized, freeze
+        )  # let go before the next: one graph at a time
         if probes is None:
             exact = exact_norms(tape, ("fro", "spectral"), memory, progress)
             found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
@@ -241,7 +278,7 @@ def measure_truths(
                 tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
             )
 
-    frozen = frozen and architecture_support(architecture)["attention frozen"].state != "refused"
+    frozen = frozen and subject.support["attention frozen"].state != "refused"
     return Truths(*both_norms(()), *(both_norms(("attention",)) if frozen else (None, None)))
 
 
@@ -285,3 +322,78 @@ def _in_words(rho: float) -> str:
         if rho >= least:
             return words
     return "hardly as the truth does" if rho >= 0.3 else "not as the truth does"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Spearman's ρ, and log₁₀ of first/second over positions; nan where a profile has shares only."""
+
+    spearman: float
+    median_log10_ratio: float
+    min_log10_ratio: float
+    max_log10_ratio: float
+
+
+def compare(first: Profile | object, second: Profile | object) -> Comparison:
+    """Rank correlation and log₁₀ ratios of two profiles or truths over the same tokens, also across models.
+
+    Refuses (InputError) to set a y with its final gain against one whose gain was folded away and is not known.
+    """
+    for profile in (first, second):
+        if not isinstance(profile, Profile):
+            raise InputError(
+                "expected two results of path_bound, mean_field_sensitivity or measured_sensitivity, got a "
+                f"{type(profile).__name__}: call one of them first"
+            )
+    if first.tokens != second.tokens:
+        raise InputError(
+            f"expected the same tokens in both, got profiles over {len(first.tokens)} and {len(second.tokens)} "
+            "tokens, or of other texts: measure one prompt twice"
+        )
+    _refuse_mixed_gains(first, second)
+    logs = _log_shape(first), _log_shape(second)
+    connected = ~(torch.isneginf(logs[0]) & torch.isneginf(logs[1]))  # where both are 0 there is no ratio
+    ratio = ((logs[0] - logs[1]) / math.log(10))[connected]
+    if not (_has_size(first) and _has_size(second)) or not len(ratio) or bool(torch.isnan(ratio).any()):
+        return Comparison(spearman(*logs), math.nan, math.nan, math.nan)
+    ordered = ratio.sort().values
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return Comparison(spearman(*logs), middle.item(), ordered[0].item(), ordered[-1].item())
+
+
+def spearman(first: Float[Tensor, " pos"], second: Float[Tensor, " pos"]) -> float:
+    """Spearman's rank correlation in [-1, 1], ties sharing their mean rank; nan where one side is constant.
+
+    >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 15.0])), 9)
+    0.5
+    """
+    ranks = torch.stack([_ranks(first), _ranks(second)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    size = centred.norm(dim=1).prod()
+    return (centred[0] @ centred[1] / size).item() if size > 0 else math.nan
+
+
+def _ranks(values: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _has_size(profile: Profile) -> bool:
+    return isinstance(profile, MeasuredSensitivity) or not math.isnan(profile.log_constant)
+
+
+def _log_shape(profile: Profile) -> Float[Tensor, " pos"]:
+    """Log of the values; where the paper leaves the constant open, of the shares' numerators."""
+    if isinstance(profile, MeasuredSensitivity):
+        return profile.values.double().log()
+    return profile.log_values if _has_size(profile) else profile.log_by_layer[0]
+
+
+def _refuse_mixed_gains(first: Profile, second: Profile) -> None:
+    unknown = [p.about is not None and p.about.final_gain == "unknown" for p in (first, second)]
+    if unknown[0] != unknown[1]:
+        raise InputError(
+            "one model's final gain was folded into its unembedding and is not known, the other's is in its y; "
+            "expected the same convention: load both without folding (fold_ln=False)"
+        )

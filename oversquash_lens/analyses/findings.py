@@ -1,35 +1,37 @@
-"""Everything that a report says of one prompt, from one recording: how much is heard, where it is lost, how sure."""
+"""Everything that a report says of one prompt, from one recording: where its sensitivity lies, and how sure that is."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oversquash_lens.analyses.assumptions import Assumption, assumptions
-from oversquash_lens.analyses.audit import Audit, Truths, check_effort, held_against, measure_truths
+from oversquash_lens.analyses.audit import Audit, Truths, audit_trace, check_effort, recorded_truths
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
-from oversquash_lens.capture.tokens import Prompt, tokenize
+from oversquash_lens.capture.recorder import NODE_PROBES
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.jacobian.costs import MOST_FROZEN, check_audit
+from oversquash_lens.jacobian.costs import MOST_FROZEN
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
 from oversquash_lens.paths.paths import effective_number
 from oversquash_lens.paths.squashing import Squashing, squashing
+from oversquash_lens.results import Result
 
 EDGES, PATHS = 12, 8  # how many of the heaviest are named
-MOST_HEARD, FROM_AFAR, MOST_SQUASHED = "most heard", "from afar", "most squashed"
+LARGEST, DISTANT, MOST_SQUASHED = "largest", "distant", "most squashed"
 
 
-@dataclass(frozen=True)
-class Findings:
+@dataclass(frozen=True, repr=False)
+class Findings(Result):
     """One prompt: the audit, the squashing, a few tokens' routes, the heaviest edges and paths, the assumptions.
 
-    `routes` are flows from single tokens, by why they were chosen: the most heard, the most heard of the prompt's
-    first half, and of the others the most squashed, which loses most against even attention.
+    `routes` are flows from single tokens, by why they were chosen: the one with the largest share, that of the
+    prompt's first half (`DISTANT`), and of the others the most squashed, which loses most against uniform attention.
     """
 
     audit: Audit
@@ -38,6 +40,8 @@ class Findings:
     edges: tuple[HeavyEdge, ...]
     paths: tuple[HeavyPath, ...]
     assumptions: tuple[Assumption, ...]
+
+    _ranked_by = "measured_share"
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -48,13 +52,30 @@ class Findings:
         return self.audit.about
 
     @property
-    def heard(self) -> float:
-        """Effective number of tokens that the last one hears, from the measured truth: 1 … n."""
+    def effective_tokens(self) -> float:
+        """Effective number of tokens, exp of the entropy of the measured share: 1 … n."""
         return effective_number(self.audit.truth.share.double()).item()
 
     @property
     def sentence(self) -> str:
-        return f"{self.squashing.sentence} Measured, it hears {self.heard:.1f}. {self.audit.sentence}"
+        """What was found, in a few sentences."""
+        measured = f"Measured, the effective number of tokens is {self.effective_tokens:.1f}."
+        return f"{self.squashing.sentence} {measured} {self.audit.sentence}"
+
+    def __str__(self) -> str:
+        return f"{self.about}, {len(self.tokens)} tokens\n{self.sentence}"
+
+    def _title(self) -> str:
+        return f"Findings for {len(self.tokens)} tokens, {self.about}; effective number {self.effective_tokens:.1f}"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        return {
+            "position": range(len(self.tokens)),
+            "token": self.tokens,
+            "measured_share": self.audit.truth.share,
+            "estimated_share": self.squashing.share,
+            "uniform_share": self.squashing.null_share,
+        }
 
     def to_dict(self) -> dict:
         return {
@@ -62,7 +83,7 @@ class Findings:
             "about": self.about.to_dict(),
             "tokens": list(self.tokens),
             "sentence": self.sentence,
-            "heard": self.heard,
+            "effective_tokens": self.effective_tokens,
             "audit": self.audit.to_dict(),
             "squashing": self.squashing.to_dict(),
             "routes": {why: route.to_dict() for why, route in self.routes.items()},
@@ -77,12 +98,12 @@ def findings(
     prompt: Prompt,
     *,
     probes: int | None = None,
+    beta: float | str = "measured",
     chat: bool = False,
     bos: bool | None = None,
-    beta: float | str = "measured",
-    node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    node_probes: int | None = NODE_PROBES,
     attention: str = "auto",
     memory: int = MEMORY,
     progress: bool = False,
@@ -92,46 +113,45 @@ def findings(
     A prompt of more than `MOST_FROZEN` tokens is not measured again with attention or norms frozen (see `audit`), and
     the paper's assumptions, which that is for, are not imposed on the estimate either.
     """
+    subject = Subject.of(model)
     check_effort(probes, node_probes)
-    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    check_audit(model, len(tokenized.ids), probes)
-    trace = record_tokens(model, tokenized, node_probes=node_probes, seed=seed, verify=verify, attention=attention)
+    tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
+    recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
-    frozen = len(tokenized.ids) <= MOST_FROZEN
-    truths = measure_truths(model, tokenized, trace.about, frozen=frozen, **effort)
-    if not frozen:
-        return find(trace, truths, beta=beta)
+    trace, truths = recorded_truths(subject, tokenized, recording, effort)
+    if len(tokenized.ids) > MOST_FROZEN:
+        return findings_from_trace(trace, truths, beta=beta)
     with warnings.catch_warnings():
         # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        norms_frozen = measured_sensitivity(model, tokenized.ids, freeze=("norms",), **effort)
-    return find(trace, truths, norms_frozen, beta)
+        norms_frozen = measured_sensitivity(subject.model, tokenized.ids, freeze=("norms",), **effort)
+    return findings_from_trace(trace, truths, norms_frozen, beta)
 
 
-def find(
+def findings_from_trace(
     trace: Trace, truths: Truths, norms_frozen: MeasuredSensitivity | None = None, beta: float | str = "measured"
 ) -> Findings:
     """The findings of a recorded prompt whose truth is measured already: no pass of the model."""
-    held = held_against(truths, trace, beta)
-    squashed = squashing(trace, profile=held.mean_field)
+    audited = audit_trace(trace, truths, beta)
+    squashed = squashing(trace, profile=audited.mean_field)
     chosen = chosen_sources(squashed)
-    routes = flows(trace, tuple(chosen.values()), profile=held.mean_field)
+    routes = flows(trace, tuple(chosen.values()), profile=audited.mean_field)
     return Findings(
-        held,
+        audited,
         squashed,
         dict(zip(chosen, routes, strict=True)),
         heaviest_edges(squashed.flow, EDGES),
         heaviest_paths(squashed.flow, PATHS),
-        assumptions(trace, truths, norms_frozen, held.mean_field) if trace.n_positions <= MOST_FROZEN else (),
+        assumptions(trace, truths, norms_frozen, audited.mean_field) if trace.n_positions <= MOST_FROZEN else (),
     )
 
 
 def chosen_sources(squashed: Squashing) -> dict[str, int]:
-    """Tokens whose routes tell most, each but once, among those that are heard at all."""
+    """Tokens whose routes say most, each but once, among those with any share at all."""
     share = squashed.share
     half = len(share) // 2
-    loudest, losing = share.argsort(descending=True, stable=True), (share - squashed.null_share).argsort(stable=True)
-    orders = {MOST_HEARD: loudest, FROM_AFAR: loudest[loudest < half], MOST_SQUASHED: losing}
+    largest, losing = share.argsort(descending=True, stable=True), (share - squashed.null_share).argsort(stable=True)
+    orders = {LARGEST: largest, DISTANT: largest[largest < half], MOST_SQUASHED: losing}
     chosen: dict[str, int] = {}
     for why, order in orders.items():
         free = [i for i in order.tolist() if share[i] > 0 and i not in chosen.values()]

@@ -1,75 +1,111 @@
 """What a run will need of memory and time, said before it begins.
 
-Bytes come from the model's shapes, seconds from these and a short timing of this machine at the same shapes. Both are
-meant to be right within a factor of 1.5; `python -m benchmarks.forecast` sets them against runs.
+Bytes are counted from the model's shapes: the tensors that are alive together where a run holds most. Seconds are one
+small pass, timed, times the work of the passes that a measure makes: a pass of n tokens costs so many multiply-adds per
+token and so many per pair of tokens, and a backward product costs about as much as a pass. `python -m
+benchmarks.planned` compares both with runs.
 """
 
 from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from oversquash_lens.analyses.speed import measure_speed
-from oversquash_lens.capture.architecture import read_architecture
-from oversquash_lens.capture.route import choose_route
-from oversquash_lens.capture.size import BASE, Size, device_of, kept_bytes, logits_bytes, record_bytes, size_of
-from oversquash_lens.capture.tokens import Prompt, tokenize
-from oversquash_lens.capture.weights import weights_known
-from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.jacobian import costs
-from oversquash_lens.jacobian.costs import Work
-from oversquash_lens.jacobian.measured import MEMORY
-from oversquash_lens.memory import available_bytes, in_words
+import torch
 
-Bytes = Mapping[str, int]
+from oversquash_lens.capture.passes import last_logits_only, without_cache
+from oversquash_lens.capture.prefixes import plan as shared_passes
+from oversquash_lens.capture.route import choose_route
+from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, logits_bytes, record_bytes
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import Prompt
+from oversquash_lens.capture.weights import weights_known
+from oversquash_lens.errors import InputError, one_line, whole_number
+from oversquash_lens.jacobian import costs
+from oversquash_lens.jacobian.measured import MEMORY
+from oversquash_lens.memory import available_bytes, in_words, resident_bytes
+from oversquash_lens.paths.block import ENTRIES, MOST_ROWS
+from oversquash_lens.results import Result
+
+Bytes = dict[str, int]
+
+SMALL = 64  # tokens of the pass that is timed
+MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
+SWEEP = 1.5  # attentions: what all kinds of path in one sweep multiply for each [head, dest, src] of a layer
+EDITED = 3  # copies of its [head, dest, src] that an edit adds to the graph of a layer
+DIRECTIONS = 144  # pairs of directions through each MLP at the default number of node probes
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run is of, and the routes that it would take now: of the recording, of the truth as it is, and frozen."""
+class Request:
+    """What a run is of, and the routes that it would take now: of the recording, of the truth as it is, and frozen.
+
+    `times`: how often the whole is done, as `plan` takes it; `new_tokens`: of each completion.
+    """
 
     size: Size
     n: int
     probes: int | None
     memory: int
+    times: float | int = 1
+    new_tokens: int = 0
     recorded: str = "kept"
     truth: str = "whole"
     frozen: str = "whole"
 
     @property
     def products(self) -> int:
+        """Backward products of one truth."""
         return self.size.d_model if self.probes is None else self.probes
 
     def truth_bytes(self, route: str, spectral: bool = False) -> Bytes:
+        """The most that one truth holds."""
         return costs.truth_bytes(self.size, self.n, self.products, self.memory, spectral, route)
-
-    def truth_work(self, route: str) -> Work:
-        return costs.truth_work(self.size, self.n, self.products, route)
 
     def kept(self) -> Bytes:
         """The recording, while something else is done."""
-        return kept_bytes(self.size, self.n, self.recorded)
+        return kept_bytes(self.size, self.n, self.recorded, HELD)
+
+    @property
+    def one_pass(self) -> int:
+        """Multiply-adds of one pass over the prompt, logits of the last position."""
+        return self.size.pass_operations(self.n)
+
+    @property
+    def sweep(self) -> float:
+        """Multiply-adds of one sweep over the layers' attention, all kinds of path together."""
+        return SWEEP * self.size.attention_operations(self.n)
+
+    def truth_operations(self, route: str) -> int:
+        """A pass with its graph (once more, a block at a time), and backward products, their attention twice."""
+        back = self.one_pass + self.size.attention_operations(self.n)
+        return (1 if route == "whole" else 2) * self.one_pass + self.products * back
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one measure does: phases, each with what it holds at its fullest, and the work of all together."""
+class Course:
+    """What one measure does: phases, each with what it holds at its fullest, and steps with their multiply-adds."""
 
     phases: Mapping[str, Bytes]
-    work: Mapping[str, Work]
+    steps: Mapping[str, float | int]
+
+    def fullest(self) -> tuple[str, int]:
+        """The phase that holds most, and how much."""
+        sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
+        return max(sums.items(), key=lambda each: each[1])
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Memory and time of one run, before it. `str(forecast)` is a table, `sentence` says whether it fits.
+@dataclass(frozen=True, repr=False)
+class Plan(Result):
+    """Memory and time of one run, before it. `str(plan)` is a table, `sentence` says whether it fits.
 
-    `bytes` is the most that it holds at once beyond what the process holds already, in the phase `fullest`;
-    `parts` says what holds them, `available` what there is. `seconds` is the wall time on this machine as it is now;
-    `steps` says what takes it. `verdict` is "fits", "fits, leaner" (fewer backward products at a time) or
-    "does not fit".
+    `bytes` is the most that it holds at once beyond the `resident` ones that the process holds already, in the phase
+    `fullest`; `parts` says what holds them, `available` what there is. `seconds` is the wall time on this machine as
+    it is now, `steps` says what takes it; `passes` is the same work in passes over the prompt. `verdict` is "fits",
+    "fits, leaner" (fewer backward products at a time) or "does not fit".
     """
 
     measure: str
@@ -78,31 +114,37 @@ class Forecast:
     probes: int | None
     bytes: int
     available: int
-    seconds: float
+    resident: int
+    passes: float | int
+    seconds: float | int
     verdict: str
     fullest: str
     parts: Bytes
-    steps: Mapping[str, float]
+    steps: Mapping[str, float | int]
 
     @property
     def fits(self) -> bool:
+        """Whether the run would not be refused now."""
         return self.verdict != "does not fit"
 
     @property
     def sentence(self) -> str:
+        """All in one line."""
         what = f"{self.measure} of {self.n} tokens with {self.model}"
-        needs = f"needs about {in_words(self.bytes)} of memory and {duration(self.seconds)}"
+        needs = f"needs about {in_words(self.bytes)} of memory beyond the {in_words(self.resident)} in use"
+        work = f"and the work of {self.passes:.3g} passes, about {duration(self.seconds)}"
         there = f"{in_words(self.available)} are there"
         end = {
             "fits": f"{there}: it fits.",
             "fits, leaner": f"{there}: it will take fewer backward products at a time, and somewhat longer.",
             "does not fit": f"{there}: it does not fit. Take a shorter prompt, or dtype='bfloat16'.",
         }
-        return f"{what} {needs}; {end[self.verdict]}"
+        return f"{what} {needs} {work}; {end[self.verdict]}"
 
     def to_dict(self) -> dict:
+        """JSON-able."""
         return {
-            "kind": "forecast",
+            "kind": "plan",
             **{key: value for key, value in vars(self).items() if key not in ("parts", "steps")},
             "fits": self.fits,
             "sentence": self.sentence,
@@ -110,137 +152,258 @@ class Forecast:
             "steps": dict(self.steps),
         }
 
+    def _title(self) -> str:
+        return self.sentence
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        parts, steps = by_size(self.parts), by_size(self.steps)
+        return {
+            "what": [name for name, _ in (*parts, *steps)],
+            "bytes": [*(size for _, size in parts), *[None] * len(steps)],
+            "seconds": [*[None] * len(parts), *(seconds for _, seconds in steps)],
+        }
+
     def __str__(self) -> str:
         parts = [f"{in_words(size):>9}  {name}" for name, size in by_size(self.parts)]
         steps = [f"{duration(seconds):>9}  {name}" for name, seconds in by_size(self.steps)]
-        return "\n".join([self.sentence, "", f"memory, while {self.fullest}", *parts, "", "time", *steps])
+        time_head = f"time (one pass of {min(SMALL, self.n)} tokens was timed, and its work multiplied)"
+        return "\n".join([self.sentence, "", f"memory, while {self.fullest}", *parts, "", time_head, *steps])
 
 
-def forecast(
+def plan(
     model: Any,
     prompt: Prompt | int,
     measure: str = "report",
     *,
     probes: int | None = 16,
-    memory: int = MEMORY,
+    times: float | int = 1,
+    new_tokens: int = 0,
     chat: bool = False,
     bos: bool | None = None,
+    memory: int = MEMORY,
     clock: Callable[[], float] = time.perf_counter,
-) -> Forecast:
+) -> Plan:
     """Memory and time that a measure of this prompt, or of any prompt of so many tokens, would take.
 
-    `measure`: one of `MEASURES`; `probes` and `memory` as the measure itself takes them (None: the exact truth).
-    Nothing of the model is run: shapes are counted, and one layer's worth of work is timed, within a few seconds.
+    `measure`: one of `MEASURES`. `probes` and `memory` (bytes) as the measure itself takes them (None: the exact
+    truth). `times`: how often it is done: the edits of "what_if", the number formats of "collapse", the questions of
+    "generate", the prompts of any other. `new_tokens`: of each completion of "generate". `chat`, `bos` as `record`
+    takes them. `clock`: what counts seconds.
+
+    One pass of at most 64 tokens is run and timed; everything else is counted. Bytes are meant to be right within a
+    factor of 1.3, seconds within about 2: a machine that others use is as fast as they let it.
+    Raises InputError for an unknown measure, or a prompt or number of tokens that the model does not read.
     """
+    subject = Subject.of(model)
     if measure not in MEASURES:
         raise InputError(f"expected one of {', '.join(MEASURES)}, got measure {one_line(repr(measure), 60)}")
-    n = _length(model, prompt, chat, bos)
-    if probes is not None and not (isinstance(probes, int) and probes > 0):
-        raise InputError(f"expected a whole number from 1 on, or None, got probes={one_line(repr(probes), 60)}")
-    size, device = size_of(model), device_of(model)
-    available = available_bytes(device)
-    asked = _asked(model, size, n, probes, memory)
-    plan, verdict = MEASURES[measure](asked), "fits"
-    if _fullest(plan)[1] > available:
-        lean = MEASURES[measure](replace(asked, memory=0))
-        fits = _fullest(lean)[1] <= available
-        plan, verdict = (lean, "fits, leaner") if fits else (plan, "does not fit")
-    fullest, total = _fullest(plan)
-    speed = measure_speed(size, n, next(model.parameters()).dtype, device, clock)
-    work = dict(plan.work)
-    if measure not in ("forward", "truth") and not weights_known(model):
-        work["norms of the weights, once per model"] = costs.weights_work(size)
-    steps = {name: each.seconds(speed) for name, each in work.items()}
-    return Forecast(
+    n = _length(subject, prompt, chat, bos)
+    if probes is not None:
+        whole_number("probes", probes, otherwise=", or None for the exact truth")
+    request = _request(subject, n, probes, memory, times, new_tokens)
+    return _planned(subject, measure, request, clock)
+
+
+def plan_collapse(
+    model: Any,
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    formats: int = 2,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Plan:
+    """As `plan`, of a collapse curve: `pairs` of token ids, one for each length, in so many number formats.
+
+    Prompts that begin alike share a pass, so the tokens that are really run are counted.
+    """
+    subject = Subject.of(model)
+    sequences = list(dict.fromkeys(ids for pair in pairs for ids in pair))
+    longest = max(map(len, sequences))
+    times = formats * shared_passes(sequences).tokens / longest
+    return _planned(subject, "collapse", _request(subject, longest, 1, MEMORY, times, 0), clock)
+
+
+def plans_together(plans: Sequence[Plan], measure: str) -> Plan:
+    """One plan of several runs after another, under a name of their own: the largest memory, all seconds."""
+    largest = max(plans, key=lambda each: each.bytes)
+    steps: dict[str, float] = {}
+    for each in plans:
+        for name, seconds in each.steps.items():
+            steps[name] = steps.get(name, 0.0) + seconds
+    work = sum(each.passes * each.n for each in plans) / largest.n
+    return replace(largest, measure=measure, passes=work, seconds=sum(steps.values()), steps=steps)
+
+
+def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[], float]) -> Plan:
+    available, size = available_bytes(subject.device), subject.size
+    course, verdict = MEASURES[measure](request), "fits"
+    if course.fullest()[1] > available:
+        lean = MEASURES[measure](replace(request, memory=0))
+        fits = lean.fullest()[1] <= available
+        course, verdict = (lean, "fits, leaner") if fits else (course, "does not fit")
+    fullest, total = course.fullest()
+    work = dict(course.steps)
+    if measure in RECORDED and not weights_known(subject.model):
+        work["norms of the weights, once per model"] = size.gram_operations
+    small = min(SMALL, request.n)
+    pace = _small_pass_seconds(subject, small, clock) / size.pass_operations(small)
+    steps = {name: pace * operations for name, operations in work.items()}
+    return Plan(
         measure=measure,
-        model=getattr(model.cfg, "model_name", None) or "this model",
-        n=n,
-        probes=probes,
+        model=subject.about.model,
+        n=request.n,
+        probes=request.probes,
         bytes=total,
         available=available,
+        resident=resident_bytes(subject.device),
+        passes=sum(work.values()) / request.one_pass,
         seconds=sum(steps.values()),
         verdict=verdict,
         fullest=fullest,
-        parts=plan.phases[fullest],
+        parts=course.phases[fullest],
         steps=steps,
     )
 
 
-def _asked(model: Any, size: Size, n: int, probes: int | None, memory: int) -> Asked:
-    architecture = read_architecture(model)
-    routes = (costs.truth_route(model, architecture, n, freeze) for freeze in ((), ("attention",)))
-    return Asked(size, n, probes, memory, choose_route(model, architecture, n), *routes)
+def _request(subject: Subject, n: int, probes: int | None, memory: int, times: float | int, new_tokens: int) -> Request:
+    truth, frozen = (costs.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
+    recorded = choose_route(subject.model, subject.architecture, n)
+    return Request(subject.size, n, probes, memory, times, new_tokens, recorded, truth, frozen)
 
 
-def _length(model: Any, prompt: Any, chat: bool, bos: bool | None) -> int:
+def _length(subject: Subject, prompt: Any, chat: bool, bos: bool | None) -> int:
     if isinstance(prompt, str) or not hasattr(prompt, "__index__") or getattr(prompt, "ndim", 0):
-        return len(tokenize(model, prompt, chat=chat, bos=bos).ids)
-    n, n_ctx = operator.index(prompt), getattr(model.cfg, "n_ctx", None)
+        return len(subject.tokenize(prompt, chat=chat, bos=bos).ids)
+    n, n_ctx = operator.index(prompt), getattr(subject.model.cfg, "n_ctx", None)
     if n < 2 or (n_ctx and n > n_ctx):
         raise InputError(f"expected 2 … {n_ctx}, what this model reads, got {n} tokens: give a number between them")
     return n
 
 
-def _fullest(plan: Plan) -> tuple[str, int]:
-    """The phase that holds most, and how much."""
-    sums = {name: sum(parts.values()) for name, parts in plan.phases.items()}
-    return max(sums.items(), key=lambda each: each[1])
+def _small_pass_seconds(subject: Subject, n: int, clock: Callable[[], float]) -> float | int:
+    """Seconds of one pass of n tokens; a first one, of two tokens, makes what a model makes once."""
+    model, device = subject.model, subject.device
+    ids = (torch.arange(n, device=device) % model.cfg.d_vocab)[None]
+
+    def once(ids: torch.Tensor) -> None:
+        model(ids, **without_cache(model))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
+    with torch.no_grad(), last_logits_only(model):
+        once(ids[:, :2])
+        begun = clock()
+        once(ids)
+        return clock() - begun
 
 
-def _forward(asked: Asked) -> Plan:
-    size, n = asked.size, asked.n
+def _block_bytes(size: Size, n: int) -> Bytes:
+    """A block of rows at work; bounds, estimate and flows take one layer after another, all through the same block."""
+    entries = min(ENTRIES["cpu"], size.n_heads * min(MOST_ROWS, n) * n)
+    return {"a block of rows": MAPS * entries * max(4, size.itemsize), "the libraries": BASE}
+
+
+# ---------------------------------------------------------------- what each measure does
+
+
+def _forward(run: Request) -> Course:
+    size, n = run.size, run.n
     parts = {"the logits": logits_bytes(size, n), "one layer at work": 2 * size.scores(n), "the libraries": BASE}
-    return Plan({"running the model": parts}, {"the pass": costs.forward_work(size, n)})
+    return Course({"running the model": parts}, {"the pass": run.times * (run.one_pass + size.logits_operations(n))})
 
 
-def _record(asked: Asked) -> Plan:
-    work = {"recording": costs.record_work(asked.size, asked.n, asked.recorded)}
-    return Plan({"recording": record_bytes(asked.size, asked.n, asked.recorded)}, work)
+def _record(run: Request) -> Course:
+    """A pass, its checks, and the nodes' gains from pairs of directions."""
+    size = run.size
+    pairs = DIRECTIONS * size.n_layers * size.matrices * (run.n + size.d_model) * size.d_mlp
+    steps = {"recording": run.times * (run.one_pass + size.attention_operations(run.n) + pairs)}
+    return Course({"recording": record_bytes(size, run.n, run.recorded)}, steps)
 
 
-def _bound(asked: Asked) -> Plan:
+def _bound(run: Request) -> Course:
     """Every variant of the bound, and the estimate, in one sweep."""
-    plan = _record(asked)
-    phases = {**plan.phases, "summing over paths": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
-    work = {"bounds and estimate": costs.bounds_work(asked.size, asked.n, asked.recorded)}
-    return Plan(phases, plan.work | work)
+    course = _record(run)
+    phases = {**course.phases, "summing over paths": run.kept() | _block_bytes(run.size, run.n)}
+    return Course(phases, {**course.steps, "bounds and estimate": run.times * run.sweep})
 
 
-def _flow(asked: Asked) -> Plan:
-    """The estimate's flow, and that of even attention."""
-    plan = _record(asked)
-    phases = {**plan.phases, "following the flow": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
-    return Plan(phases, plan.work | {"flows": costs.flow_work(asked.size, asked.n, asked.recorded).times(2)})
+def _flow(run: Request) -> Course:
+    """The estimate's flow and that of uniform attention, each in two sweeps."""
+    course = _record(run)
+    phases = {**course.phases, "following the flow": run.kept() | _block_bytes(run.size, run.n)}
+    return Course(phases, {**course.steps, "flows": run.times * 4 * run.sweep})
 
 
-def _truth(asked: Asked) -> Plan:
-    return Plan({"measuring the truth": asked.truth_bytes(asked.truth)}, {"the truth": asked.truth_work(asked.truth)})
+def _truth(run: Request) -> Course:
+    steps = {"the truth": run.times * run.truth_operations(run.truth)}
+    return Course({"measuring the truth": run.truth_bytes(run.truth)}, steps)
 
 
-def _audit(asked: Asked) -> Plan:
+def _audit(run: Request) -> Course:
     """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate."""
-    plan, spectral = _bound(asked), asked.probes is None
-    truths = {"measuring the truth": asked.kept() | asked.truth_bytes(asked.truth, spectral)}
-    work = {"the truth": asked.truth_work(asked.truth)}
-    if asked.n <= costs.MOST_FROZEN:
-        phase = "measuring the truth with attention frozen"
-        truths[phase] = asked.kept() | asked.truth_bytes(asked.frozen, spectral)
-        work["the truth with attention frozen"] = asked.truth_work(asked.frozen)
-    return Plan({**plan.phases, **truths}, plan.work | work)
+    course, spectral = _bound(run), run.probes is None
+    phases = {**course.phases, "measuring the truth": run.kept() | run.truth_bytes(run.truth, spectral)}
+    steps = {**course.steps, "the truth": run.times * run.truth_operations(run.truth)}
+    if run.n <= costs.MOST_FROZEN:
+        name = "the truth with attention frozen"
+        phases[f"measuring {name}"] = run.kept() | run.truth_bytes(run.frozen, spectral)
+        steps[name] = run.times * run.truth_operations(run.frozen)
+    return Course(phases, steps)
 
 
-def _report(asked: Asked) -> Plan:
-    """An audit, the truth with the norms frozen, flows (all, even, of chosen tokens), four more estimates."""
-    plan = _audit(asked)
-    work = {"flows and routes": costs.flow_work(asked.size, asked.n, asked.recorded).times(3)}
-    if asked.n <= costs.MOST_FROZEN:
-        work["the truth with norms frozen"] = asked.truth_work(asked.truth)
-        work["each assumption imposed"] = costs.estimate_work(asked.size, asked.n, asked.recorded).times(4)
-    phases = {**plan.phases, "following the flow": asked.kept() | costs.edge_bytes(asked.size, asked.n)}
-    return Plan(phases, plan.work | work)
+def _report(run: Request) -> Course:
+    """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates."""
+    course = _audit(run)
+    steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep}
+    if run.n <= costs.MOST_FROZEN:
+        steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
+        steps["each assumption imposed"] = run.times * 4 * run.sweep
+    phases = {**course.phases, "following the flow": run.kept() | _block_bytes(run.size, run.n)}
+    return Course(phases, steps)
 
 
-MEASURES: dict[str, Callable[[Asked], Plan]] = {
+def _what_if(run: Request) -> Course:
+    """Prompt and edits: each recorded, bounded, its truth measured, and run once more with the last token repeated.
+
+    An edit of the attention is a hook inside it, so patterns are kept and no truth is fused.
+    """
+    edited = replace(run, recorded="kept", truth=run.frozen, times=run.times + 1)
+    course = _bound(edited)
+    layers = run.size.n_layers if edited.truth == "whole" else 1
+    weights = {"the edited attention": EDITED * layers * run.size.scores(run.n)}
+    phases = {**course.phases, "measuring the truth": edited.kept() | weights | edited.truth_bytes(edited.truth)}
+    truth = {"the truth": edited.times * edited.truth_operations(edited.truth)}
+    return Course(phases, {**course.steps, **truth, "the last token repeated": edited.times * edited.one_pass})
+
+
+def _collapse(run: Request) -> Course:
+    """The passes that read all pairs, and those that check endings against passes of their own, in each format."""
+    size, n = run.size, run.n
+    parts = {
+        "one layer at work": 3 * size.scores(n) + size.position(n),
+        "the weights in another format": size.weights_bytes,
+        "keys and values": size.cache_bytes(n),
+        "the unembedding": size.unembedding,
+        "the libraries": BASE,
+    }
+    return Course({"reading the pairs": parts}, {"the passes": run.times * run.one_pass})
+
+
+def _generate(run: Request) -> Course:
+    """Completions: a pass over each prompt, and one of a single token for each token that follows."""
+    size, n = run.size, run.n + run.new_tokens
+    parts = {
+        "the logits": logits_bytes(size, run.n),
+        "one layer at work": 2 * size.scores(run.n),
+        "keys and values": size.cache_bytes(n),
+        "the libraries": BASE,
+    }
+    new = run.new_tokens * size.d_model * size.d_vocab + size.pass_operations(n) - run.one_pass
+    return Course({"generating": parts}, {"the prompts": run.times * run.one_pass, "new tokens": run.times * new})
+
+
+MEASURES: dict[str, Callable[[Request], Course]] = {
     "forward": _forward,
     "record": _record,
     "bound": _bound,
@@ -248,10 +411,15 @@ MEASURES: dict[str, Callable[[Asked], Plan]] = {
     "truth": _truth,
     "audit": _audit,
     "report": _report,
+    "what_if": _what_if,
+    "collapse": _collapse,
+    "generate": _generate,
 }
+RECORDED = frozenset(MEASURES) - {"forward", "truth", "collapse", "generate"}  # they need the norms of the weights
 
 
 def by_size(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Largest first."""
     return sorted(parts.items(), key=lambda each: -each[1])
 
 

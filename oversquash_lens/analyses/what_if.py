@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,28 +13,29 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.analyses.audit import check_effort
-from oversquash_lens.analyses.compare import spearman
+from oversquash_lens.analyses.audit import check_effort, spearman
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
 from oversquash_lens.capture.readings import read_alone
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.capture.tokens import Prompt, tokenize
+from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paths.bounds import VARIANTS, path_bound
 from oversquash_lens.paths.mean_field import mean_field_sensitivity
 from oversquash_lens.paths.paths import PathProfile, effective_number, json_numbers
+from oversquash_lens.results import Result
 
 UNEDITED = "as it is"
 ROUNDING = 1e-5  # decades that a float32 sensitivity moves by when nothing has changed
+OPPOSITE = 0.05  # decades, 12 %: medians that differ from 0 by more, to opposite sides, contradict each other
 MEASURES = ("bound", "calibrated", "estimate", "truth")
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, repr=False)
+class Outcome(Result):
     """Everything measured under one edit, or under none.
 
     `places` says where each token stood before the edit, None where the edit put it in. `bound` is of the variant
@@ -53,13 +54,15 @@ class Outcome:
     collapse: float
     relative_collapse: float
 
+    _ranked_by = "measured_share"
+
     @property
-    def estimate_heard(self) -> float:
-        """Effective number of tokens that the last one hears, by the estimate: exp of its share's entropy, 1 … n."""
+    def estimated_tokens(self) -> float:
+        """Effective number of tokens by the estimate: exp of the entropy of its share, 1 … n."""
         return effective_number(self.estimate.share).item()
 
     @property
-    def truth_heard(self) -> float:
+    def measured_tokens(self) -> float:
         """The same as measured."""
         return effective_number(self.truth.share).item()
 
@@ -74,16 +77,23 @@ class Outcome:
             return profile.values.double().log().masked_fill(~reached, -math.inf)
         return profile.log_by_layer[0] if math.isnan(profile.log_constant) else profile.log_values
 
+    def _title(self) -> str:
+        return f"“{self.label}”: {len(self.tokens)} tokens, effective number {self.measured_tokens:.1f}"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        shares = {"measured_share": self.truth.share, "estimated_share": self.estimate.share}
+        return {"position": range(len(self.tokens)), "token": self.tokens, "place_before": self.places, **shares}
+
     def to_dict(self) -> dict:
         profiles = {name: getattr(self, name).to_dict() for name in MEASURES}
-        numbers = ("estimate_heard", "truth_heard", "collapse", "relative_collapse")
+        numbers = ("estimated_tokens", "measured_tokens", "collapse", "relative_collapse")
         plain = {"label": self.label, "tokens": list(self.tokens), "places": list(self.places)}
         return plain | profiles | {name: json_numbers(getattr(self, name)) for name in numbers}
 
 
-@dataclass(frozen=True)
-class Change:
-    """log₁₀ of after over before, for each token that an edit kept; -inf where it can no longer be heard.
+@dataclass(frozen=True, repr=False)
+class Change(Result):
+    """log₁₀ of after over before, for each token that an edit kept; -inf where no path reaches the last one any more.
 
     `places` are the kept tokens' places before the edit.
     """
@@ -97,39 +107,61 @@ class Change:
 
     @property
     def cut_off(self) -> int:
-        """How many tokens the last one heard before and cannot hear now."""
+        """How many tokens that had a path to the last one have none now."""
         return int(torch.isneginf(self.calibrated).sum())
 
     @property
     def spearman(self) -> float:
-        """Rank correlation of estimated and measured change over the tokens still heard: does the estimate know?
+        """Rank correlation of estimated and measured change over the tokens still connected: does the estimate know?
 
         nan where either changes by no more than rounding does.
         """
-        heard = torch.isfinite(self.estimate) & torch.isfinite(self.truth)
-        changes = self.estimate[heard], self.truth[heard]
-        if not heard.any() or min(change.abs().max() for change in changes) < ROUNDING:
+        connected = torch.isfinite(self.estimate) & torch.isfinite(self.truth)
+        changes = self.estimate[connected], self.truth[connected]
+        if not connected.any() or min(change.abs().max() for change in changes) < ROUNDING:
             return math.nan
         return spearman(*changes)
 
     def median(self, measure: str) -> float:
-        """Median over the tokens still heard; nan if there are none."""
+        """Median over the tokens still connected; nan if there are none."""
         change = getattr(self, measure)
         finite = change[torch.isfinite(change)]
         return finite.quantile(0.5).item() if len(finite) else math.nan
+
+    @property
+    def note(self) -> str:
+        """Where estimate and truth contradict each other, a sentence that says so; otherwise empty."""
+        guess, truth = self.median("estimate"), self.median("truth")
+        if not (guess * truth < 0 and min(abs(guess), abs(truth)) > OPPOSITE):
+            return ""
+        up, down = "larger", "smaller"
+        said, found = (up, down) if guess > 0 else (down, up)
+        return (
+            f"Under “{self.label}” estimate and truth point in opposite directions: the estimate says that a typical "
+            f"token's sensitivity becomes {said}, measured it becomes {found}. Believe the measured one."
+        )
+
+    def _title(self) -> str:
+        return f"“{self.label}”: log10 of after over before for {len(self.places)} tokens, {self.cut_off} cut off"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        return {"place_before": self.places, **{name: getattr(self, name) for name in MEASURES}}
 
     def to_dict(self) -> dict:
         measures = {
             name: {"median": json_numbers(self.median(name)), "log10": json_numbers(getattr(self, name))}
             for name in MEASURES
         }
-        numbers = {"cut_off": self.cut_off, "spearman": json_numbers(self.spearman)}
+        numbers = {"cut_off": self.cut_off, "spearman": json_numbers(self.spearman), "note": self.note}
         return {"label": self.label, "places": list(self.places), **measures, **numbers}
 
 
-@dataclass(frozen=True)
-class WhatIf:
-    """One prompt as it is and under each edit; `str(result)` is a table, `sentence` says what it says."""
+@dataclass(frozen=True, repr=False)
+class WhatIf(Result):
+    """One prompt as it is and under each edit.
+
+    `str(result)` is a table, `sentence` says what it says, `notes` where estimate and truth contradict each other.
+    """
 
     about: About
     before: Outcome
@@ -145,19 +177,43 @@ class WhatIf:
         return tuple(_change(self.before, outcome) for outcome in self.after)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What to beware of in these numbers."""
+        return tuple(change.note for change in self.changes if change.note)
+
+    @property
     def sentence(self) -> str:
+        """What each edit did, in words."""
         return " ".join(self._said())
 
     def _said(self) -> list[str]:
-        heard, n = self.before.truth_heard, len(self.before.tokens)
-        said = [f"As it is, the last token hears {heard:.1f} of {n} tokens (measured)."]
+        number, n = self.before.measured_tokens, len(self.before.tokens)
+        said = [f"As it is, the effective number of tokens is {number:.1f} of {n} (measured)."]
         return said + [_in_words(self.before, *pair) for pair in zip(self.after, self.changes, strict=True)]
+
+    def _title(self) -> str:
+        warned = f"; {len(self.notes)} of them: estimate and truth disagree in direction" if self.notes else ""
+        many = f"{len(self.after)} edit{'s' if len(self.after) > 1 else ''}"
+        return f"{many} of {len(self.before.tokens)} tokens, {self.about}; median log10 of after over before{warned}"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        pairs = [*zip(self.outcomes, (None, *self.changes), strict=True)]
+        return {
+            "edit": [outcome.label for outcome in self.outcomes],
+            "tokens": [len(outcome.tokens) for outcome in self.outcomes],
+            "cut_off": [None if change is None else change.cut_off for _, change in pairs],
+            **{name: [None if each is None else each.median(name) for _, each in pairs] for name in MEASURES},
+            "spearman": [None if change is None else change.spearman for _, change in pairs],
+            "effective_tokens": [outcome.measured_tokens for outcome in self.outcomes],
+            "collapse": [outcome.collapse for outcome in self.outcomes],
+        }
 
     def to_dict(self) -> dict:
         return {
             "kind": "what_if",
             "about": self.about.to_dict(),
             "sentence": self.sentence,
+            "notes": list(self.notes),
             "before": self.before.to_dict(),
             "after": [outcome.to_dict() for outcome in self.after],
             "changes": [change.to_dict() for change in self.changes],
@@ -178,16 +234,17 @@ class WhatIf:
             file=io.StringIO(), width=118, legacy_windows=False, force_jupyter=False, force_terminal=False
         )
         console.print(table)
-        for text in (LEGEND, "", *self._said()):
+        for text in (LEGEND, "", *self._said(), *self.notes):
             console.print(Text(text))
         return console.file.getvalue().rstrip()
 
 
-HEAD = ("sound\nbound", "estimate", "truth", "ρ", "heard\n(estimate)", "collapse", "rel.")
+HEAD = ("sound\nbound", "estimate", "truth", "ρ", "eff. no.\n(estimate)", "collapse", "rel.")
 LEGEND = (
-    "Bounds, estimate and truth: median log₁₀ of after over before, over the tokens kept and still heard; the sound "
-    "bound is calibrated_full. ρ: rank correlation of the estimated change with the measured one. Heard: effective "
-    "number of tokens. Collapse: L1 distance that y moves when the last token is repeated; rel.: in L2, over y's norm."
+    "Bounds, estimate and truth: median log₁₀ of after over before, over the tokens kept and still connected; the "
+    "sound bound is calibrated_full. ρ: rank correlation of the estimated change with the measured one. Eff. no.: "
+    "effective number of tokens. Collapse: L1 distance that y moves when the last token is repeated; rel.: in L2, over "
+    "y's norm."
 )
 
 
@@ -199,9 +256,9 @@ def what_if(
     probes: int | None = 16,
     chat: bool = False,
     bos: bool | None = None,
-    node_probes: int | None = NODE_PROBES,
     seed: int = 0,
     verify: bool = False,
+    node_probes: int | None = NODE_PROBES,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> WhatIf:
@@ -209,22 +266,25 @@ def what_if(
 
     What each edit does to the bound (`variant`, and the one that always holds), the mean-field estimate, the
     measured sensitivity (`probes` as in `measured_sensitivity`, the same ones throughout, so that differences have
-    little noise) and the collapse distance. Every edit is checked before the model runs; three passes each.
+    little noise) and the collapse distance. `chat`, `bos`, `seed`, `verify`, `node_probes` as `record` takes them,
+    `memory` in bytes for a batch of backward products. Every edit is checked before the model runs; three passes each.
+    Raises InputError for no edit, one whose softmax has no known derivative, or a prompt that fills the context.
     """
-    architecture = read_architecture(model)
+    subject = Subject.of(model)
     _check_options(edits, variant, probes, node_probes)
-    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
+    tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     prompts = [EditedPrompt(tokenized, tuple(range(len(tokenized.ids))))]
-    prompts += [edited_prompt(model, tokenized, edit) for edit in edits]
+    prompts += [edited_prompt(subject.model, tokenized, edit) for edit in edits]
     for edit, edited in zip((None, *edits), prompts, strict=True):
-        _check_room(architecture, edit, len(edited.prompt.ids))
+        _check_length(subject.architecture, edit, len(edited.prompt.ids))
+    hooked = subject.model
 
     def measured(edit: Edit | None, edited: EditedPrompt) -> Outcome:
         tokens, places = edited
-        with edited_attention(model, edit if edit is not None and edit.attend is not None else None):
-            trace = record_tokens(model, tokens, node_probes=node_probes, seed=seed, verify=verify)
-            truth = measured_sensitivity(model, tokens.ids, probes=probes, seed=seed, memory=memory)
-            repeated, _ = read_alone(Subject(model, architecture), (*tokens.ids.tolist(), int(tokens.ids[-1])))
+        with edited_attention(hooked, edit if edit is not None and edit.attend is not None else None):
+            trace = record_tokens(hooked, tokens, node_probes=node_probes, seed=seed, verify=verify)
+            truth = measured_sensitivity(hooked, tokens.ids, probes=probes, seed=seed, memory=memory)
+            repeated, _ = read_alone(subject, (*tokens.ids.tolist(), int(tokens.ids[-1])))
         trace = trace if edit is None else edited_trace(trace, edit)
         y = trace.prediction_input
         moved = repeated.to(y) - y
@@ -247,12 +307,14 @@ def what_if(
 
 def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_probes: int | None) -> None:
     if not edits:
-        raise InputError("expected at least one, such as oversquash_lens.edits.window(32), got no edit")
+        raise InputError(
+            "expected at least one edit, got none: give one of oversquash_lens.edits, such as edits.window(32)"
+        )
     for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(
-                "expected one that a function of oversquash_lens.edits makes, such as edits.window(32), got "
-                f"{one_line(repr(edit), 60)} as an edit"
+                f"expected an edit, got {one_line(repr(edit), 60)}: make one by a function of oversquash_lens.edits, "
+                "such as edits.window(32)"
             )
         if edit.power is None:
             raise InputError(
@@ -264,12 +326,13 @@ def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_
     check_effort(probes, node_probes)
 
 
-def _check_room(architecture: Architecture, edit: Edit | None, n: int) -> None:
+def _check_length(architecture: Architecture, edit: Edit | None, n: int) -> None:
     """The prompt with its last token repeated must fit, too."""
     if n + 1 > architecture.n_ctx:
+        what = "the prompt" if edit is None else edit.label
         raise InputError(
-            f"{'the prompt' if edit is None else edit.label}: {n} tokens came, {n + 1} with the last one repeated; "
-            f"this model reads at most n_ctx = {architecture.n_ctx}: shorten the prompt"
+            f"expected at most n_ctx = {architecture.n_ctx} tokens, what this model reads, got {what}: {n} tokens, "
+            f"{n + 1} with the last one repeated; shorten the prompt"
         )
 
 
@@ -287,20 +350,20 @@ def _cells(outcome: Outcome, change: Change | None) -> list[str]:
         str(len(outcome.tokens)),
         "–" if change is None else str(change.cut_off),
         *("–" if math.isnan(number) else f"{round(number, 2) + 0.0:.2f}" for number in numbers),  # no -0.00
-        f"{outcome.truth_heard:.1f} ({outcome.estimate_heard:.1f})",
+        f"{outcome.measured_tokens:.1f} ({outcome.estimated_tokens:.1f})",
         f"{outcome.collapse:.3g}",
         f"{outcome.relative_collapse:.2g}",
     ]
 
 
 def _in_words(before: Outcome, after: Outcome, change: Change) -> str:
-    cut = f"; {change.cut_off} can no longer be heard" if change.cut_off else ""
+    cut = f"; {change.cut_off} can no longer reach the last one" if change.cut_off else ""
     times, guess = (10 ** change.median(name) for name in ("truth", "estimate"))
     ranks = "" if math.isnan(change.spearman) else f", and ranks the changes with ρ = {change.spearman:.2f}"
     moves = (
         f"; the collapse distance is {after.collapse / before.collapse:.2f} times as large" if before.collapse else ""
     )
     return (
-        f"Under “{after.label}” it hears {after.truth_heard:.1f} of {len(after.tokens)}{cut}; a token is heard "
-        f"{times:.2f} times as loud as before (median; the estimate says {guess:.2f}{ranks}){moves}."
+        f"Under “{after.label}” it is {after.measured_tokens:.1f} of {len(after.tokens)}{cut}; the sensitivity to a "
+        f"token is {times:.2f} times what it was (median; the estimate says {guess:.2f}{ranks}){moves}."
     )

@@ -26,7 +26,7 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError
-from oversquash_lens.memory import check_room
+from oversquash_lens.memory import check_memory
 
 SQUARE = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])  # [prompt, head, dest, src]; all others [prompt, pos, …]
 
@@ -171,7 +171,7 @@ def batch_bytes(size: Size, lengths: Sequence[int]) -> dict[str, int]:
 def check_batch(subject: Subject, lengths: Sequence[int]) -> None:
     """Refuse a batch that would not fit, with the numbers, before it begins."""
     what = f"recording {len(lengths)} prompts of up to {max(lengths)} tokens with {subject.about.model}"
-    check_room(batch_bytes(subject.size, lengths), subject.device, what)
+    check_memory(batch_bytes(subject.size, lengths), subject.device, what)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How large a model is, and what a recording of n tokens needs of memory: from shapes alone, nothing is run.
 
 The counts are of tensors that are alive together when a recording needs most, as measured on both model classes
-(`python -m benchmarks.forecast` sets them against a run).
+(`python -m benchmarks.planned` compares them with runs).
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from oversquash_lens.capture.hooked_model import is_hooked_transformer
-from oversquash_lens.memory import check_room
+from oversquash_lens.memory import check_memory
 
 BASE = 50_000_000  # bytes that libraries take for themselves once anything runs: buffers, threads, code
-SCRAP = 0.15  # of what is kept, lost between the blocks of the heap
+SCRAP = 0.15  # of what is kept, lost between the blocks of the heap while it is recorded
+HELD = 0.45  # the same afterwards: what the recording itself worked with stays in the heap, and is of little use there
 # Copies of one layer's [head, dest, src] while it is recorded and checked.
 AT_WORK = {"kept": 6, "recomputed": 5, "fused": 0}
+EIGENVALUES = 3  # of a matrix, in products of it with itself
 LINEAR = 12  # vectors of d_model, and half as many of d_mlp, that one position keeps in one layer at work
 
 
@@ -56,6 +58,36 @@ class Size:
         attention = self.d_model * self.d_head * 2 * (self.n_heads + self.n_kv_heads)
         return attention + self.matrices * self.d_model * self.d_mlp
 
+    @property
+    def weights_bytes(self) -> int:
+        """All matrices, embedding and unembedding too."""
+        return (self.n_layers * self.layer_weights + 2 * self.d_vocab * self.d_model) * self.itemsize
+
+    def cache_bytes(self, n: int) -> int:
+        """Keys and values of n tokens in all layers."""
+        return 2 * self.n_layers * n * self.n_kv_heads * self.d_head * self.itemsize
+
+    def attention_operations(self, n: int) -> int:
+        """Multiply-adds of scores and mixing, [head, dest, src] whole, in all layers."""
+        return 2 * self.n_layers * self.n_heads * self.d_head * n * n
+
+    def logits_operations(self, n: int) -> int:
+        """Multiply-adds of the logits of n positions."""
+        return n * self.d_model * self.d_vocab
+
+    def pass_operations(self, n: int) -> int:
+        """Multiply-adds of a pass of n tokens: a part per token, a part per pair of tokens, one row of logits."""
+        return n * self.n_layers * self.layer_weights + self.attention_operations(n) + self.logits_operations(1)
+
+    @property
+    def gram_operations(self) -> int:
+        """Multiply-adds of the norms and Gram matrices of the weights, in float64, each counted as two."""
+        small, large = sorted((self.d_model, max(self.d_mlp, 1)))
+        mlp = self.matrices * (small**2 * large + EIGENVALUES * small**3)
+        heads = self.d_model * self.d_head**2 * (self.n_heads + self.n_kv_heads) * EIGENVALUES
+        grams = 2 * self.d_model * (self.d_head * self.n_heads) ** 2
+        return 2 * self.n_layers * (mlp + heads + grams)
+
 
 def size_of(model: Any) -> Size:
     """The shapes of a HookedTransformer or TransformerBridge, as its cfg and its first weight tell them."""
@@ -77,17 +109,20 @@ def size_of(model: Any) -> Size:
     )
 
 
-def kept_bytes(size: Size, n: int, route: str = "kept") -> dict[str, int]:
-    """What a Trace of n tokens holds, by the route (architecture.ROUTES) that it was recorded on."""
+def kept_bytes(size: Size, n: int, route: str = "kept", scrap: float = SCRAP) -> dict[str, int]:
+    """What a Trace of n tokens holds, by the route (architecture.ROUTES) that it was recorded on.
+
+    `scrap`: the share besides that the heap loses, `HELD` once the recording is over.
+    """
     wide = max(4, size.itemsize)
     heads = size.n_heads * size.d_head * (wide if size.itemsize >= 4 else 0)  # what they read, kept where it is exact
     per_position = size.n_kv_heads * (2 * size.d_head + 1) * wide + heads + 2 * size.n_heads * wide + 5 * 8
     if route != "kept":
         per_position += (size.n_heads + size.n_kv_heads) * size.d_head * size.itemsize + size.n_heads * wide
-        return {"queries, keys and values of all layers": round((1 + SCRAP) * size.n_layers * n * per_position)}
+        return {"queries, keys and values of all layers": round((1 + scrap) * size.n_layers * n * per_position)}
     patterns = size.n_layers * size.scores(n)
     return {
-        "the attention patterns of all layers": round((1 + SCRAP) * patterns),
+        "the attention patterns of all layers": round((1 + scrap) * patterns),
         "values and norms": size.n_layers * n * per_position,
     }
 
@@ -115,7 +150,7 @@ def check_recording(model: Any, n: int, route: str = "kept", *, verify: bool = F
     """Refuse a recording that would not fit, with the numbers, before it begins."""
     name = getattr(model.cfg, "model_name", None) or "this model"
     needed = record_bytes(size_of(model), n, route, verify=verify)
-    check_room(needed, device_of(model), f"recording {n} tokens with {name}")
+    check_memory(needed, device_of(model), f"recording {n} tokens with {name}")
 
 
 def device_of(model: Any) -> Any:

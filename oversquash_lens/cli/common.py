@@ -74,9 +74,9 @@ def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, 
     """With --plan print the forecast in place of the result; says whether it did."""
     if not options.plan:
         return False
-    from oversquash_lens.analyses.plan import forecast
+    from oversquash_lens.analyses.plan import plan
 
-    found = forecast(model, prompt, measure, probes=probes, chat=options.chat, bos=options.bos)
+    found = plan(model, prompt, measure, probes=probes, chat=options.chat, bos=options.bos)
     print(json.dumps(found.to_dict()) if options.json else found)
     return True
 

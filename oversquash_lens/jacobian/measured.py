@@ -22,6 +22,7 @@ from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.size import size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.support import architecture_support, refuse_unsupported
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
 from oversquash_lens.errors import InputError, ModelError, whole_number
@@ -88,7 +89,7 @@ def measured_sensitivity(
     _check_options(probes, norm, freeze)
     tokenized = tokenize(model, prompt, chat=chat, bos=bos)
     architecture = read_architecture(model)
-    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
+    memory = fitting_memory(Subject.of(model), len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
     tape = differentiate(model, architecture, tokenized, freeze)
     if probes is None:
         values = exact_norms(tape, (norm,), memory, progress)[norm]
@@ -116,7 +117,7 @@ def differentiate(
     n, size = len(tokenized.ids), size_of(model)
     if "attention" in freeze:
         _check_pattern_is_used(model, architecture, tokenized)
-    route = truth_route(model, architecture, n, freeze)
+    route = truth_route(Subject(model, architecture), n, freeze)
     one = product_bytes(size, n, route)
     if route == "whole":
         return taped(model, architecture, tokenized, freeze, one)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from oversquash_lens.analyses.compare import spearman
-from oversquash_lens.viz.diagrams import Number
+from oversquash_lens.analyses.audit import spearman
+from oversquash_lens.viz.chart import Number
 
 COLLAPSES, STAYS = -0.3, -0.1  # decay exponents: at or below the first a curve collapses, above the second it does not
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oversquash_lens.analyses.plan import Forecast, duration, forecast
+from oversquash_lens.analyses.plan import Plan, duration, plan
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import in_words
@@ -67,7 +67,7 @@ def sweep_plan(
     steps = {lengths[round(i * (len(lengths) - 1) / (LENGTHS - 1))] for i in range(LENGTHS)}
     kinds = [kind for measure in measures for kind in NEEDS.get(measure, ())]
     kinds += ["bound"] * any(measure not in NEEDS for measure in measures)
-    found = {n: [forecast(model, n, kind, probes=probes) for kind in kinds] for n in sorted(steps)}
+    found = {n: [plan(model, n, kind, probes=probes) for kind in kinds] for n in sorted(steps)}
     per_token = {n: _seconds(each) / n for n, each in found.items()}
     seconds = sum(n * per_token[min(steps, key=lambda step: abs(step - n))] for n in lengths)
     longest = found[lengths[-1]]
@@ -94,7 +94,7 @@ def _length(model: Any, each: SweepPrompt, chat: bool, bos: bool | None) -> int:
         return 0
 
 
-def _seconds(found: Sequence[Forecast]) -> float:
+def _seconds(found: Sequence[Plan]) -> float:
     """All measures of one prompt; the recording that each forecast holds is made once."""
     steps: dict[str, float] = {}
     for number, each in enumerate(found):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oversquash_lens.analyses.findings import FROM_AFAR, MOST_HEARD, MOST_SQUASHED, Findings
+from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Findings
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath
 from oversquash_lens.paths.squashing import Span
 from oversquash_lens.viz.curve import width_curve
@@ -27,8 +27,8 @@ from oversquash_lens.viz.views import heads, route
 
 MOST_SPANS = 10
 WHY = {
-    MOST_HEARD: "the token that is heard most",
-    FROM_AFAR: "heard most of the prompt’s first half",
+    LARGEST: "the token that is heard most",
+    DISTANT: "heard most of the prompt’s first half",
     MOST_SQUASHED: "of the others, the token that loses most against even attention",
 }
 

@@ -28,7 +28,8 @@ def _heard(found: Findings) -> str:
     squashing, measured = found.squashing, found.audit.truth
     how = "measured" if measured.exact else f"measured by {measured.probes} probes"
     return (
-        f"Of {len(found.tokens):,} tokens the last one hears about <strong>{_few(found.heard)}</strong> ({how}; "
+        f"Of {len(found.tokens):,} tokens the last one hears about "
+        f"<strong>{_few(found.effective_tokens)}</strong> ({how}; "
         f"{_few(squashing.heard)} by the estimate), where even attention would let it hear "
         f"<strong>{_few(squashing.null_heard)}</strong>."
     )
@@ -72,7 +73,7 @@ def _numbers(found: Findings) -> str:
     squashing, row = found.squashing, estimate_row(found)
     layer = squashing.narrowest
     tiles = (
-        (_few(found.heard), f"tokens heard of {len(found.tokens):,}, measured"),
+        (_few(found.effective_tokens), f"tokens heard of {len(found.tokens):,}, measured"),
         (_few(squashing.heard), "by the estimate"),
         (_few(squashing.null_heard), "with even attention"),
         (

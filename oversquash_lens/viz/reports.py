@@ -112,7 +112,7 @@ def _entry(found: Findings, name: str, beginning: str, file: str) -> Entry:
         beginning=beginning,
         file=file,
         n=len(found.tokens),
-        heard=found.heard,
+        heard=found.effective_tokens,
         null_heard=squashing.null_heard,
         index=squashing.index,
         narrowest=squashing.narrowest,

@@ -79,7 +79,7 @@ class _EditedCells:
 
 def _caption(outcome: Outcome, change: Change | None = None) -> str:
     """The edit and its numbers, as HTML."""
-    said = [f"hears {outcome.truth_heard:.1f} of {len(outcome.tokens)} tokens"]
+    said = [f"hears {outcome.measured_tokens:.1f} of {len(outcome.tokens)} tokens"]
     if change is not None:
         loud, guess = (10 ** change.median(name) for name in ("truth", "estimate"))
         said.append(f"a token {loud:.2f} times as loud (median; estimated {guess:.2f})")

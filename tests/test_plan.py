@@ -1,4 +1,4 @@
-"""Memory and time said before a run: right in what it counts, and nothing is begun that would not fit."""
+"""Memory and time planned before a run: right in what is counted, and nothing is begun that would not fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.plan import MEASURES, duration
-from oversquash_lens.analyses.speed import Speed, measure_speed
+from oversquash_lens import memory as memory_module
+from oversquash_lens.analyses.plan import MEASURES, SMALL, duration, plan_collapse, plans_together
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.size import BASE, Size, check_recording, kept_bytes, size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian import costs
@@ -50,7 +51,9 @@ def test_amounts_as_people_write_them(text: str, size: float, memory: Callable) 
 @pytest.mark.parametrize("text", ["much", "-1", "1.5.2 GB", "GB", "1 PB", "5 i", "1" * 1000 + "x"])
 def test_other_amounts_are_refused(text: str, memory: Callable) -> None:
     memory(text)
-    with pytest.raises(InputError, match=r"OVERSQUASH_LENS_MEMORY=.* came; expected .*: write 12GB") as raised:
+    with pytest.raises(
+        InputError, match=r"expected an amount of memory, got OVERSQUASH_LENS_MEMORY=.*: write 12GB"
+    ) as raised:
         available_bytes()
     assert len(str(raised.value)) < 300
 
@@ -73,9 +76,9 @@ def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     monkeypatch.delenv(MEMORY_VARIABLE, raising=False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8_000_000_000))
-    monkeypatch.setattr(room, "_process_limits", list)
-    monkeypatch.setattr(room, "_CGROUPS", tmp_path / "fs")
-    monkeypatch.setattr(room, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(memory_module, "_process_limits", list)
+    monkeypatch.setattr(memory_module, "_CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(memory_module, "_OWN_CGROUP", tmp_path / "own")
 
     def cgroups(said: str) -> Path:
         (tmp_path / "own").write_text(said)
@@ -117,7 +120,7 @@ def test_a_container_beyond_its_limit_leaves_nothing(cgroups: Callable) -> None:
 
 def test_the_process_has_a_limit_too(cgroups: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     cgroups("")
-    monkeypatch.setattr(room, "_process_limits", lambda: [123])
+    monkeypatch.setattr(memory_module, "_process_limits", lambda: [123])
     assert available_bytes() == 123
 
 
@@ -178,10 +181,11 @@ def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_is_forecast(measure: str) -> None:
+def test_every_measure_is_planned(measure: str) -> None:
     for model in both_kinds():
-        short, long = (osl.forecast(model, n, measure) for n in (4, 12))
+        short, long = (osl.plan(model, n, measure, new_tokens=2, clock=clock(1.0)) for n in (4, 12))
         assert 0 < short.bytes < long.bytes
+        assert short.passes >= 1
         assert short.seconds > 0
         assert short.bytes == sum(short.parts.values())
         assert short.seconds == pytest.approx(sum(short.steps.values()))
@@ -189,73 +193,123 @@ def test_every_measure_is_forecast(measure: str) -> None:
         assert json.loads(json.dumps(short.to_dict()))["sentence"] == short.sentence
         for said in (*short.parts, *short.steps, short.fullest, short.sentence):
             assert said in str(short)
+        assert len(repr(short).splitlines()) <= 12
+        assert list(short.to_frame()["what"]) == [*_largest_first(short.parts), *_largest_first(short.steps)]
+
+
+def _largest_first(parts: Any) -> list[str]:
+    return sorted(parts, key=lambda name: -parts[name])
 
 
 def test_a_prompt_is_counted_as_it_is_read() -> None:
     for model in both_kinds():
-        by_ids = osl.forecast(model, tokens_for(5, 7), "record")
+        by_ids = osl.plan(model, tokens_for(5, 7), "record")
         assert by_ids.n == 7
-        assert by_ids.bytes == osl.forecast(model, 7, "record").bytes
+        assert by_ids.bytes == osl.plan(model, 7, "record").bytes
 
 
 def test_the_exact_truth_takes_longer_than_probes() -> None:
     for model in both_kinds():
-        exact, some = (osl.forecast(model, 8, "truth", probes=probes) for probes in (None, 2))
+        exact, some = (osl.plan(model, 8, "truth", probes=probes, clock=clock(1.0)) for probes in (None, 2))
         assert exact.seconds > some.seconds
         assert exact.probes is None
 
 
-def test_norms_of_the_weights_are_reckoned_once() -> None:
+def test_norms_of_the_weights_are_counted_once() -> None:
     for model in both_kinds():
         step = "norms of the weights, once per model"
-        assert step in osl.forecast(model, 8, "record").steps
+        assert step in osl.plan(model, 8, "record").steps
         osl.record(model, tokens_for(5, 6))
-        assert step not in osl.forecast(model, 8, "record").steps
+        assert step not in osl.plan(model, 8, "record").steps
 
 
 @pytest.mark.parametrize("came", [0, 1, 10**6, -3])
 def test_lengths_that_the_model_does_not_read_are_refused(came: int) -> None:
     for model in both_kinds():
-        with pytest.raises(InputError, match=f"expected 2 … , got ^{came} tokens"):
-            osl.forecast(model, came)
+        with pytest.raises(InputError, match=f"expected 2 … .*, got {came} tokens"):
+            osl.plan(model, came)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"measure": "magic"}, "expected one of forward, record, got 'magic'"), ({"probes": 0}, "got probes=0")],
+    [
+        ({"measure": "magic"}, "expected one of forward, record, .*, got measure 'magic'"),
+        ({"probes": 0}, "got probes=0"),
+    ],
 )
 def test_other_questions_are_refused(options: dict, said: str) -> None:
     for model in both_kinds():
         with pytest.raises(InputError, match=said):
-            osl.forecast(model, 8, **options)
+            osl.plan(model, 8, **options)
 
 
-def test_nothing_of_the_model_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measure", MEASURES)
+def test_one_small_pass_is_run_and_no_other(measure: str) -> None:
     for model in both_kinds():
-        monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model ran"))
+        lengths = []
+        handle = model.embed.register_forward_pre_hook(
+            lambda embed, inputs, read=lengths: read.append(inputs[0].numel())
+        )
+        osl.plan(model, model.cfg.n_ctx, measure)
+        handle.remove()
+        assert lengths == [2, min(SMALL, model.cfg.n_ctx)]
+
+
+# ---------------------------------------------------------------- how long
+
+
+def test_seconds_are_those_of_a_small_pass_times_its_work() -> None:
+    """A clock that ticks once per look makes the small pass one second long."""
+    for model in both_kinds():
+        size = size_of(model)
+        found = osl.plan(model, 12, "truth", probes=3, clock=clock(1.0))
+        assert found.seconds == pytest.approx(found.passes)  # the small pass is one of these 12 tokens
+        back = size.pass_operations(12) + size.attention_operations(12)
+        assert found.passes == pytest.approx(1 + 3 * back / size.pass_operations(12))
+
+
+def test_a_pass_grows_by_tokens_and_by_pairs_of_tokens() -> None:
+    one, two, four = (SMOLLM2.pass_operations(n) - SMOLLM2.logits_operations(1) for n in (1024, 2048, 4096))
+    per_token = 30 * (576 * 64 * 24 + 3 * 576 * 1536)
+    assert one == 1024 * per_token + 2 * 30 * 9 * 64 * 1024**2
+    assert four - 2 * two == 4 * (two - 2 * one)
+
+
+def test_a_slower_machine_is_planned_slower() -> None:
+    for model in both_kinds():
+        fast, slow = (osl.plan(model, 8, "bound", clock=clock(step)) for step in (0.001, 1.0))
+        assert slow.seconds == pytest.approx(1000 * fast.seconds)
+
+
+def test_what_is_done_several_times_takes_several_times_as_long() -> None:
+    for model in both_kinds():
         for measure in MEASURES:
-            osl.forecast(model, 8, measure)
+            osl.record(model, tokens_for(5, 6))  # norms of the weights are known from here on
+            once, thrice = (osl.plan(model, 8, measure, times=times, clock=clock(1.0)) for times in (1, 3))
+            assert thrice.seconds == pytest.approx(
+                (2 if measure == "what_if" else 3) * once.seconds
+            )  # prompt and edits
+            assert thrice.bytes == once.bytes
 
 
-# ---------------------------------------------------------------- how fast
-
-
-def test_speed_is_time_over_work() -> None:
-    """A clock that ticks once per look makes every timed step one second long."""
-    ticks = count()
-    speed = measure_speed(replace(SMOLLM2, d_model=64, d_mlp=96), 32, torch.float32, "cpu", lambda: float(next(ticks)))
-    assert speed == Speed(1 / (32 * 64 * 96), *[1 / (9 * 32 * 32)] * 2, 1 / 64**3)
-
-
-def test_seconds_are_work_times_speed() -> None:
-    work = costs.Work(2, 3, 5, 7) + costs.Work(product=8, layers=1).times(2)
-    assert work.seconds(Speed(1.0, 10.0, 100.0, 1000.0)) == 18 + 30 + 500 + 7000 + 2 * costs.LAYER
-
-
-def test_a_slower_machine_is_forecast_slower() -> None:
+def test_a_collapse_curve_is_planned_by_the_tokens_that_are_run() -> None:
+    """Prompts that begin one another share a pass: [1, 2, 3, 3] holds all of these, and runs once in each format."""
     for model in both_kinds():
-        fast, slow = (osl.forecast(model, 8, "bound", clock=clock(step)) for step in (0.001, 1.0))
-        assert slow.seconds > 100 * fast.seconds
+        pairs = [((1, 2), (1, 2, 2)), ((1, 2, 3), (1, 2, 3, 3))]
+        found = plan_collapse(model, pairs, 2, clock=clock(1.0))
+        assert (found.measure, found.n) == ("collapse", 4)
+        alone = plan_collapse(model, pairs[1:], 2, clock=clock(1.0))
+        assert alone.passes == 2
+        assert alone.passes < found.passes <= 3 * alone.passes
+
+
+def test_plans_of_several_runs_add_up() -> None:
+    for model in both_kinds():
+        runs = [osl.plan(model, n, measure, clock=clock(1.0)) for n, measure in ((8, "flow"), (12, "truth"))]
+        found = plans_together(runs, "reproduce")
+        assert found.measure == "reproduce"
+        assert found.bytes == max(run.bytes for run in runs)
+        assert found.seconds == pytest.approx(sum(run.seconds for run in runs))
 
 
 def clock(step: float) -> Callable[[], float]:
@@ -307,7 +361,7 @@ def test_a_truth_without_room_for_one_product_is_refused(memory: Callable) -> No
         with pytest.raises(
             InputError, match=r"the truth of 12 tokens needs at least .* for the graph, and 1 MB are there"
         ):
-            costs.fitting_memory(model, 12, MEMORY)
+            costs.fitting_memory(Subject.of(model), 12, MEMORY)
 
 
 def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Callable) -> None:
@@ -315,12 +369,12 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
         size, ids = size_of(model), tokens_for(5, 12)
         memory("10GB")
         enough = osl.measured_sensitivity(model, ids, probes=9).values
-        assert costs.fitting_memory(model, 12, MEMORY) == MEMORY
+        assert costs.fitting_memory(Subject.of(model), 12, MEMORY) == MEMORY
         one = costs.product_bytes(size, 12)
-        memory(sum(costs.tape_bytes(size, 12, "blocks").values()) + 3 * one)
-        lean = costs.fitting_memory(model, 12, MEMORY)
+        memory(sum(costs.graph_bytes(size, 12, "blocks").values()) + 3 * one)
+        lean = costs.fitting_memory(Subject.of(model), 12, MEMORY)
         assert one <= lean <= 7 * one
-        assert osl.forecast(model, 12, "truth", probes=64).verdict == "fits, leaner"
+        assert osl.plan(model, 12, "truth", probes=64).verdict == "fits, leaner"
         few = osl.measured_sensitivity(model, ids, probes=9, memory=lean).values
         assert torch.allclose(few, enough, rtol=1e-5)
 
@@ -332,25 +386,23 @@ def test_the_leaner_the_route_the_less_it_holds(n: int) -> None:
             sum(costs.truth_bytes(size, n, 16, MEMORY, route=route).values()) for route in costs.TRUTH_ROUTES
         )
         assert whole > blocks > fused
-    fused = [sum(costs.tape_bytes(SMOLLM2, n, "fused").values()) - BASE for n in (2048, 4096)]
+    fused = [sum(costs.graph_bytes(SMOLLM2, n, "fused").values()) - BASE for n in (2048, 4096)]
     assert fused[1] == 2 * fused[0]  # nothing in it grows as the square
 
 
 def test_a_truth_takes_the_route_that_the_memory_allows(memory: Callable) -> None:
     for model in both_kinds():
-        architecture, size = read_architecture(model), size_of(model)
-        most = sum(costs.tape_bytes(size, 400).values()) + costs.product_bytes(size, 400)
+        subject, size = Subject.of(model), size_of(model)
+        most = sum(costs.graph_bytes(size, 400).values()) + costs.product_bytes(size, 400)
         for amount, route in ((costs.COMFORT * most, "whole"), (costs.COMFORT * most - 1, "blocks")):
             memory(amount)
-            assert costs.truth_route(model, architecture, 400) == route
+            assert costs.truth_route(subject, 400) == route
         can_fuse = size.kind == "bridge"
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM) == ("fused" if can_fuse else "blocks")
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM, ("norms",)) == (
-            "fused" if can_fuse else "blocks"
-        )
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM, ("attention",)) == "blocks"
+        assert costs.truth_route(subject, costs.FUSED_FROM) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(subject, costs.FUSED_FROM, ("norms",)) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(subject, costs.FUSED_FROM, ("attention",)) == "blocks"
         with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: None)]):
-            assert costs.truth_route(model, architecture, costs.FUSED_FROM) == "blocks"
+            assert costs.truth_route(subject, costs.FUSED_FROM) == "blocks"
 
 
 def test_leaner_never_means_more() -> None:
@@ -369,7 +421,7 @@ def test_the_verdict_says_which_way(memory: Callable) -> None:
         most = sum(costs.truth_bytes(size, 12, 64, MEMORY, route="blocks").values())
         for amount, verdict in ((most, "fits"), ((least + most) // 2, "fits, leaner"), (least - 1, "does not fit")):
             memory(amount)
-            found = osl.forecast(model, 12, "truth", probes=64)
+            found = osl.plan(model, 12, "truth", probes=64)
             assert (found.verdict, found.fits) == (verdict, verdict != "does not fit")
             assert found.available == amount
 
@@ -380,17 +432,17 @@ PROMPT = "--token-ids=1 2 3 4 5 6"
 
 
 @pytest.mark.parametrize("command", ["report", "bound", "audit", "flow"])
-def test_plan_prints_the_forecast_and_does_nothing_else(
-    command: str, on_tiny: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch
+def test_plan_is_printed_and_nothing_else_is_done(
+    command: str, on_tiny: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(tiny), "forward", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("oversquash_lens.capture.recorder.record_tokens", lambda *_, **__: pytest.fail("recorded"))
     found = on_tiny(command, PROMPT, "--plan")
     assert found.code == 0
     assert found.out.startswith(f"{command} of 6 tokens with ")
     assert "it fits" in found.out
     assert list(Path.cwd().iterdir()) == []
     told = json.loads(on_tiny(command, PROMPT, "--plan", "--json").out)
-    assert (told["kind"], told["measure"], told["n"]) == ("forecast", command, 6)
+    assert (told["kind"], told["measure"], told["n"]) == ("plan", command, 6)
     assert told["bytes"] == sum(told["parts"].values())
 
 

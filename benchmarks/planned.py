@@ -1,12 +1,12 @@
-"""What a run needs of memory and time, forecast against measured.
+"""What a run needs of memory and time, planned against measured.
 
-    python -m benchmarks.forecast [--kind hooked|bridge] [--measures bound truth] [--lengths 256 512 1024 2048 4096]
+    python -m benchmarks.planned [--kind hooked|bridge] [--measures record report] [--lengths 256 512 1024 2048]
 
 `bound` is record, every bound and the mean-field estimate in one sweep: a report without the truth. Each line is a
-process of its own, in which the forecast comes first. Memory is the peak of the resident set less what it was before;
-time the best of `--repeats`. On a machine that others use, too, `--clock cpu` counts the process's own seconds (with
-one thread, OMP_NUM_THREADS=1), for the forecast as for the run. `--layers` cuts the model off, where a long prompt's
-patterns would not fit all layers. What does not fit is not run.
+process of its own, in which the model is loaded, the plan comes first, and the run is the first one of its kind, as on
+the command line. Memory is the peak of the resident set less what it was before; what does not fit is not run. On a
+machine that others use, too, `--clock cpu` counts the process's own seconds (with one thread, OMP_NUM_THREADS=1), for
+the plan as for the run.
 """
 
 import argparse
@@ -17,14 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import oversquash_lens as osl
-from benchmarks.prompts import MEETING
+from benchmarks.long_text import long_prompt
+from oversquash_lens.analyses.plan import plan_collapse
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -32,19 +32,17 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", default="auto")
-    parser.add_argument("--measures", nargs="+", default=["bound", "truth"])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--measures", nargs="+", default=["record", "report"], choices=STEPS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--probes", type=int, default=16)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--one", action="store_true", help="measure one line in this process")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options)))
         return
-    print(f"{'measure':8} {'n':>5} {'memory: forecast':>17} {'measured':>9} {'ratio':>6}", end="")
-    print(f" {'time: forecast':>15} {'measured':>9} {'ratio':>6}")
+    print(f"{'measure':8} {'n':>5} {'memory: planned':>17} {'measured':>9} {'ratio':>6}", end="")
+    print(f" {'time: planned':>15} {'measured':>9} {'ratio':>6}")
     for measure in options.measures:
         for n in options.lengths:
             print(line(measure, n, apart(options, measure, n)), flush=True)
@@ -52,10 +50,8 @@ def main() -> None:
 
 def apart(options: argparse.Namespace, measure: str, n: int) -> dict:
     """One line's numbers from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.forecast", "--one", "--kind", options.kind, "--measures", measure]
-    command += ["--lengths", str(n), "--repeats", str(options.repeats), "--clock", options.clock]
-    command += ["--probes", str(options.probes)]
-    command += ["--layers", str(options.layers)] if options.layers else []
+    command = [sys.executable, "-m", "benchmarks.planned", "--one", "--kind", options.kind, "--measures", measure]
+    command += ["--lengths", str(n), "--clock", options.clock, "--probes", str(options.probes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.returncode}
 
@@ -73,26 +69,27 @@ def line(measure: str, n: int, found: dict) -> str:
 
 
 def one(options: argparse.Namespace) -> dict:
-    """Forecast, then run: bytes and seconds of both."""
+    """Plan, then run: bytes and seconds of both."""
     (measure,), (n,), clock = options.measures, options.lengths, CLOCKS[options.clock]
-    model = cut(options.kind, options.layers) if options.layers else osl.load_model(kind=options.kind)
-    ids = torch.tensor(model.tokenizer(MEETING)["input_ids"])
-    step = partial(STEPS[measure], probes=options.probes)
-    step(model, ids[:8])  # what is done once per model or process is not what is asked
-    said = osl.forecast(model, n, measure, probes=options.probes, clock=clock)
-    numbers = {"bytes": said.bytes, "seconds": said.seconds, "available": said.available}
-    if not said.fits:
+    model = osl.load_model(kind=options.kind)
+    tokens = torch.tensor(long_prompt(model.tokenizer, n))
+    if measure == "collapse":
+        planned = plan_collapse(model, [pair(tokens)], 2, clock=clock)
+    else:
+        planned = osl.plan(model, n, measure, probes=options.probes, clock=clock)
+    numbers = {"bytes": planned.bytes, "seconds": planned.seconds, "available": planned.available}
+    if not planned.fits:
         return numbers
-    tokens = ids.repeat(n // len(ids) + 1)[:n]
-    peak, *took = peak_and_seconds(lambda: step(model, tokens), clock)
-    for _ in range(options.repeats - 1):
-        begun = clock()
-        step(model, tokens)
-        took.append(clock() - begun)
-    return numbers | {"peak": peak, "took": min(took)}
+    peak, took = peak_and_seconds(lambda: STEPS[measure](model, tokens, options.probes), clock)
+    return numbers | {"peak": peak, "took": took}
 
 
-STEPS: dict[str, Callable] = {
+def pair(tokens: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ids = tuple(tokens.tolist())
+    return ids, (*ids, ids[-1])
+
+
+STEPS: dict[str, Callable[[Any, torch.Tensor, int], object]] = {
     "forward": lambda model, tokens, probes: torch.no_grad()(model)(tokens[None]),
     "record": lambda model, tokens, probes: osl.record(model, tokens),
     "bound": lambda model, tokens, probes: osl.profiles(osl.record(model, tokens)),
@@ -100,21 +97,9 @@ STEPS: dict[str, Callable] = {
     "truth": lambda model, tokens, probes: osl.measured_sensitivity(model, tokens, probes=probes),
     "audit": lambda model, tokens, probes: osl.audit(model, tokens, probes=probes),
     "report": lambda model, tokens, probes: osl.findings(model, tokens, probes=probes),
+    "what_if": lambda model, tokens, probes: osl.what_if(model, tokens, osl.edits.window(32), probes=probes),
+    "collapse": lambda model, tokens, probes: osl.collapse_curve(model, pair(tokens), (1,)),
 }
-
-
-def cut(kind: str, layers: int) -> Any:
-    """The first layers of the embedded model, with its last norm and unembedding."""
-    from oversquash_lens.models import loading
-
-    found = loading.load_twin()
-    found.model.set_attn_implementation("eager")
-    found.model.model.layers = found.model.model.layers[:layers]
-    found.model.config.num_hidden_layers = layers
-    loading, model_class = loading._loading("float32", "cpu", None, False), loading._model_class(kind)
-    if model_class.__name__ == "TransformerBridge":
-        return loading._bridge(model_class, found, loading).eval()
-    return loading._hooked(model_class, found, loading, False).eval()
 
 
 def peak_and_seconds(step: Callable[[], object], clock: Callable[[], float]) -> tuple[float, float]:
