@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from bad_days import Case, World
-from small_speakers import Parrot, characters
-from small_speakers import model as speaking_model
+from small_generators import Parrot, characters
+from small_generators import model as speaking_model
 
 import oversquash_lens as osl
 from oversquash_lens.errors import ModelError, TraceFileError
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paper.sampling import Sampling
+from oversquash_lens.paper.generator import Sampling
 
 Call = Callable[[World], Any]
 
@@ -149,12 +149,12 @@ MODELS = [
 # ---------------------------------------------------------------- who answers, and the log of answers
 
 
-def _speaker(**options: Any) -> Call:
-    return lambda w: osl.Speaker(Weights(speaking_model(), characters(), "small"), **options)
+def _generator(**options: Any) -> Call:
+    return lambda w: osl.Generator(Weights(speaking_model(), characters(), "small"), **options)
 
 
-def _task(task: Any = "ones", lengths: Any = (3,), speaker: Any = None, **options: Any) -> Call:
-    return lambda w: osl.run_task(speaker or Parrot(lambda prompt: "1"), task, lengths, **options)
+def _task(task: Any = "ones", lengths: Any = (3,), generator: Any = None, **options: Any) -> Call:
+    return lambda w: osl.run_task(generator or Parrot(lambda prompt: "1"), task, lengths, **options)
 
 
 def _log(content: bytes) -> Call:
@@ -174,18 +174,18 @@ def _repeated(w: World) -> Any:
 
 LINE = b'{"settings": {"model": "another"}, "key": ["x"], "value": 1}\n'
 ANSWERS = [
-    Case("Speaker", "no model", "NoneType", lambda w: osl.Speaker(None)),
-    Case("Speaker", "a model's name", "str", lambda w: osl.Speaker("gpt2")),
-    Case("Speaker", "no tokenizer", "GPT2LMHeadModel", lambda w: osl.Speaker(w.plain)),
-    Case("Speaker", "chat without a template", "chat=True", lambda w: osl.Speaker(w.model, chat=True)),
-    Case("Speaker", "no batch", "batch_size=0", _speaker(batch_size=0)),
-    Case("Speaker", "half a batch", "batch_size=1.5", _speaker(batch_size=1.5)),
-    Case("Speaker", "no memory", "memory=-1", _speaker(memory=-1)),
-    Case("Speaker", "an empty prompt", "''", lambda w: _speaker()(w).render("")),
-    Case("Speaker", "no prompt", "None", lambda w: _speaker()(w).render(None)),
-    Case("Speaker", "a surrogate", "Unicode", lambda w: _speaker(chat=False)(w).token_ids("a\ud800")),
-    Case("Speaker", "draws for other prompts", "2", lambda w: _speaker()(w).replies(["a"], draws=[0, 1])),
-    Case("Speaker", "no candidates", "no candidate", lambda w: _speaker()(w).log_likelihoods("a", [])),
+    Case("Generator", "no model", "NoneType", lambda w: osl.Generator(None)),
+    Case("Generator", "a model's name", "str", lambda w: osl.Generator("gpt2")),
+    Case("Generator", "no tokenizer", "GPT2LMHeadModel", lambda w: osl.Generator(w.plain)),
+    Case("Generator", "chat without a template", "chat=True", lambda w: osl.Generator(w.model, chat=True)),
+    Case("Generator", "no batch", "batch_size=0", _generator(batch_size=0)),
+    Case("Generator", "half a batch", "batch_size=1.5", _generator(batch_size=1.5)),
+    Case("Generator", "no memory", "memory=-1", _generator(memory=-1)),
+    Case("Generator", "an empty prompt", "''", lambda w: _generator()(w).render("")),
+    Case("Generator", "no prompt", "None", lambda w: _generator()(w).render(None)),
+    Case("Generator", "a surrogate", "Unicode", lambda w: _generator(chat=False)(w).token_ids("a\ud800")),
+    Case("Generator", "draws for other prompts", "2", lambda w: _generator()(w).completions(["a"], draws=[0, 1])),
+    Case("Generator", "no candidates", "no candidate", lambda w: _generator()(w).log_likelihoods("a", [])),
     Case("run_task", "unknown task", "'sing'", _task("sing")),
     Case("run_task", "a list of tasks", "['ones']", _task(["ones"])),
     Case("run_task", "unknown chain of thought", "'much'", _task(cot="much")),
@@ -196,7 +196,12 @@ ANSWERS = [
     Case("run_task", "half a length", "(2.5,)", _task(lengths=(2.5,))),
     Case("run_task", "length 0", "0", _task(lengths=(0,))),
     Case("run_task", "nobody to answer", "NoneType", lambda w: osl.run_task(None, "ones", (3,))),
-    Case("run_task", "a model in the speaker's place", "as the speaker", lambda w: osl.run_task(w.model, "ones", (3,))),
+    Case(
+        "run_task",
+        "a model in the generator's place",
+        "as the generator",
+        lambda w: osl.run_task(w.model, "ones", (3,)),
+    ),
     Case("run_task", "temperature below 0", "temperature=-1", lambda w: Sampling(-1)),
     Case("run_task", "temperature NaN", "temperature=nan", lambda w: Sampling(math.nan)),
     Case("run_task", "no tokens", "max_new_tokens=0", lambda w: Sampling(max_new_tokens=0)),

@@ -14,8 +14,8 @@ from bad_days import Case, World, as_users_run_it, faults
 from bad_files import CASES as FILE_CASES
 from bad_inputs import CASES as INPUT_CASES
 from bad_sweeps import CASES as SWEEP_CASES
-from small_speakers import characters
-from small_speakers import model as speaking_model
+from small_generators import characters
+from small_generators import model as speaking_model
 
 import oversquash_lens as osl
 from oversquash_lens.models.sources import Weights

@@ -212,16 +212,16 @@ SWEEP = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import torch
-from small_speakers import characters, model
+from small_generators import characters, model
 from oversquash_lens.models import loading
-from oversquash_lens.paper.speakers import Speaker
+from oversquash_lens.paper.generator import Generator
 from oversquash_lens.models.sources import Weights
 loading.load_twin = lambda name, **options: Weights(model(), characters(), "a small model")
-replies = Speaker.replies
+replies = Generator.completions
 def slowly(self, *arguments, **options):
     time.sleep({pause})
-    return replies(self, *arguments, **options)
-Speaker.replies = slowly
+    return completions(self, *arguments, **options)
+Generator.completions = slowly
 from oversquash_lens.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -311,7 +311,7 @@ def test_a_failing_disk_in_every_command_that_writes(
 CURVES = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from small_speakers import loaded
+from small_generators import loaded
 from oversquash_lens.models import loading
 from oversquash_lens.collapse import pairs
 model = loaded("bridge")

@@ -12,18 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_speakers import KINDS, loaded
+from small_generators import KINDS, loaded
 
 from oversquash_lens.cli.common import FIGURE_FILES
 from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_NAMES, TASK_NAMES, lengths_of
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import collapse_curve
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper.experiments import FIGURES, Reproduced
+from oversquash_lens.paper.generator import Generator, Sampling
 from oversquash_lens.paper.prompts import COTS
 from oversquash_lens.paper.questions import TASKS
-from oversquash_lens.paper.sampling import Sampling
-from oversquash_lens.paper.speakers import Speaker
+from oversquash_lens.paper.reproduce import FIGURES, Reproduced
 from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
@@ -211,7 +210,7 @@ def test_tasks_prints_a_table(cli: Callable) -> None:
     result = cli("tasks", "--task", "copy_last", "--lengths", "5,9", "--max-new-tokens", "4", "--dtype", "float64")
     assert result.code == 0, result.err
     assert cli.asked == [{"name": "smollm2-135m", "dtype": "float64", "device": None, "device_map": None}]
-    expected = run_task(Speaker(loaded("twin")), "copy_last", (5, 9), sampling=Sampling(max_new_tokens=4))
+    expected = run_task(Generator(loaded("twin")), "copy_last", (5, 9), sampling=Sampling(max_new_tokens=4))
     title, settings, empty, head, *rows, last = result.out.splitlines()
     assert title == "copy_last, chain of thought: none"
     assert "max_new_tokens 4" in settings
@@ -238,8 +237,8 @@ def test_tasks_as_json_is_the_result(arguments: list[str], options: dict[str, An
     sampled = ("--lengths", "5-9:4", "--max-new-tokens", "3", "--temperature", "0.5", "--seed", "2")
     result = cli("tasks", *arguments, *sampled, "--json")
     assert result.code == 0, result.err
-    speaker = Speaker(loaded("twin"), chat=False if "--no-chat" in arguments else None)
-    expected = run_task(speaker, lengths=(5, 9), sampling=Sampling(0.5, 2, 3), **options)
+    generator = Generator(loaded("twin"), chat=False if "--no-chat" in arguments else None)
+    expected = run_task(generator, lengths=(5, 9), sampling=Sampling(0.5, 2, 3), **options)
     assert json.loads(result.out) == json.loads(json.dumps(expected.to_dict(), allow_nan=False))
 
 
@@ -287,7 +286,7 @@ def test_every_option_reaches_reproduce(cli: Callable, monkeypatch: pytest.Monke
         done(one)
         return (one,)
 
-    monkeypatch.setattr("oversquash_lens.paper.experiments.reproduce", reproduce)
+    monkeypatch.setattr("oversquash_lens.paper.reproduce.reproduce", reproduce)
     place = ["--model", "some/name", "--kind", "bridge", "--dtype", "bfloat16", "--device", "cuda:1", "--no-bos"]
     tasks = ["--samples", "3", "--temperature", "0.7", "--no-chat", "--seed", "4"]
     result = cli(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_speakers import KINDS, N_CTX, loaded
+from small_generators import KINDS, N_CTX, loaded
 
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
@@ -18,7 +18,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper import collapse_figures as recipe
 from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.collapse_figures import FIGURE_1_LINES, Case, figure_1, figure_5, figure_12
-from oversquash_lens.paper.setting import LENGTHS, Options, Setting
+from oversquash_lens.paper.run_config import LENGTHS, Options, RunConfig
 from oversquash_lens.viz.chart import Chart, Panel
 from oversquash_lens.viz.collapse_chart import (
     collapse_chart,
@@ -34,17 +34,17 @@ DTYPES = ("float32", "bfloat16")
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(Options(loaded(HOOKED[0]), longest=LONGEST), tmp_path_factory.mktemp("figures"))
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return RunConfig(Options(loaded(HOOKED[0]), longest=LONGEST), tmp_path_factory.mktemp("figures"))
 
 
 @pytest.fixture(scope="module")
-def figure5(setting: Setting) -> Chart:
-    return figure_5(setting)
+def figure5(config: RunConfig) -> Chart:
+    return figure_5(config)
 
 
-def counted(setting: Setting, family: Family, lengths: Sequence[int], dtypes: Sequence[str] = DTYPES) -> CollapseCurve:
-    return collapse_curve(setting.model, family, lengths, dtypes, noise_floor=True)
+def counted(config: RunConfig, family: Family, lengths: Sequence[int], dtypes: Sequence[str] = DTYPES) -> CollapseCurve:
+    return collapse_curve(config.model, family, lengths, dtypes, noise_floor=True)
 
 
 def line(panel: Panel, label: str) -> tuple[tuple, tuple]:
@@ -58,7 +58,7 @@ def line(panel: Panel, label: str) -> tuple[tuple, tuple]:
 @pytest.mark.parametrize("kind", HOOKED)
 def test_figure_1_is_the_way_through_the_layers(kind: str, tmp_path: Path) -> None:
     model = loaded(kind)
-    chart = figure_1(Setting(Options(model), tmp_path))
+    chart = figure_1(RunConfig(Options(model), tmp_path))
     curve = collapse_curve(model, families.counting(model), range(1, 11), ("float32",))
     a, early, late = chart.panels
     assert [one.label for one in a.series] == [f"{k} against {k + 1} ones" for k in FIGURE_1_LINES]
@@ -74,15 +74,15 @@ def test_figure_1_is_the_way_through_the_layers(kind: str, tmp_path: Path) -> No
 
 
 def test_figure_1_of_one_length_decides_nothing_about_length(tmp_path: Path) -> None:
-    chart = figure_1(Setting(Options(loaded(HOOKED[0]), longest=1), tmp_path))
+    chart = figure_1(RunConfig(Options(loaded(HOOKED[0]), longest=1), tmp_path))
     assert [verdict.held for verdict in chart.verdicts] == [None, True]
 
 
 # ---------------------------------------------------------------- figures 5 and 12
 
 
-def test_figure_5_draws_the_curves_of_its_four_families(figure5: Chart, setting: Setting) -> None:
-    model = setting.model
+def test_figure_5_draws_the_curves_of_its_four_families(figure5: Chart, config: RunConfig) -> None:
+    model = config.model
     cases = (
         families.counting(model),
         families.sampled_digits(model, seed=0),
@@ -91,7 +91,7 @@ def test_figure_5_draws_the_curves_of_its_four_families(figure5: Chart, setting:
     )
     marks = (1, 2, 6, 11)
     for place, family in enumerate(cases):
-        curve = counted(setting, family, range(1, LONGEST + 1))
+        curve = counted(config, family, range(1, LONGEST + 1))
         top, bottom = figure5.panels[place], figure5.panels[place + 4]
         for dtype in DTYPES:
             x, y = line(bottom, dtype)
@@ -114,11 +114,11 @@ def test_figure_5_draws_the_print_beside_it(figure5: Chart) -> None:
         assert [one.x for one in floors] == [(1, 2, 6, 11)] * 2  # no lengths of its own on an axis of categories
 
 
-def test_figure_5_says_what_commas_save(figure5: Chart, setting: Setting) -> None:
-    same = families.separated(setting.model, step=3)
-    right = families.separated(setting.model, counted_from="right")
+def test_figure_5_says_what_commas_save(figure5: Chart, config: RunConfig) -> None:
+    same = families.separated(config.model, step=3)
+    right = families.separated(config.model, counted_from="right")
     for label, family in (("the same place, k against k+3", same), ("commas from the right", right)):
-        curve = counted(setting, family, (1, 2, 6, 11), ("float32",))
+        curve = counted(config, family, (1, 2, 6, 11), ("float32",))
         x, y = line(figure5.panels[7], label)
         assert x == (1, 2, 6, 11)
         assert y == pytest.approx(curve.l1["float32"].tolist(), rel=1e-4)
@@ -128,10 +128,10 @@ def test_figure_5_says_what_commas_save(figure5: Chart, setting: Setting) -> Non
 
 
 def test_figure_12_asks_first(tmp_path: Path) -> None:
-    setting = Setting(Options(loaded(HOOKED[0]), longest=10, dtypes=("float32",)), tmp_path)
-    chart = figure_12(setting)
+    config = RunConfig(Options(loaded(HOOKED[0]), longest=10, dtypes=("float32",)), tmp_path)
+    chart = figure_12(config)
     question = prompts.TYPE_1.format(seq="").rstrip()
-    curve = counted(setting, families.counting(setting.model, question=question), range(1, 11), ("float32",))
+    curve = counted(config, families.counting(config.model, question=question), range(1, 11), ("float32",))
     assert chart.panels[0].series[0].x == (2, 5, 10)
     assert line(chart.panels[1], "float32")[1] == pytest.approx(curve.l1["float32"].tolist(), rel=1e-4)
     assert chart.verdicts[0].held is None  # too short for a slope
@@ -139,22 +139,22 @@ def test_figure_12_asks_first(tmp_path: Path) -> None:
 
 
 def test_what_the_model_cannot_read_is_left_out_and_said(tmp_path: Path) -> None:
-    setting = Setting(Options(loaded(HOOKED[0])), tmp_path)
-    family = families.counting(setting.model)
+    config = RunConfig(Options(loaded(HOOKED[0])), tmp_path)
+    family = families.counting(config.model)
     over = N_CTX - len(family.pair(1)[1])  # ones more than the first pair may have
-    lengths, note = setting.readable((1, over, over + 1, over + 2, 5000), family)
+    lengths, note = config.readable((1, over, over + 1, over + 2, 5000), family)
     assert (len(family.pair(over + 1)[1]), lengths) == (N_CTX, (1, over, over + 1))
     assert note == (f"Lengths beyond {over + 1} are left out: this model reads n_ctx = {N_CTX} tokens.",)
-    assert setting.readable((1, 2), family) == ((1, 2), ())
-    nothing, _ = setting.readable((5000, 6000), family)
+    assert config.readable((1, 2), family) == ((1, 2), ())
+    nothing, _ = config.readable((5000, 6000), family)
     with pytest.raises(InputError, match=f"got at most n_ctx = {N_CTX}: none that fits"):
-        collapse_curve(setting.model, family, nothing)
+        collapse_curve(config.model, family, nothing)
 
 
 def test_a_figure_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    setting = Setting(Options(loaded(HOOKED[0]), dtypes=("float32",)), tmp_path)
-    monkeypatch.setattr(setting.model.cfg, "n_ctx", 200)
-    chart = figure_12(setting)
+    config = RunConfig(Options(loaded(HOOKED[0]), dtypes=("float32",)), tmp_path)
+    monkeypatch.setattr(config.model.cfg, "n_ctx", 200)
+    chart = figure_12(config)
     assert "Lengths beyond 10 are left out: this model reads n_ctx = 200 tokens." in chart.notes
     assert chart.panels[0].series[0].x == (2, 5, 10)
 
@@ -164,15 +164,15 @@ def test_a_figure_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("figure", LENGTHS)
 def test_quick_is_shorter_and_longest_cuts(figure: str, tmp_path: Path) -> None:
-    full, quick = (Setting(Options(quick=each), tmp_path).lengths(figure) for each in (False, True))
+    full, quick = (RunConfig(Options(quick=each), tmp_path).lengths(figure) for each in (False, True))
     assert list(full) == sorted(set(full))
     assert list(quick) == sorted(set(quick))
     assert quick[-1] <= full[-1]
     middle = full[len(full) // 2]
-    assert Setting(Options(longest=middle), tmp_path).lengths(figure) == tuple(k for k in full if k <= middle)
-    assert Setting(Options(longest=full[0]), tmp_path).lengths(figure) == full[:1]
+    assert RunConfig(Options(longest=middle), tmp_path).lengths(figure) == tuple(k for k in full if k <= middle)
+    assert RunConfig(Options(longest=full[0]), tmp_path).lengths(figure) == full[:1]
     with pytest.raises(InputError, match=f"expected at least {full[0]}, the shortest of figure {figure}"):
-        Setting(Options(longest=full[0] - 1), tmp_path).lengths(figure)
+        RunConfig(Options(longest=full[0] - 1), tmp_path).lengths(figure)
 
 
 def test_the_papers_lengths() -> None:

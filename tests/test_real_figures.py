@@ -10,8 +10,8 @@ import pytest
 
 import oversquash_lens as osl
 from oversquash_lens.collapse import families
-from oversquash_lens.paper.experiments import Reproduced
 from oversquash_lens.paper.remedies import MODEL_REMEDIES, PROMPT_REMEDIES, inner_digits
+from oversquash_lens.paper.reproduce import Reproduced
 from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, planted
 from oversquash_lens.viz.chart import Panel, Series
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_speakers import KINDS, characters, loaded
+from small_generators import KINDS, characters, loaded
 
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
@@ -30,7 +30,7 @@ from oversquash_lens.paper.remedies import (
     remedies,
     try_remedy,
 )
-from oversquash_lens.paper.setting import Options, Setting
+from oversquash_lens.paper.run_config import Options, RunConfig
 from oversquash_lens.viz.chart import Chart
 
 HOOKED = KINDS[1:]
@@ -188,12 +188,12 @@ def test_a_remedy_acts_inside_and_leaves_nothing(
     kind: str, name: str, count_hooks: Callable[[Any], int], tmp_path: Path
 ) -> None:
     model = loaded(kind)
-    setting = Setting(Options(model, probes=2), tmp_path)
+    config = RunConfig(Options(model, probes=2), tmp_path)
     family = BY_NAME[name].family(model, None)
-    plain = try_remedy(setting, BY_NAME[NOTHING], family, range(1, 5), (3,))
+    plain = try_remedy(config, BY_NAME[NOTHING], family, range(1, 5), (3,))
     hooks, weights = count_hooks(model), {key: value.clone() for key, value in model.state_dict().items()}
-    tried = try_remedy(setting, BY_NAME[name], family, range(1, 5), (3,))
-    again = try_remedy(setting, BY_NAME[NOTHING], family, range(1, 5), (3,))
+    tried = try_remedy(config, BY_NAME[name], family, range(1, 5), (3,))
+    again = try_remedy(config, BY_NAME[NOTHING], family, range(1, 5), (3,))
     assert count_hooks(model) == hooks
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in weights.items())
@@ -263,7 +263,7 @@ def test_the_tables_answers_by_hand(curve: CollapseCurve) -> None:
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory: pytest.TempPathFactory) -> Chart:
     options = Options(loaded(HOOKED[0]), quick=True, longest=11, probes=2)
-    return remedies(Setting(options, tmp_path_factory.mktemp("remedies")))
+    return remedies(RunConfig(options, tmp_path_factory.mktemp("remedies")))
 
 
 def test_every_remedy_is_drawn_beside_nothing(chart: Chart) -> None:
@@ -288,4 +288,4 @@ def test_higher_precision_changes_no_distance(chart: Chart) -> None:
 
 def test_too_short_is_refused_before_the_model_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected at least 11, the shortest of figure, got a longest length of 5"):
-        remedies(Setting(Options("no such model", longest=5), tmp_path))
+        remedies(RunConfig(Options("no such model", longest=5), tmp_path))

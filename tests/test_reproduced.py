@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_speakers
-from small_speakers import KINDS, loaded
-from test_experiments import FILES, WITH_A_MODEL, check_files, forbid_models, read
+import small_generators
+from small_generators import KINDS, loaded
 from test_page import Outline
+from test_reproduce import FILES, WITH_A_MODEL, check_files, forbid_models, read
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper.experiments import Reproduced, reproduce
+from oversquash_lens.paper.reproduce import Reproduced, reproduce
 from oversquash_lens.paper.runs import AnswerFile
 from oversquash_lens.paper.task_figures import COPYING, COUNTING
 from oversquash_lens.paper.tasks import NEW_TOKENS
@@ -38,9 +38,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny model that reads characters, with room for worked examples."""
     folder = tmp_path_factory.mktemp("models") / "tiny-characters"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_speakers, "N_CTX", 2048)
-        small_speakers.model().save_pretrained(folder)
-    small_speakers.characters().save_pretrained(folder)
+        patch.setattr(small_generators, "N_CTX", 2048)
+        small_generators.model().save_pretrained(folder)
+    small_generators.characters().save_pretrained(folder)
     return folder
 
 
@@ -124,7 +124,7 @@ def test_a_hooked_model_at_hand_is_taken_as_it_is(kind: str, tmp_path: Path, mon
     forbid_models(monkeypatch)
     found = reproduce(["1", "11"], model, tmp_path, quick=True, longest=10)
     assert [one.chart.model for one in found] == [model.cfg.model_name] * 2
-    settings = {json.loads(line)["settings"]["speaker"] for path in tmp_path.glob("*.jsonl") for line in path.open()}
+    settings = {json.loads(line)["settings"]["generator"] for path in tmp_path.glob("*.jsonl") for line in path.open()}
     assert settings == {kind}
 
 
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(
 
 KILLED = """
 import os, signal, sys
-from oversquash_lens.paper.experiments import reproduce
+from oversquash_lens.paper.reproduce import reproduce
 from oversquash_lens.paper.runs import AnswerFile
 from oversquash_lens.paper.tasks import NEW_TOKENS
 

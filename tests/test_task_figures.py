@@ -14,11 +14,11 @@ import pytest
 
 from oversquash_lens.paper import task_figures as recipe
 from oversquash_lens.paper.answers import parse_answer
+from oversquash_lens.paper.generator import Sampling
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE
 from oversquash_lens.paper.questions import TASKS, questions
-from oversquash_lens.paper.sampling import Sampling
+from oversquash_lens.paper.run_config import Options, RunConfig
 from oversquash_lens.paper.scores import Score, TaskScores
-from oversquash_lens.paper.setting import Options, Setting
 from oversquash_lens.paper.task_figures import BIN, QUICK_TOKENS
 from oversquash_lens.paper.tasks import NEW_TOKENS, TaskAnswer, TaskResult
 from oversquash_lens.viz.chart import Chart, Panel, Series
@@ -29,7 +29,7 @@ FIGURES = {name: getattr(recipe, f"figure_{name}") for name in ("2", "3", "4", "
 
 @dataclass
 class Stage:
-    """A setting whose speaker says what `answer` says; `asked` is what run_task was called with."""
+    """A setting whose generator says what `answer` says; `asked` is what run_task was called with."""
 
     answer: Answer
     options: Options
@@ -37,13 +37,13 @@ class Stage:
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def chart(self, figure: str) -> Chart:
-        setting = Setting(self.options, self.folder)
-        setting.__dict__["speaker"] = SimpleNamespace(label="a parrot", chat=True)
+        config = RunConfig(self.options, self.folder)
+        config.__dict__["generator"] = SimpleNamespace(label="a parrot", chat=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recipe, "run_task", self.run_task)
-            return FIGURES[figure](setting)
+            return FIGURES[figure](config)
 
-    def run_task(self, speaker: Any, name: str, lengths: Any, **options: Any) -> TaskResult:
+    def run_task(self, generator: Any, name: str, lengths: Any, **options: Any) -> TaskResult:
         self.asked.append({"task": name, "lengths": tuple(lengths), **options})
         task, cot = TASKS[name], options["cot"]
         answers: dict[int, list[TaskAnswer]] = {}

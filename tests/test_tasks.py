@@ -15,16 +15,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_speakers import Parrot, PatienceError, speaker
+from small_generators import Parrot, PatienceError, generator
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper import prompts
+from oversquash_lens.paper.generator import Generator, Sampling
 from oversquash_lens.paper.questions import TASKS, Task, questions
-from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.scores import MEASURES, Score, TaskScores, score_task
-from oversquash_lens.paper.speakers import Speaker
-from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task
+from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task, score_task
 
 COUNTING = ("sum", "ones", "bernoulli", "word")
 COPYING = [name for name in TASKS if name not in (*COUNTING, "copy_last_control")]
@@ -340,24 +339,26 @@ def test_scores_alone_resume_too(tmp_path: Path) -> None:
 KILLED = """
     import os, signal, sys
     from small_speakers import speaker
-    from oversquash_lens.paper.sampling import Sampling
+    from oversquash_lens.paper.generator import Sampling
+    from small_generators import generator
+    from oversquash_lens.paper.generator import Sampling
     from oversquash_lens.paper.tasks import run_task
-    who, asked = speaker(batch_size=2), 0
-    replies = who.replies
+    who, asked = generator(batch_size=2), 0
+    replies = who.completions
     def mortal(*arguments, **options):
         global asked
         asked += 1
         if asked == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return replies(*arguments, **options)
-    who.replies = mortal
+        return completions(*arguments, **options)
+    who.completions = mortal
     run_task(who, "bernoulli", [5, 9, 2, 14, 7], samples=2, sampling=Sampling(1.2, 3, 12), out=sys.argv[1])
 """
 
 
 def test_a_killed_run_of_a_tiny_model_ends_with_the_same_file(tmp_path: Path) -> None:
     """Killed in its third batch of five."""
-    who, warm = speaker(batch_size=2), Sampling(1.2, 3, 12)
+    who, warm = generator(batch_size=2), Sampling(1.2, 3, 12)
     whole = run_task(who, "bernoulli", LENGTHS, samples=SAMPLES, sampling=warm, out=tmp_path / "whole")
     path = tmp_path / "run"
     child = subprocess.run(
@@ -382,7 +383,7 @@ def test_progress_counts_replies(capsys: pytest.CaptureFixture, tmp_path: Path) 
 
 def test_smollm2_counts_and_copies_to_the_end(tmp_path: Path) -> None:
     """The real model on short sequences: every number is there, and the file gives the same result again."""
-    who = Speaker(load_twin(device="cpu"))
+    who = Generator(load_twin(device="cpu"))
     sampling = Sampling(max_new_tokens=8)
     for task, lengths in (("ones", [3]), ("copy_last", [4, 6])):
         result = run_task(who, task, lengths, sampling=sampling, out=tmp_path / "run")

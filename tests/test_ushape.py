@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_speakers import KINDS, characters, loaded
+from small_generators import KINDS, characters, loaded
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import ushape as recipe
-from oversquash_lens.paper.setting import Options, Setting
+from oversquash_lens.paper.run_config import Options, RunConfig
 from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, ends_over_middle, planted
 
 HOOKED = KINDS[1:]
@@ -140,13 +140,13 @@ def test_the_answers_probability_token_by_token(kind: str, monkeypatch: pytest.M
 def test_the_chart_holds_what_was_measured(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(recipe, "QUICK_FILLED", 2)
     monkeypatch.setattr(recipe, "QUICK_PLACES", 3)
-    setting = Setting(Options(loaded(kind), quick=True, probes=3, seed=5), tmp_path)
-    chart = recipe.ushape(setting)
+    config = RunConfig(Options(loaded(kind), quick=True, probes=3, seed=5), tmp_path)
+    chart = recipe.ushape(config)
     heard, answer = chart.panels
     measured, estimated = heard.series
     assert measured.x == estimated.x == answer.series[0].x == (0.0, 0.5, 1.0)
-    prompt = planted(setting.model, 2, 1)
-    truth = measured_sensitivity(setting.model, list(prompt.ids), probes=3, seed=5)
+    prompt = planted(config.model, 2, 1)
+    truth = measured_sensitivity(config.model, list(prompt.ids), probes=3, seed=5)
     size = math.sqrt(math.fsum(value**2 for value in truth.values[prompt.fact].tolist()))
     assert measured.y[1] == pytest.approx(size)
     assert all(value < 0 for value in answer.series[0].y)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_speakers import KINDS, loaded
+from small_generators import KINDS, loaded
 
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paper import window as recipe
-from oversquash_lens.paper.setting import Options, Setting
+from oversquash_lens.paper.run_config import Options, RunConfig
 from oversquash_lens.paper.window import START, early_share, least_heard, window
 from oversquash_lens.viz.chart import Chart
 
@@ -29,7 +29,7 @@ def chart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("window")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "QUICK_WIDTHS", (1, 4, WIDE, None))
-        return window(Setting(Options(loaded(request.param), quick=True, longest=LONGEST, probes=3), folder))
+        return window(RunConfig(Options(loaded(request.param), quick=True, longest=LONGEST, probes=3), folder))
 
 
 def rows(chart: Chart, title: str) -> dict[str, Sequence[float]]:
@@ -67,9 +67,9 @@ def test_against_the_width_are_the_same_numbers(chart: Chart) -> None:
 
 
 def test_longest_is_the_longest_and_too_short_is_refused(tmp_path: Path) -> None:
-    assert Setting(Options(longest=13), tmp_path).lengths("window") == (11, 12, 13)
+    assert RunConfig(Options(longest=13), tmp_path).lengths("window") == (11, 12, 13)
     with pytest.raises(InputError, match="expected at least 11, got a longest length of 10"):
-        window(Setting(Options(longest=10), tmp_path))
+        window(RunConfig(Options(longest=10), tmp_path))
 
 
 # ---------------------------------------------------------------- made-up results

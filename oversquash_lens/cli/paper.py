@@ -110,9 +110,8 @@ def run_tasks(options: argparse.Namespace) -> None:
         check_writable(options.answers)
     from oversquash_lens.models.embedded import NAME
     from oversquash_lens.models.loading import load_twin
+    from oversquash_lens.paper.generator import Generator, Sampling
     from oversquash_lens.paper.questions import find_task
-    from oversquash_lens.paper.sampling import Sampling
-    from oversquash_lens.paper.speakers import Speaker
     from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 
     if options.kind != "auto":
@@ -126,7 +125,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     print(f"loading {name} without hooks …", file=sys.stderr)
     place = {"device": options.device, "device_map": options.device_map}
     result = run_task(
-        Speaker(load_twin(name, dtype=options.dtype, **place), chat=options.chat),
+        Generator(load_twin(name, dtype=options.dtype, **place), chat=options.chat),
         task,
         lengths,
         cot=options.cot,
@@ -139,7 +138,7 @@ def run_tasks(options: argparse.Namespace) -> None:
 
 
 def run_reproduce(options: argparse.Namespace) -> None:
-    from oversquash_lens.paper.experiments import reproduce
+    from oversquash_lens.paper.reproduce import reproduce
 
     made = reproduce(
         options.figures,

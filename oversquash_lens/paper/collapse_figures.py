@@ -10,7 +10,7 @@ from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.family import Family
 from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.judging import collapses, exponent
-from oversquash_lens.paper.setting import PAPER_MODEL, Setting
+from oversquash_lens.paper.run_config import PAPER_MODEL, RunConfig
 from oversquash_lens.paper.synthetic import figure_1_paths
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 from oversquash_lens.viz.collapse_chart import collapse_series, head_series, marks_of
@@ -30,10 +30,10 @@ class Case:
     apart: bool = False
 
 
-def figure_1(setting: Setting) -> Chart:
+def figure_1(config: RunConfig) -> Chart:
     """(a) The first ten counts, layer by layer; (b) the paths of an early and a late token."""
-    lengths = setting.lengths("1")
-    curve = _curve(setting, families.counting(setting.model, bos=setting.options.bos), lengths, dtypes=("float32",))
+    lengths = config.lengths("1")
+    curve = _curve(config, families.counting(config.model, bos=config.options.bos), lengths, dtypes=("float32",))
     layers = tuple(range(len(curve.by_layer["float32"])))
     rows = curve.by_layer["float32"].T.tolist()
     shown = [
@@ -58,34 +58,34 @@ def figure_1(setting: Setting) -> Chart:
         ),
     )
     return Chart(
-        "1", "Figure 1: representations converge, early tokens have more paths", (a, *b), verdicts, setting.label,
+        "1", "Figure 1: representations converge, early tokens have more paths", (a, *b), verdicts, config.label,
         columns=3, notes=("(b) is computed: every causal path through the layers is counted.",), data=curve.to_dict(),
     )  # fmt: skip
 
 
-def figure_5(setting: Setting) -> Chart:
+def figure_5(config: RunConfig) -> Chart:
     """Collapse of counting and copying prompts, as printed and for every length; what commas save and what not."""
-    wanted = setting.lengths("5")
-    model, bos = setting.model, setting.options.bos
+    wanted = config.lengths("5")
+    model, bos = config.model, config.options.bos
     cases = [
         Case("(a) count ones", families.counting(model, bos=bos), published.FIGURE_5["a"]),
         Case(
             "(b) count ones among digits",
-            families.sampled_digits(model, seed=setting.options.seed, bos=bos),
+            families.sampled_digits(model, seed=config.options.seed, bos=bos),
             published.FIGURE_5["b"],
         ),
         Case("(c) copy ones", families.copying(model, bos=bos), published.FIGURE_5["c"]),
         Case("(d) copy, a comma every third", families.separated(model, bos=bos), published.FIGURE_5["d"], apart=True),
     ]
-    marks, left_out = setting.readable(wanted, *(case.family for case in cases))
-    dense = [_curve(setting, case.family, range(1, marks[-1] + 1), floor=marks) for case in cases]
+    marks, left_out = config.readable(wanted, *(case.family for case in cases))
+    dense = [_curve(config, case.family, range(1, marks[-1] + 1), floor=marks) for case in cases]
     printed = [curve.at(marks) for curve in dense]
     others = {
         "the same place, k against k+3": families.separated(model, step=3, bos=bos),
         "commas from the right": families.separated(model, counted_from="right", bos=bos),
     }
     commas = {
-        name: _curve(setting, family, setting.readable(marks, family)[0], dtypes=("float32",))
+        name: _curve(config, family, config.readable(marks, family)[0], dtypes=("float32",))
         for name, family in others.items()
     }
     top = list(map(_printed_panel, cases, printed))
@@ -97,7 +97,7 @@ def figure_5(setting: Setting) -> Chart:
         "Figure 5: representational collapse",
         (*top, *bottom),
         (*map(_verdict, cases, dense), _count_verdict(commas)),
-        setting.label,
+        config.label,
         setup=(
             "Above: last layer, mean and min–max over heads of the L∞ change of z between the two prompts. "
             f"Grey: read off the paper's print ({PAPER_MODEL}, bfloat16). Below: L1 of y, every length.",
@@ -109,21 +109,21 @@ def figure_5(setting: Setting) -> Chart:
     )
 
 
-def figure_12(setting: Setting) -> Chart:
+def figure_12(config: RunConfig) -> Chart:
     """Collapse under prompt Type 1, whose sequence ends the prompt."""
-    wanted = setting.lengths("12")
+    wanted = config.lengths("12")
     question = prompts.TYPE_1.format(seq="").rstrip()
-    family = families.counting(setting.model, question=question, bos=setting.options.bos)
+    family = families.counting(config.model, question=question, bos=config.options.bos)
     case = Case("prompt Type 1", family, published.FIGURE_12)
-    marks, left_out = setting.readable(wanted, family)
-    dense = _curve(setting, family, range(1, marks[-1] + 1), floor=marks)
+    marks, left_out = config.readable(wanted, family)
+    dense = _curve(config, family, range(1, marks[-1] + 1), floor=marks)
     printed = dense.at(marks)
     return Chart(
         "12",
         "Figure 12: representational collapse, prompt Type 1",
         (_printed_panel(case, printed), _dense_panel(case, dense)),
         (_verdict(case, dense),),
-        setting.label,
+        config.label,
         setup=_setup([dense]),
         notes=(*dense.notes, *left_out),
         columns=2,
@@ -132,16 +132,16 @@ def figure_12(setting: Setting) -> Chart:
 
 
 def _curve(
-    setting: Setting,
+    config: RunConfig,
     family: Family,
     lengths: Sequence[int],
     *,
     dtypes: Sequence[str] | None = None,
     floor: Sequence[int] = (),
 ) -> CollapseCurve:
-    options = setting.options
+    options = config.options
     formats = dtypes or options.dtypes
-    return collapse_curve(setting.model, family, lengths, formats, noise_floor=floor, progress=options.progress)
+    return collapse_curve(config.model, family, lengths, formats, noise_floor=floor, progress=options.progress)
 
 
 def _printed_panel(case: Case, curve: CollapseCurve) -> Panel:

@@ -18,7 +18,7 @@ from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import prompts
-from oversquash_lens.paper.setting import Setting
+from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
 from oversquash_lens.viz.collapse_chart import curve_numbers
 
@@ -98,16 +98,16 @@ class Outcome:
     certainty: tuple[float, ...]
 
 
-def remedies(setting: Setting) -> Chart:
+def remedies(config: RunConfig) -> Chart:
     """Collapse distance, measured sensitivity and the copying task under every remedy."""
-    wanted = setting.lengths("remedies")
+    wanted = config.lengths("remedies")
     everything = (*PROMPT_REMEDIES, *MODEL_REMEDIES[1:])
-    made = [remedy.family(setting.model, setting.options.bos) for remedy in everything]
-    lengths, left_out = setting.readable(wanted, *made)
-    tasks = tuple(k for k in (QUICK_TASKS if setting.options.quick else TASK_LENGTHS) if k <= lengths[-1])
+    made = [remedy.family(config.model, config.options.bos) for remedy in everything]
+    lengths, left_out = config.readable(wanted, *made)
+    tasks = tuple(k for k in (QUICK_TASKS if config.options.quick else TASK_LENGTHS) if k <= lengths[-1])
     done: dict[str, Outcome] = {}
     for remedy, family in zip(everything, made, strict=True):
-        done[remedy.name] = try_remedy(setting, remedy, family, range(1, lengths[-1] + 1), tasks)
+        done[remedy.name] = try_remedy(config, remedy, family, range(1, lengths[-1] + 1), tasks)
     panels = []
     for title, group in (("the prompt", PROMPT_REMEDIES), ("the model", MODEL_REMEDIES)):
         outcomes = [done[remedy.name] for remedy in group]
@@ -117,7 +117,7 @@ def remedies(setting: Setting) -> Chart:
         "Remedies, before and after",
         tuple(panels),
         _verdicts(list(done.values()), lengths),
-        setting.label,
+        config.label,
         setup=_setup(),
         notes=left_out,
         tables=(_table(list(done.values()), lengths, tasks),),
@@ -126,9 +126,9 @@ def remedies(setting: Setting) -> Chart:
     )
 
 
-def try_remedy(setting: Setting, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]) -> Outcome:
+def try_remedy(config: RunConfig, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]) -> Outcome:
     """What a remedy makes of its family's curve, of the sensitivity to the digits, and of the copying task."""
-    model, options = setting.model, setting.options
+    model, options = config.model, config.options
     heard_at = min(HEARD_AT, lengths[-1])
     with edited_attention(model, remedy.edit):
         curve = collapse_curve(model, family, lengths, (remedy.dtype,), progress=options.progress)

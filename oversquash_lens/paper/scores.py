@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oversquash_lens.errors import InputError
+from oversquash_lens.paper.generator import Answering
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE
 from oversquash_lens.paper.questions import Question, Task, find_task, questions
 from oversquash_lens.paper.runs import AnswerFile
-from oversquash_lens.paper.speakers import Answering
 
 HIGHEST = 200
 DECIMALS = 6  # of a log-probability that is kept
@@ -115,7 +115,7 @@ class TaskScores:
 
 
 def score_task(
-    speaker: Answering,
+    generator: Answering,
     task: str | Task,
     lengths: Sequence[int] | None = None,
     *,
@@ -134,12 +134,12 @@ def score_task(
     """
     task = find_task(task)
     asked = questions(task, lengths, cot, samples if task.varied else 1)
-    with AnswerFile(out, {**speaker.settings, "what": "scores"}) as file:
-        return score_questions(speaker, task, asked, file, highest=highest, progress=progress)
+    with AnswerFile(out, {**generator.settings, "what": "scores"}) as file:
+        return score_questions(generator, task, asked, file, highest=highest, progress=progress)
 
 
 def score_questions(
-    speaker: Answering,
+    generator: Answering,
     task: Task,
     asked: Sequence[Question],
     file: AnswerFile,
@@ -153,14 +153,10 @@ def score_questions(
     line = NUMBER_LINE if task.kind == "number" else DIGIT_LINE
     candidates = [f"{line}{number}" for number in range(_highest(task, asked, highest) + 1)]
     scores: dict[int, list[Score]] = {}
-    trunk = None  # always the same for the same questions, so that a resumed run gives the same numbers
     for question in tqdm(asked, desc=f"{task.name}: likelihoods", unit="prompt", disable=not progress, leave=False):
         key = ("score", *question.key, len(candidates))
         if key not in file.answers:
-            trunk = trunk or speaker.trunk([each.prompt for each in asked])
-            found = speaker.log_likelihoods(
-                question.prompt, [line.rstrip(), *candidates], whole_numbers=True, trunk=trunk
-            )
+            found = generator.log_likelihoods(question.prompt, [line.rstrip(), *candidates], whole_numbers=True)
             file.append([(key, [_finite(round(value, DECIMALS)) for value in found.tolist()])])
         log_line, *logs = [-math.inf if value is None else value for value in file.answers[key]]
         score = Score(question.truth, tuple(value - log_line for value in logs), log_line)

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from oversquash_lens.paper.generator import Sampling
 from oversquash_lens.paper.judging import all_of, grows
 from oversquash_lens.paper.prompts import COTS, OURS
-from oversquash_lens.paper.sampling import Sampling
-from oversquash_lens.paper.setting import Setting
+from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
@@ -30,14 +30,14 @@ COPYING = {
 GEMINI = "The paper asked Gemini 1.5; the model under test takes its place."
 
 
-def figure_2(setting: Setting) -> Chart:
+def figure_2(config: RunConfig) -> Chart:
     """Copying: the first digit against the last, a hint, interleaved digits."""
     groups = {
         "(a) first against last": ("copy_first", "copy_last", "copy_last_control"),
         "(b) a hint": ("copy_last", "copy_last_hint"),
         "(c) interleaved": ("interleaved_01", "interleaved_10"),
     }
-    results = _copying(setting, "2", [name for group in groups.values() for name in group])
+    results = _copying(config, "2", [name for group in groups.values() for name in group])
     first, last, control, hint = (
         _right(results[name]) for name in ("copy_first", "copy_last", "copy_last_control", "copy_last_hint")
     )
@@ -52,13 +52,13 @@ def figure_2(setting: Setting) -> Chart:
         Verdict("a hint helps", f"{hint} right of {asked} with it, {last} without", hint > last),
         Verdict("interleaved sequences are copied right", f"{sum(both)} right of {2 * asked}", min(both) > asked / 2),
     )
-    return _copying_chart(setting, "2", "Figure 2: copying", groups, results, verdicts)
+    return _copying_chart(config, "2", "Figure 2: copying", groups, results, verdicts)
 
 
-def figure_11(setting: Setting) -> Chart:
+def figure_11(config: RunConfig) -> Chart:
     """Copying the last digit under prompt Types 1 and 2."""
     groups = {"prompt Types 1 and 2": ("type_1", "type_2")}
-    results = _copying(setting, "11", groups["prompt Types 1 and 2"])
+    results = _copying(config, "11", groups["prompt Types 1 and 2"])
     right = {name: _right(result) for name, result in results.items()}
     asked = len(results["type_1"].lengths)
     verdict = Verdict(
@@ -66,51 +66,51 @@ def figure_11(setting: Setting) -> Chart:
         ", ".join(f"{COPYING[name]}: {count} right of {asked}" for name, count in right.items()),
         max(right.values()) < asked,
     )
-    return _copying_chart(setting, "11", "Figure 11: prompt Types 1 and 2", groups, results, (verdict,))
+    return _copying_chart(config, "11", "Figure 11: prompt Types 1 and 2", groups, results, (verdict,))
 
 
-def figure_3(setting: Setting) -> Chart:
+def figure_3(config: RunConfig) -> Chart:
     """Counting: absolute error against length, three ways to reason."""
-    return _counting_chart(setting, "3", "Figure 3: counting", (GEMINI,))
+    return _counting_chart(config, "3", "Figure 3: counting", (GEMINI,))
 
 
-def figure_6(setting: Setting) -> Chart:
+def figure_6(config: RunConfig) -> Chart:
     """The same on an open model, as the paper does with Gemma 7B; here the same run as figure 3."""
-    return _counting_chart(setting, "6", "Figure 6: counting, an open model", ("The same answers as figure 3.",))
+    return _counting_chart(config, "6", "Figure 6: counting, an open model", ("The same answers as figure 3.",))
 
 
-def figure_4(setting: Setting) -> Chart:
+def figure_4(config: RunConfig) -> Chart:
     """Which numbers are answered: is there a spike at 100?"""
-    return _histogram_chart(setting, "4", "Figure 4: the numbers answered", (GEMINI,))
+    return _histogram_chart(config, "4", "Figure 4: the numbers answered", (GEMINI,))
 
 
-def figure_7(setting: Setting) -> Chart:
+def figure_7(config: RunConfig) -> Chart:
     """The same on an open model, from the same answers as figure 4."""
     notes = ("The same answers as figure 4; in the paper's print the two pictures are identical.",)
-    return _histogram_chart(setting, "7", "Figure 7: the numbers answered, an open model", notes)
+    return _histogram_chart(config, "7", "Figure 7: the numbers answered, an open model", notes)
 
 
-def _ask(setting: Setting, task: str, lengths: Sequence[int], cot: str = "none") -> TaskResult:
+def _ask(config: RunConfig, task: str, lengths: Sequence[int], cot: str = "none") -> TaskResult:
     """Answers of one task, kept in the folder as they come; the next figure that asks the same finds them there."""
-    options = setting.options
+    options = config.options
     limit = min(NEW_TOKENS[cot], QUICK_TOKENS) if options.quick else NEW_TOKENS[cot]
     sampling = Sampling(options.temperature, options.seed, limit)
     return run_task(
-        setting.speaker,
+        config.generator,
         task,
         lengths,
         cot=cot,
         samples=options.samples,
         sampling=sampling,
         score=cot == "none",
-        out=setting.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.jsonl",
+        out=config.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.jsonl",
         progress=options.progress,
     )
 
 
-def _copying(setting: Setting, figure: str, names: Sequence[str]) -> dict[str, TaskResult]:
-    lengths = setting.lengths(figure)
-    return {name: _ask(setting, name, lengths) for name in dict.fromkeys(names)}
+def _copying(config: RunConfig, figure: str, names: Sequence[str]) -> dict[str, TaskResult]:
+    lengths = config.lengths(figure)
+    return {name: _ask(config, name, lengths) for name in dict.fromkeys(names)}
 
 
 def _right(result: TaskResult) -> int:
@@ -119,7 +119,7 @@ def _right(result: TaskResult) -> int:
 
 
 def _copying_chart(
-    setting: Setting,
+    config: RunConfig,
     name: str,
     title: str,
     groups: dict[str, Sequence[str]],
@@ -133,11 +133,11 @@ def _copying_chart(
         title,
         (*marks, *margins),
         verdicts,
-        setting.speaker.label,
+        config.generator.label,
         setup=(
             "Above: free answers, leniently read (the strict reading wants the asked line to the letter). Below: "
             "log-probability of the right digit less that of the likeliest wrong one, after the line asked for.",
-            _speaking(setting),
+            _how_asked(config),
         ),
         notes=(*_counts(results.values()), GEMINI),
         columns=len(groups),
@@ -159,13 +159,13 @@ def _margin_panel(title: str, results: Sequence[TaskResult]) -> Panel:
     return Panel(f"{title}, likelihood", "length", y_label, tuple(series), reference=(0.0, "even"))
 
 
-def _counting(setting: Setting, figure: str) -> dict[tuple[str, str], TaskResult]:
-    lengths = setting.lengths(figure)
-    return {(cot, task): _ask(setting, task, lengths, cot) for cot in COTS for task in COUNTING}
+def _counting(config: RunConfig, figure: str) -> dict[tuple[str, str], TaskResult]:
+    lengths = config.lengths(figure)
+    return {(cot, task): _ask(config, task, lengths, cot) for cot in COTS for task in COUNTING}
 
 
-def _counting_chart(setting: Setting, name: str, title: str, notes: tuple[str, ...]) -> Chart:
-    results = _counting(setting, name)
+def _counting_chart(config: RunConfig, name: str, title: str, notes: tuple[str, ...]) -> Chart:
+    results = _counting(config, name)
     panels = [_error_panel(cot, result) for (cot, _), result in results.items()]
     return Chart(
         name,
@@ -175,11 +175,11 @@ def _counting_chart(setting: Setting, name: str, title: str, notes: tuple[str, .
             *(_error_verdict(cot, [results[cot, task] for task in COUNTING]) for cot in COTS),
             _likelihood_verdict([results["none", task] for task in COUNTING]),
         ),
-        setting.speaker.label,
+        config.generator.label,
         setup=(
             "Absolute error of the answers that can be read, mean and min–max over samples. Likelihood: expected error "
             "when the numbers after the line asked for are weighed by their probability.",
-            _speaking(setting),
+            _how_asked(config),
         ),
         notes=(*notes, *_counts(results.values()), *_examples(results.values())),
         columns=len(COUNTING),
@@ -218,8 +218,8 @@ def _size(error: float) -> str:
     return "unread" if math.isnan(error) else f"{error:.3g}"
 
 
-def _histogram_chart(setting: Setting, name: str, title: str, notes: tuple[str, ...]) -> Chart:
-    results = _counting(setting, name)
+def _histogram_chart(config: RunConfig, name: str, title: str, notes: tuple[str, ...]) -> Chart:
+    results = _counting(config, name)
     panels, verdicts = [], []
     for task, label in COUNTING.items():
         plain, thought = results["none", task], [results[cot, task] for cot in COTS[1:]]
@@ -235,10 +235,10 @@ def _histogram_chart(setting: Setting, name: str, title: str, notes: tuple[str, 
         title,
         tuple(panels),
         tuple(verdicts),
-        setting.speaker.label,
+        config.generator.label,
         setup=(
             f"How often the numbers 0–200 were answered, {BIN} of them to a bar, leniently read.",
-            _speaking(setting),
+            _how_asked(config),
         ),
         notes=(*notes, *_counts(results.values()), *_above(results.values())),
         columns=2,
@@ -265,11 +265,11 @@ def _spike_verdict(label: str, given: Sequence[int | None]) -> Verdict:
     return Verdict(claim, shares, top == SPIKE)
 
 
-def _speaking(setting: Setting) -> str:
-    speaker, options = setting.speaker, setting.options
+def _how_asked(config: RunConfig) -> str:
+    generator, options = config.generator, config.options
     how = "greedy" if options.temperature == 0 else f"sampled at temperature {options.temperature}"
     return (
-        f"{how}, {'chat template' if speaker.chat else 'plain text, no chat template'}, {options.samples} per length."
+        f"{how}, {'chat template' if generator.chat else 'plain text, no chat template'}, {options.samples} per length."
     )
 
 

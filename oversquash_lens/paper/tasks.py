@@ -1,4 +1,4 @@
-"""Copying and counting, run on a model: free replies parsed twice, and the likelihood of the right answer beside.
+"""Copying and counting, run on a model: free answers read twice, and the likelihood of the right answer beside.
 
 One `TaskResult` is one task under one chain-of-thought variant; every number of it is a tuple with one entry per
 length, ready for a chart.
@@ -15,11 +15,10 @@ from typing import Any
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.answers import parse_answer
+from oversquash_lens.paper.generator import Answering, Completion, Sampling
 from oversquash_lens.paper.questions import TASKS, Question, Task, find_task, questions
 from oversquash_lens.paper.runs import AnswerFile, Key
-from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.scores import TaskScores, score_questions, score_task
-from oversquash_lens.paper.speakers import Answering, Reply
 
 __all__ = ["TASKS", "Histogram", "Task", "TaskAnswer", "TaskResult", "histogram", "run_task", "score_task"]
 
@@ -30,7 +29,7 @@ SPIKE = 100  # the number that the paper's models answer so often
 
 @dataclass(frozen=True)
 class TaskAnswer:
-    """One reply and what was read from it; `finished` False: it was cut off at the limit of tokens."""
+    """One completion and what was read from it; `finished` False: it was cut off at the limit of tokens."""
 
     length: int
     sample: int
@@ -96,7 +95,7 @@ class TaskResult:
 
     @property
     def cut_off(self) -> tuple[int, ...]:
-        """How many replies came to the limit of tokens before they ended."""
+        """How many completions came to the limit of tokens before they ended."""
         return tuple(sum(not answer.finished for answer in row) for row in self.answers)
 
     def given(self, how: str = "lenient") -> tuple[int | None, ...]:
@@ -166,7 +165,7 @@ def histogram(answers: Iterable[int | None], highest: int = 200) -> Histogram:
 
 
 def run_task(
-    speaker: Answering,
+    generator: Answering,
     task: str | Task,
     lengths: Sequence[int] | None = None,
     *,
@@ -186,62 +185,63 @@ def run_task(
     with it after a crash, batch for batch as it would have been.
     """
     task = find_task(task)
-    if not isinstance(speaker, Answering):
+    if not isinstance(generator, Answering):
         raise InputError(
-            f"expected one that answers, got a {type(speaker).__name__} as the speaker: wrap a model, Speaker(model)"
+            f"expected one that answers, got a {type(generator).__name__} as the generator: wrap a model, "
+            "Generator(model)"
         )
     if cot not in NEW_TOKENS:
         raise InputError(f"expected one of {', '.join(NEW_TOKENS)}, got cot={cot!r}")
     sampling = sampling or Sampling(max_new_tokens=NEW_TOKENS[cot])
     samples = samples if task.varied or sampling.temperature > 0 else 1
     asked = questions(task, lengths, cot, samples)
-    settings = {**speaker.settings, **asdict(sampling)}
+    settings = {**generator.settings, **asdict(sampling)}
     with AnswerFile(out, settings) as file:
-        _collect(speaker, task, asked, sampling, file, progress)
+        _collect(generator, task, asked, sampling, file, progress)
         scored = asked if task.varied else [question for question in asked if question.sample == 0]
-        scores = score_questions(speaker, task, scored, file, progress=progress) if score else None
+        scores = score_questions(generator, task, scored, file, progress=progress) if score else None
     rows: dict[int, list[TaskAnswer]] = {}
     for question in asked:
-        reply = Reply(**file.answers[_reply_key(question)])
-        rows.setdefault(question.length, []).append(_read(task, question, reply))
+        completion = Completion(**file.answers[_completion_key(question)])
+        rows.setdefault(question.length, []).append(_read(task, question, completion))
     answers = tuple(tuple(row) for row in rows.values())
     examples = task.examples.source if cot == "few_shot" else ""
     return TaskResult(task.name, task.kind, cot, examples, settings, tuple(rows), answers, scores)
 
 
 def _collect(
-    speaker: Answering, task: Task, asked: Sequence[Question], sampling: Sampling, file: AnswerFile, progress: bool
+    generator: Answering, task: Task, asked: Sequence[Question], sampling: Sampling, file: AnswerFile, progress: bool
 ) -> None:
-    """Put the missing replies into the file. Batches are those of the whole run, however much of it is done."""
+    """Put the missing completions into the file. Batches are those of the whole run, however much of it is done."""
     from tqdm import tqdm
 
-    missing = {question for question in asked if _reply_key(question) not in file.answers}
-    bar = tqdm(total=len(asked), initial=len(asked) - len(missing), desc=task.name, unit="reply", disable=not progress)
+    missing = {question for question in asked if _completion_key(question) not in file.answers}
+    bar = tqdm(total=len(asked), initial=len(asked) - len(missing), desc=task.name, unit="answer", disable=not progress)
     with bar:
-        for batch in speaker.batches([question.prompt for question in asked], sampling):
+        for batch in generator.batches([question.prompt for question in asked], sampling):
             some = [asked[index] for index in batch]
             new = [question for question in some if question in missing]
             if new:
                 draws = [question.sample for question in some]
-                replies = speaker.replies([question.prompt for question in some], sampling, draws=draws)
-                said = dict(zip(some, replies, strict=True))
-                file.append([(_reply_key(question), asdict(said[question])) for question in new])
+                written = generator.completions([question.prompt for question in some], sampling, draws=draws)
+                said = dict(zip(some, written, strict=True))
+                file.append([(_completion_key(question), asdict(said[question])) for question in new])
                 bar.update(len(new))
 
 
-def _reply_key(question: Question) -> Key:
-    return ("reply", *question.key)
+def _completion_key(question: Question) -> Key:
+    return ("completion", *question.key)
 
 
-def _read(task: Task, question: Question, reply: Reply) -> TaskAnswer:
-    found = parse_answer(reply.text, task.kind, reply.finished)
+def _read(task: Task, question: Question, completion: Completion) -> TaskAnswer:
+    found = parse_answer(completion.text, task.kind, completion.finished)
     return TaskAnswer(
         length=question.length,
         sample=question.sample,
         truth=question.truth,
-        text=reply.text,
-        tokens=reply.tokens,
-        finished=reply.finished,
+        text=completion.text,
+        tokens=completion.tokens,
+        finished=completion.finished,
         strict=found.strict,
         lenient=found.lenient,
     )

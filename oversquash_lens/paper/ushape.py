@@ -13,7 +13,7 @@ from oversquash_lens.capture.recorder import record
 from oversquash_lens.capture.tokens import text_ids
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
-from oversquash_lens.paper.setting import Setting
+from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.paths.mean_field import mean_field_sensitivity
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
@@ -61,21 +61,21 @@ def planted(model: Any, sentences: int, before: int, bos: bool | None = None) ->
     return Planted(before / sentences, ids, slice(start, end), answered[common(ids, answered) :])
 
 
-def ushape(setting: Setting) -> Chart:
+def ushape(config: RunConfig) -> Chart:
     """Measured sensitivity and the mean-field estimate of the fact's tokens, and the answer's log-probability."""
-    options = setting.options
+    options = config.options
     sentences = QUICK_FILLED if options.quick else FILLED
     places = QUICK_PLACES if options.quick else PLACES
     depths = sorted({round(i * sentences / (places - 1)) for i in range(places)})
-    prompts = [planted(setting.model, sentences, before, options.bos) for before in depths]
+    prompts = [planted(config.model, sentences, before, options.bos) for before in depths]
     measured, estimated, answered = [], [], []
     for prompt in prompts:
         ids = list(prompt.ids)
-        truth = measured_sensitivity(setting.model, ids, probes=options.probes, seed=options.seed)
+        truth = measured_sensitivity(config.model, ids, probes=options.probes, seed=options.seed)
         measured.append(truth.values[prompt.fact].square().sum().sqrt().item())
-        field = mean_field_sensitivity(record(setting.model, ids, seed=options.seed))
+        field = mean_field_sensitivity(record(config.model, ids, seed=options.seed))
         estimated.append(field.values[prompt.fact].square().sum().sqrt().item())
-        answered.append(log_probability(setting.model, prompt))
+        answered.append(log_probability(config.model, prompt))
     x = tuple(prompt.depth for prompt in prompts)
     heard = Panel(
         "what the last token hears of the fact",
@@ -98,7 +98,7 @@ def ushape(setting: Setting) -> Chart:
         "U-shape: a planted fact at every depth (section 5)",
         (heard, answer),
         (_verdict(x, measured, "measured"), _verdict(x, estimated, "mean-field estimate")),
-        setting.label,
+        config.label,
         setup=(
             f"{sentences} filler sentences of ours, {len(prompts[0].ids)} tokens; the fact{FACT!r}, asked for by"
             f"{QUESTION!r}; root of the summed squares over the fact's tokens.",

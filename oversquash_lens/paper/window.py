@@ -7,7 +7,7 @@ from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paper.judging import exponent
-from oversquash_lens.paper.setting import Setting
+from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 from oversquash_lens.viz.collapse_chart import curve_numbers
 
@@ -16,29 +16,29 @@ START = 11  # ones at which a curve has left its first steps behind
 HEARD_AT = 101  # ones in the prompt whose measured sensitivity is drawn
 
 
-def window(setting: Setting) -> Chart:
+def window(config: RunConfig) -> Chart:
     """Collapse of counting, and who is heard, against the width of the attention window."""
-    options = setting.options
-    wanted = setting.lengths("window")
+    options = config.options
+    wanted = config.lengths("window")
     widths = QUICK_WIDTHS if options.quick else WIDTHS
-    family = families.counting(setting.model, bos=options.bos)
-    lengths, left_out = setting.readable(wanted, family)
+    family = families.counting(config.model, bos=options.bos)
+    lengths, left_out = config.readable(wanted, family)
     heard_at = min(HEARD_AT, lengths[-1])
     prompt = list(family.pair(heard_at)[0])
     curves: dict[int | None, CollapseCurve] = {}
     heard: dict[int | None, MeasuredSensitivity] = {}
     for width in widths:
-        with edited_attention(setting.model, None if width is None else sliding_window(width)):
+        with edited_attention(config.model, None if width is None else sliding_window(width)):
             curves[width] = collapse_curve(
-                setting.model, family, range(1, lengths[-1] + 1), ("float32",), progress=options.progress
+                config.model, family, range(1, lengths[-1] + 1), ("float32",), progress=options.progress
             )
-            heard[width] = measured_sensitivity(setting.model, prompt, probes=options.probes, seed=options.seed)
+            heard[width] = measured_sensitivity(config.model, prompt, probes=options.probes, seed=options.seed)
     return Chart(
         "window",
         "Sliding-window attention (appendix C.6)",
         (_collapse(curves), _by_width(curves), _heard(heard), _early(heard)),
         _verdicts(curves, heard),
-        setting.label,
+        config.label,
         setup=(
             "Counting ones; in every layer each position attends to the last `width` positions only, itself included.",
             f"Sensitivity: measured with {options.probes} probes on {heard_at} ones.",

@@ -1,4 +1,4 @@
-"""A tiny random Llama that reads characters, as the twin and as both hooked classes, and speakers without a model."""
+"""A tiny random Llama that reads characters, as the twin and as both hooked classes, and generators without a model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from torch import Tensor
 import oversquash_lens as osl
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paper.sampling import GREEDY, Sampling
-from oversquash_lens.paper.speakers import Reply, Speaker
+from oversquash_lens.paper.generator import GREEDY, Completion, Generator, Sampling
 
 N_CTX = 1024
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -94,11 +93,11 @@ def loaded(kind: str, dtype: str = "float32") -> Any:
     return osl.load_model(path, kind=kind, dtype=dtype, device="cpu")
 
 
-def speaker(kind: str = "twin", dtype: str = "float32", **options: Any) -> Speaker:
-    return Speaker(loaded(kind, dtype), **options)
+def generator(kind: str = "twin", dtype: str = "float32", **options: Any) -> Generator:
+    return Generator(loaded(kind, dtype), **options)
 
 
-def other_architecture(name: str) -> Speaker:
+def other_architecture(name: str) -> Generator:
     """Tiny random models that mask, place and cache in their own ways: GPT-2 (learned positions), Bloom (ALiBi),
     Gemma 2 and 3 (some layers' windows slide).
     """
@@ -120,24 +119,26 @@ def other_architecture(name: str) -> Speaker:
             if parameter.ndim > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(1.5 * noise * parameter.shape[-1] ** -0.5)
-    return Speaker(Weights(made, characters(), name))
+    return Generator(Weights(made, characters(), name))
 
 
-def plain_speaker(seed: int = 1, sliding_window: int | None = None, tokenizer: Any = None, **options: Any) -> Speaker:
+def plain_generator(
+    seed: int = 1, sliding_window: int | None = None, tokenizer: Any = None, **options: Any
+) -> Generator:
     """A twin made here, for tokenizers and windows of the test's own."""
     weights = Weights(model(seed, sliding_window), tokenizer or characters(), "tiny characters")
-    return Speaker(weights, **options)
+    return Generator(weights, **options)
 
 
-def logits(speaker: Speaker, ids: list[int]) -> Float[Tensor, "pos vocab"]:
-    """One pass over these tokens alone, no cache, no mask: the reference for everything a speaker does."""
+def logits(generator: Generator, ids: list[int]) -> Float[Tensor, "pos vocab"]:
+    """One pass over these tokens alone, no cache, no mask: the reference for everything a generator does."""
     with torch.no_grad():
-        out = speaker.engine.model(torch.tensor([ids]))
+        out = generator.backend.model(torch.tensor([ids]))
     return (out if isinstance(out, Tensor) else out.logits)[0]
 
 
 class Parrot:
-    """A speaker without a model: says what `answer` makes of a prompt, and counts what it was asked.
+    """A generator without a model: says what `answer` makes of a prompt, and counts what it was asked.
 
     `patience`: it raises PatienceError when asked for more replies than that.
     """
@@ -152,26 +153,22 @@ class Parrot:
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
-    def replies(
+    def completions(
         self, prompts: Sequence[str], sampling: Sampling = GREEDY, *, draws: Sequence[int] | None = None
-    ) -> tuple[Reply, ...]:
+    ) -> tuple[Completion, ...]:
         if self.patience is not None and len(self.asked) + len(prompts) > self.patience:
             raise PatienceError
         self.asked += prompts
         texts = [f"{self.answer(prompt)}" for prompt in prompts]
-        return tuple(Reply(text, len(text), True) for text in texts)
+        return tuple(Completion(text, len(text), True) for text in texts)
 
     def log_likelihoods(
-        self, prompt: str, candidates: Sequence[str], *, whole_numbers: bool, trunk: str
+        self, prompt: str, candidates: Sequence[str], *, whole_numbers: bool
     ) -> Float[Tensor, " candidate"]:
         """Made-up numbers that a test can make again: candidate c has -ln(c + 2)."""
         assert whole_numbers
-        assert len(trunk) >= len(prompt)
         self.scored.append(prompt)
         return -torch.arange(2, len(candidates) + 2, dtype=torch.float64).log()
-
-    def trunk(self, prompts: Sequence[str]) -> str:
-        return max(prompts, key=len)
 
 
 class PatienceError(Exception):

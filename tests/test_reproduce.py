@@ -14,9 +14,9 @@ import pytest
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper import experiments
-from oversquash_lens.paper.experiments import FIGURES, Reproduced, chosen_figures, reproduce
-from oversquash_lens.paper.setting import LENGTHS
+from oversquash_lens.paper import reproduce as reproducing
+from oversquash_lens.paper.reproduce import FIGURES, Reproduced, chosen_figures, reproduce
+from oversquash_lens.paper.run_config import LENGTHS
 from oversquash_lens.viz import gallery
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
@@ -172,11 +172,11 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def recipes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], Chart]]:
     """Every figure's chart by name, made at once unless the test puts something else there."""
     makers: dict[str, Callable[[], Chart]] = {name: lambda name=name: rough(name) for name in FIGURES}
-    monkeypatch.setattr(experiments.Recipe, "chart", lambda self, setting: makers[name_of(self)]())
+    monkeypatch.setattr(reproducing.Recipe, "chart", lambda self, config: makers[name_of(self)]())
     return makers
 
 
-def name_of(recipe: experiments.Recipe) -> str:
+def name_of(recipe: reproducing.Recipe) -> str:
     (name,) = (name for name, each in FIGURES.items() if each is recipe)
     return name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper.setting import LENGTHS, Options, Setting
+from oversquash_lens.paper.run_config import LENGTHS, Options, RunConfig
 from oversquash_lens.storage import folder_for
 from oversquash_lens.viz.chart import Chart
 from oversquash_lens.viz.gallery import write_chart, write_index
@@ -17,16 +17,16 @@ from oversquash_lens.viz.gallery import write_chart, write_index
 
 @dataclass(frozen=True)
 class Recipe:
-    """One figure: what it shows, and `module:function` that makes its Chart, from a Setting where a model runs."""
+    """One figure: what it shows, and `module:function` that makes its Chart, from a RunConfig where a model runs."""
 
     title: str
     source: str
     synthetic: bool = False
 
-    def chart(self, setting: Setting) -> Chart:
+    def chart(self, config: RunConfig) -> Chart:
         module, name = self.source.split(":")
         make = getattr(import_module(f"oversquash_lens.paper.{module}"), name)
-        return make() if self.synthetic else make(setting)
+        return make() if self.synthetic else make(config)
 
 
 FIGURES = {
@@ -82,7 +82,7 @@ def reproduce(
     `names`: 5, "ushape", ["8", "9"], "all". `model`: a name or path as for `load_model` (None: the embedded default),
     or a hooked model; what can be known to be wrong is said before it is loaded. Answers of the tasks are kept in `out`
     as they come, so that a run that was broken off goes on where it stopped. `done` is called after each figure. Other
-    options are the fields of `paper.setting.Options`: quick, longest, samples, dtypes, probes, seed, device, dtype, ….
+    options are the fields of `paper.run_config.Options`: quick, longest, samples, dtypes, probes, seed, device, ….
     """
     known = {field.name for field in fields(Options)}
     if not set(options) <= known:
@@ -92,9 +92,9 @@ def reproduce(
     for name in LENGTHS.keys() & chosen:
         asked.lengths(name)
     with folder_for(out, "index.html") as folder:
-        setting, made = Setting(asked, folder), []
+        config, made = RunConfig(asked, folder), []
         for name in chosen:
-            chart = FIGURES[name].chart(setting)
+            chart = FIGURES[name].chart(config)
             made.append(Reproduced(name, chart, write_chart(chart, folder)))
             write_index(folder)
             if done is not None:

@@ -13,10 +13,9 @@ from typing import Any
 from oversquash_lens.collapse.family import Family
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, whole_number
+from oversquash_lens.paper.generator import Generator, Sampling
 from oversquash_lens.paper.published import FIGURE_5_LENGTHS, FIGURE_12
 from oversquash_lens.paper.questions import COPYING_LENGTHS, COUNTING_LENGTHS, PROMPT_TYPE_LENGTHS
-from oversquash_lens.paper.sampling import Sampling
-from oversquash_lens.paper.speakers import Speaker
 
 PAPER_MODEL = "Gemma 7B"
 _COUNTING = (COUNTING_LENGTHS, (5, 15, 45))
@@ -88,7 +87,7 @@ class Options:
         return kept
 
 
-class Setting:
+class RunConfig:
     """Options, the folder of the results, and the models, each loaded once."""
 
     def __init__(self, options: Options, folder: Path) -> None:
@@ -108,7 +107,7 @@ class Setting:
         return load_model(name, kind=self.options.kind, **self._loading())
 
     @cached_property
-    def speaker(self) -> Any:
+    def generator(self) -> Any:
         """Who answers the tasks: the plain twin of a named model, or the hooked model at hand."""
         from oversquash_lens.models.embedded import NAME
         from oversquash_lens.models.loading import load_twin
@@ -118,7 +117,7 @@ class Setting:
             name = NAME if given is None else given
             self._say(f"loading {name} without hooks …")
             given = load_twin(name, **self._loading())
-        return Speaker(given, chat=self.options.chat)
+        return Generator(given, chat=self.options.chat)
 
     @property
     def label(self) -> str:
