@@ -91,7 +91,7 @@ def test_tables_without_the_column(tmp_path: Path) -> None:
     with pytest.raises(osl.InputError, match="holds no prompt"):
         read_prompts(tmp_path / "t.parquet")
     (tmp_path / "t.txt").write_text("a")
-    with pytest.raises(osl.InputError, match=r"column='b' came with t\.txt"):
+    with pytest.raises(osl.InputError, match=r"got column='b' with t\.txt"):
         read_prompts(tmp_path / "t.txt", "b")
 
 

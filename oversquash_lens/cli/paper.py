@@ -85,8 +85,8 @@ def run_collapse(options: argparse.Namespace) -> None:
     check_figure(options.figure)
     if options.curves is not None:
         check_writable(options.curves)
+    from oversquash_lens.collapse.kept import kept_curve
     from oversquash_lens.collapse.precision import number_format
-    from oversquash_lens.paper.kept_curves import kept_curve
 
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)

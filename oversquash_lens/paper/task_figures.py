@@ -103,7 +103,7 @@ def _ask(setting: Setting, task: str, lengths: Sequence[int], cot: str = "none")
         samples=options.samples,
         sampling=sampling,
         score=cot == "none",
-        out=setting.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.jsonl",
+        out=setting.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.parquet",
         progress=options.progress,
     )
 

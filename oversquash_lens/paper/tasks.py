@@ -16,10 +16,10 @@ from typing import Any
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.answers import parse_answer
 from oversquash_lens.paper.questions import TASKS, Question, Task, find_task, questions
-from oversquash_lens.paper.runs import AnswerFile, Key
 from oversquash_lens.paper.sampling import Sampling
 from oversquash_lens.paper.scores import TaskScores, score_questions, score_task
 from oversquash_lens.paper.speakers import Answering, Reply
+from oversquash_lens.parts import AnswerFile, Key
 
 __all__ = ["TASKS", "Histogram", "Task", "TaskAnswer", "TaskResult", "histogram", "run_task", "score_task"]
 
