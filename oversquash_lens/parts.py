@@ -77,8 +77,8 @@ def check_results_file(out: Any) -> Path:
         raise InputError(f"{path} is a device or a pipe; expected a file that can be read again: give another one")
     if path.exists() and identity_of(path) is None:
         raise InputError(
-            f"{one_line(path, 200)} is there and holds no results that this version keeps; expected a new path, or that "
-            "of the same run: give another one"
+            f"{one_line(path, 200)} is there and holds no results that this version keeps; expected a new "
+            "path, or that of the same run: give another one"
         )
     return path
 
@@ -163,12 +163,11 @@ class Parts:
         run = self.folder / "run.json"
         if run.exists():
             self._check_same(_read_json(run), self.folder)
-        elif self.folder.is_dir():
-            if left := [each.name for each in self.folder.iterdir() if not each.name.startswith(".")]:
-                raise InputError(
-                    f"the folder {one_line(self.folder, 200)} holds {one_line(left[0], 60)} and no run.json; expected "
-                    "the parts of this run: move it away, or give another file"
-                )
+        elif left := [each.name for each in self.folder.glob("*") if not each.name.startswith(".")]:
+            raise InputError(
+                f"the folder {one_line(self.folder, 200)} holds {one_line(left[0], 60)} and no run.json; expected the "
+                "parts of this run: move it away, or give another file"
+            )
         for path in self._part_files():
             self._take(path)
 
