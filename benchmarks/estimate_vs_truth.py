@@ -32,8 +32,9 @@ from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
 from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.identity import model_identity
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.storage import write_atomically
-from oversquash_lens.sweeps.work import model_identity
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}
@@ -141,7 +142,7 @@ def model_of(name: str) -> Any:
 @cache
 def mark_of(name: str) -> str:
     """Tells a model's weights from those of the same name that were trained another time."""
-    return model_identity(model_of(name))["weights"][:8]
+    return model_identity(Subject.of(model_of(name)))["weights"][:8]
 
 
 def measured(owner: str, sample: Sample, ids: Tensor, options: argparse.Namespace) -> Truth:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -50,3 +51,28 @@ def whole_number(name: str, came: Any, least: int = 1, otherwise: str = "") -> i
         shown = one_line(repr(came), 60)
         raise InputError(f"expected at least {least}{otherwise}, as a whole number, got {name}={shown}")
     return found
+
+
+def one_of(name: str, came: Any, known: Iterable[str]) -> str:
+    """`came`, if it is one of the known names; an InputError that lists them and says which was probably meant.
+
+    >>> one_of("variant", "proof", ("proof", "rollout"))
+    'proof'
+    """
+    names = list(known)
+    if isinstance(came, str) and came in names:
+        return came
+    meant = nearest(came, names) if isinstance(came, str) else None
+    said = f"expected one of {', '.join(names)}, got {name} {one_line(repr(came), 60)}"
+    raise InputError(said + (f": did you mean {meant}?" if meant else ""))
+
+
+def nearest(came: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is closest to, if one is close.
+
+    >>> nearest("prof", ("proof", "rollout")), nearest("x", ("proof",))
+    ('proof', None)
+    """
+    import difflib
+
+    return next(iter(difflib.get_close_matches(came, list(known), n=1)), None)

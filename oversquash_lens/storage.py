@@ -90,7 +90,7 @@ def write_atomically(path: Any, payload: bytes) -> Path:
         if target.exists() and not target.is_file():
             target.write_bytes(payload)
         else:
-            _replace(Path(os.path.realpath(target)), payload)
+            replace_file(Path(os.path.realpath(target)), payload)
     except OSError as error:
         raise InputError(
             f"{target} could not be written ({error.strerror or error}); expected room and rights for it there: make "
@@ -99,7 +99,7 @@ def write_atomically(path: Any, payload: bytes) -> Path:
     return target
 
 
-def _replace(target: Path, payload: bytes) -> None:
+def replace_file(target: Path, payload: bytes) -> None:
     remove_drafts(target.parent, older_than=_DAY)
     draft = target.with_name(f"{_DRAFT}{uuid4().hex}.tmp")
     try:
@@ -108,9 +108,20 @@ def _replace(target: Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # or a crash of the machine could leave the name without the content
         os.replace(draft, target)
+        _sync_folder(target.parent)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The name, too, is on the disk then; some drives cannot be asked for that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def remove_drafts(folder: Path, older_than: float = -math.inf) -> None:
@@ -124,6 +135,11 @@ def remove_drafts(folder: Path, older_than: float = -math.inf) -> None:
 def _absolute(path: Any) -> Path:
     try:
         return Path(path).expanduser().absolute()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{one_line(path, 120)} lies in the working folder, and that is gone; expected one that exists: change to "
+            "another folder, or give an absolute path"
+        ) from error
     except (TypeError, RuntimeError) as error:  # no path at all, or ~nobody
         raise InputError(
             f"expected a text or a pathlib.Path, got {one_line(repr(path), 60)} of type {type(path).__name__} as a "

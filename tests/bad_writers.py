@@ -73,7 +73,7 @@ def pictures(folder: Path) -> tuple[Write, Look]:
 
 def run_logs(folder: Path) -> tuple[Write, Look]:
     """What `append` has returned from is told to a file that is written in one go; all of that must be in the log."""
-    from oversquash_lens.paper.runs import AnswerFile
+    from oversquash_lens.parts import AnswerFile
 
     path, told = folder / "run.jsonl", folder / "told"
     told.touch()

@@ -21,14 +21,14 @@ from small_models import bridge, has_bridge, hooked
 from small_sweeps import MEASURES, exactly_once, texts
 
 import oversquash_lens as osl
-from oversquash_lens.sweeps import store, work
+from oversquash_lens.sweeps import run, work
 
 PROMPTS = [*texts(40), "w5 " * 40, "", [3, 4, 5]]
 
 
 def rows_in_parts(out: Path) -> list[int]:
     """Prompts whose rows are on the disk; every part must be whole."""
-    parts = sorted(out.with_name(f"{out.name}.parts").glob("[0-9]*.parquet"))
+    parts = sorted(out.with_name(f"{out.name}.parts").glob("*.parquet"))
     return [index for part in parts for index in pyarrow.parquet.read_table(part)["index"].to_pylist()]
 
 
@@ -46,8 +46,7 @@ def child(model: Any, out: Path) -> int:
 
 def main() -> None:
     folder, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    work.MOST["cpu"], store.WINDOW = 3, 16  # small batches and windows: more moments to be killed at
-    osl.sweep.__globals__["WINDOW"] = 16
+    work.MOST["cpu"], run.WINDOW = 3, 16  # small batches and windows: more moments to be killed at
     model = bridge(3, "llama") if has_bridge() else hooked(3)
     out, wrong = folder / "rows.parquet", []
     begun = time.perf_counter()

@@ -22,9 +22,9 @@ from bad_days import PROMPT, World, faults
 from bad_writers import KINDS
 
 import oversquash_lens as osl
+from oversquash_lens.collapse.kept import kept_curve
 from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.models import embedded
-from oversquash_lens.paper.kept_curves import kept_curve
 from oversquash_lens.storage import check_place, check_writable, folder_for, write_atomically
 
 KILLS = int(os.environ.get("OVERSQUASH_LENS_KILLS", "12"))

@@ -18,8 +18,7 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens
-from oversquash_lens.cli.common import DEFAULT_PROMPT
-from oversquash_lens.cli.lens import VARIANT_NAMES
+from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
 from oversquash_lens.paths.bounds import VARIANTS
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
@@ -183,9 +182,13 @@ def test_the_same_prompt_from_everywhere(on_tiny: Callable, monkeypatch: pytest.
     outputs = [
         on_tiny("bound", "--json", *source).out for source in (["--prompt", PROMPT], ["--prompt-file", str(file)])
     ]
+    ended = tmp_path / "ended.txt"
+    ended.write_bytes(b"\xef\xbb\xbf" + PROMPT.encode() + b"\r\n")
+    outputs.append(on_tiny("bound", "--json", "--prompt-file", str(ended)).out)
     for source in (["--prompt", "-"], ["--prompt-file", "-"]):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
-        outputs.append(on_tiny("bound", "--json", *source).out)
+        for text in (PROMPT, PROMPT + "\n"):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+            outputs.append(on_tiny("bound", "--json", *source).out)
     assert len(set(outputs)) == 1
 
 
@@ -235,6 +238,11 @@ WITH_TINY: dict[str, tuple[list[str], str]] = {
     "unknown command": (["nonsense"], "nonsense"),
     "no command": ([], "COMMAND"),
     "unknown option": (["audit", "--nonsense"], "--nonsense"),
+    "misspelt option": (["audit", "--prob", "2", "--exat"], "oversquash-lens audit: unrecognized arguments: --exat"),
+    "misspelt option, what was meant": (["bound", "--promt", PROMPT], "did you mean --prompt?"),
+    "misspelt command": (["reprot"], "did you mean report?"),
+    "misspelt variant": (["bound", "--prompt", PROMPT, "--variant", "prof"], "did you mean proof?"),
+    "a column of one prompt": (["report", "--prompt", PROMPT, "--column", "text"], "--column"),
     "bytes that are no text": (["bound", "--prompt", "w5 \udcff w9"], "expected"),
 }
 
@@ -362,6 +370,8 @@ def test_a_table_on_a_terminal_that_knows_ascii_only() -> None:
         ("prompts.txt", "w5 w9 w5 w30\n\nw7 w8 w9\n"),
         ("prompts.json", '["w5 w9 w5 w30", "w7 w8 w9"]'),
         ("named.json", '{"one": "w5 w9 w5 w30", "two": "w7 w8 w9"}'),
+        ("ids.jsonl", "[5, 9, 5, 30]\n[7, 8, 9]\n"),
+        ("rows.csv", "id,text\none,w5 w9 w5 w30\ntwo,w7 w8 w9\n"),
     ],
 )
 def test_many_prompts_make_pages_and_an_index(on_tiny: Callable, name: str, content: str) -> None:
@@ -378,7 +388,7 @@ def test_many_prompts_make_pages_and_an_index(on_tiny: Callable, name: str, cont
 @pytest.mark.parametrize(
     ("content", "arguments", "said"),
     [
-        ("", (), "is empty; expected one prompt a line"),
+        ("", (), "holds no prompt; expected at least one"),
         ("w5 w9", ("--prompt", "w5"), "got --prompts-file with one prompt or --json beside it"),
         ("w5 w9", ("--json",), "got --prompts-file with one prompt or --json beside it"),
         ("w5 w9", ("--out", "/proc/no"), "/proc/no"),
@@ -394,9 +404,9 @@ def test_many_prompts_refused(
 
 
 def test_a_prompts_file_that_is_none(on_tiny: Callable, tmp_path: Path) -> None:
-    refused(on_tiny("report", "--prompts-file", "nowhere.txt"), "cannot read --prompts-file nowhere.txt")
+    refused(on_tiny("report", "--prompts-file", "nowhere.txt"), "nowhere.txt is not a file")
     bad = tmp_path / "bad.json"
-    for content, said in (("{", "is no JSON"), ("[1]", "holds other things"), ("3", "holds other things")):
+    for content, said in (("{", "is no JSON"), ("[1]", "holds other things"), ("3", "holds a int")):
         bad.write_text(content)
         refused(on_tiny("report", "--prompts-file", str(bad)), said)
 
@@ -405,7 +415,60 @@ def test_a_prompts_file_that_is_none(on_tiny: Callable, tmp_path: Path) -> None:
 def test_a_report_s_truth_has_fewer_probes_on_a_long_prompt(monkeypatch, n, probes):
     from argparse import Namespace
 
-    from oversquash_lens.cli import lens
+    from oversquash_lens.capture import tokens
+    from oversquash_lens.cli import many_prompts
 
-    monkeypatch.setattr(prompt, "tokenize", lambda *args, **options: SimpleNamespace(ids=range(n)))
-    assert lens._usual_probes("model", "text", Namespace(chat=False, bos=None)) == probes
+    monkeypatch.setattr(tokens, "tokenize", lambda *args, **options: SimpleNamespace(ids=range(n)))
+    assert many_prompts._usual_probes("model", "text", Namespace(chat=False, bos=None)) == probes
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    done = command("--version")
+    assert (done.returncode, done.stdout.decode()) == (0, f"oversquash-lens {version('oversquash-lens')}\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["models", "--json"], ["models"]])
+def test_no_room_for_standard_output(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "oversquash_lens.cli", *arguments], stdout=full, stderr=subprocess.PIPE, timeout=120
+        )
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("oversquash-lens: ")
+    assert "No space left on device" in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("{python} -m oversquash_lens.cli bound --prompt - <&-", "it is closed"),
+        ("mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli report", "the working folder"),
+        ("mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli sweep --prompts-file x", "gone"),
+    ],
+)
+def test_a_shell_that_leaves_us_nothing(script: str, said: str, tmp_path: Path) -> None:
+    """No standard input, or no working folder any more."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    shell = ["bash", "-c", script.format(python=f"'{sys.executable}'")]
+    done = subprocess.run(shell, capture_output=True, timeout=120, cwd=tmp_path, env=env)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.decode().splitlines() if line.startswith("oversquash-lens")]
+    assert said in line
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bound"], ["audit"], ["flow"], ["report"], ["what-if", "--edit", "window:2", "--edit", "mask:1"]]
+)
+def test_a_plan_of_every_command_on_one_prompt(arguments: list[str], on_tiny: Callable) -> None:
+    found = on_tiny(*arguments, "--prompt", PROMPT, "--plan", "--json")
+    assert found.code == 0, found.err
+    told = json.loads(found.out)
+    assert (told["kind"], told["n"], told["fits"]) == ("forecast", 5, True)
+    assert told["times"] == (3 if arguments[0] == "what-if" else 1)
+    assert not list(Path().iterdir())

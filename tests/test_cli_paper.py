@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from small_generators import KINDS, loaded
 
-from oversquash_lens.cli.common import FIGURE_FILES
-from oversquash_lens.cli.paper import FAMILY_NAMES, FIGURE_NAMES, TASK_NAMES, lengths_of
+from oversquash_lens.cli.common import FAMILY_NAMES, FIGURE_FILES, FIGURE_NAMES, TASK_NAMES
+from oversquash_lens.cli.paper import lengths_of
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import collapse_curve
 from oversquash_lens.errors import InputError
@@ -243,15 +244,15 @@ def test_tasks_as_json_is_the_result(arguments: list[str], options: dict[str, An
 
 
 def test_tasks_keeps_answers_and_goes_on_with_them(cli: Callable) -> None:
-    common = ("tasks", "--task", "ones", "--max-new-tokens", "3", "--answers", "kept.jsonl")
+    common = ("tasks", "--task", "ones", "--max-new-tokens", "3", "--answers", "kept.parquet")
     assert cli(*common, "--lengths", "5").code == 0
-    kept = Path("kept.jsonl").read_bytes()
+    kept = pyarrow.parquet.read_table("kept.parquet").to_pylist()
     result = cli(*common, "--lengths", "5,7", "--out", "scores.json", "--json")
     assert result.code == 0, result.err
-    assert Path("kept.jsonl").read_bytes().startswith(kept)
     assert json.loads(Path("scores.json").read_text()) == json.loads(result.out)
-    lines = [json.loads(line) for line in Path("kept.jsonl").read_text().splitlines()]
-    keys = [tuple(line["key"]) for line in lines]
+    rows = pyarrow.parquet.read_table("kept.parquet").to_pylist()
+    assert rows[: len(kept)] == kept
+    keys = [row["key"] for row in rows]
     assert len(keys) == len(set(keys)) == 4
 
 
@@ -314,7 +315,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a figure in no folder": (["collapse", "--figure", "no/such/curve.png"], "does not exist"),
     "out, a folder": (["collapse", "--out", "/"], "is a folder"),
     "out in no folder": (["tasks", "--out", "/no/such/folder/x.json"], "does not exist"),
-    "answers in no folder": (["tasks", "--answers", "/no/such/folder/x.jsonl"], "does not exist"),
+    "answers in no folder": (["tasks", "--answers", "/no/such/folder/x.parquet"], "does not exist"),
     "task": (["tasks", "--task", "sing"], "expected one of sum, ones,, got task 'sing'"),
     "chain of thought": (["tasks", "--cot", "much"], "expected one of none, zero_shot, few_shot, got --cot much"),
     "temperature": (["tasks", "--temperature", "-1"], "got temperature=-1.0"),
@@ -387,3 +388,19 @@ def test_the_figure_files_are_those_that_can_be_written() -> None:
     from oversquash_lens.viz.figures import FORMATS
 
     assert {suffix.removeprefix(".") for suffix in FIGURE_FILES} == set(FORMATS)
+
+
+def test_a_plan_of_every_experiment(cli: Callable) -> None:
+    for command, times in (
+        (("collapse", "--lengths", "1-3", "--dtypes", "float64,float32"), 2),
+        (("tasks", "--task", "ones", "--lengths", "3,5", "--max-new-tokens", "2"), 2),
+        (("reproduce", "1", "--quick", "--longest", "4"), 4),
+    ):
+        result = cli(*command, "--plan", "--json")
+        assert result.code == 0, result.err
+        told = json.loads(result.out)
+        assert (told["kind"], told["times"]) == ("forecast", times)
+        assert told["n"] >= 2
+        assert "of these: about" in cli(*command, "--plan").out
+    assert cli("reproduce", "9", "--plan").out == "figures 9 run no model\n"
+    assert not list(Path().iterdir())

@@ -11,7 +11,8 @@ import torch
 from small_models import NO_BRIDGE, has_bridge
 
 import oversquash_lens as osl
-from oversquash_lens.cli.what_if import edit_of
+from oversquash_lens.cli.common import position_of
+from oversquash_lens.cli.one_prompt import edit_of
 from oversquash_lens.errors import InputError
 
 pytestmark = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
@@ -47,6 +48,15 @@ def test_flow_of_one_source_by_number_and_by_text(on_tiny: Callable, tiny: objec
     assert written["paths"] == [path.to_dict() for path in osl.heaviest_paths(expected)]
 
 
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [("0", 0), ("2", 2), (" b", 2), ("b", 2), ("7", 3), ("1:3", slice(1, 3)), (":2", slice(None, 2)), ("9", 9)],
+)
+def test_positions_as_number_text_or_span(text: str, position: int | slice) -> None:
+    """A token's own text comes first: "7" is the token that reads so."""
+    assert position_of(text, ("<s>", "a", " b", "7")) == position
+
+
 def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None:
     figures, out = tmp_path / "figures", tmp_path / "flow.json"
     result = on_tiny("flow", "--prompt", PROMPT, "--variant", "proof", "--figures", str(figures), "--out", str(out))
@@ -61,10 +71,10 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--variant", "prof"], "expected one of mean_field, proof, got variant 'prof'"),
+        (["--variant", "prof"], "got variant 'prof': did you mean proof?"),
         (["--top", "0"], "expected at least 1, got --top 0"),
-        (["--source", "9"], "expected a position 0 …, got source=9"),
-        (["--source", "w5"], "expected a position 0 …, got --source 'w5'"),
+        (["--source", "9"], "got source=9"),
+        (["--source", "w5"], "got --source 'w5'; it is at positions 1, 3: give one of them"),
         (["--source", "nothing"], "no token is that"),
         (["--out", "/proc/no/where.json"], "/proc/no"),
         (["--figures", "/proc/no"], "/proc/no"),
@@ -110,7 +120,7 @@ def test_what_if_prints_a_table_and_json(on_tiny: Callable, tiny: object, tmp_pa
 def test_an_edit_that_is_none_is_refused(on_tiny: Callable, edit: str) -> None:
     result = on_tiny("what-if", "--prompt", PROMPT, "--edit", edit)
     assert result.code == 2
-    assert f"expected one of window:WIDTH, got --edit {edit!r}" in result.err.splitlines()[-1]
+    assert f"without-bos, got --edit {edit!r}" in result.err.splitlines()[-1]
     assert on_tiny.asked is None, "a model was loaded for nothing"
 
 

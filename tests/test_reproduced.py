@@ -18,9 +18,9 @@ from test_reproduce import FILES, WITH_A_MODEL, check_files, forbid_models, read
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.reproduce import Reproduced, reproduce
-from oversquash_lens.paper.runs import AnswerFile
 from oversquash_lens.paper.task_figures import COPYING, COUNTING
 from oversquash_lens.paper.tasks import NEW_TOKENS
+from oversquash_lens.parts import AnswerFile
 
 HOOKED = KINDS[1:]
 SHORT = {"quick": True, "longest": 15, "probes": 2, "kind": HOOKED[0], "dtype": "float64", "device": "cpu"}
@@ -71,7 +71,7 @@ def test_a_figure_is_five_files_and_a_verdict(name: str, made: Made) -> None:
 
 def test_the_folder_holds_these_files_and_no_drafts(made: Made) -> None:
     counted = [f"{task}-{cot}" for task in COUNTING for cot in NEW_TOKENS]
-    answers = {f"answers-{one}-quick.jsonl" for one in [*(f"{task}-none" for task in COPYING), *counted]}
+    answers = {f"answers-{one}-quick.parquet" for one in [*(f"{task}-none" for task in COPYING), *counted]}
     figures = {f"{name}.{kind}" for name in WITH_A_MODEL for kind in FILES}
     assert {path.name for path in made[1].iterdir()} == answers | figures | {"index.html"}
 
@@ -133,7 +133,7 @@ def test_a_hooked_model_at_hand_is_taken_as_it_is(kind: str, tmp_path: Path, mon
 
 def answers_of(made: Made, figure: str) -> dict[str, bytes]:
     """The answer files of a figure whose data is by task, from the run that was left in peace."""
-    names = [f"answers-{task}-none-quick.jsonl" for task in made[0][figure].chart.data]
+    names = [f"answers-{task}-none-quick.parquet" for task in made[0][figure].chart.data]
     return {name: (made[1] / name).read_bytes() for name in names}
 
 
@@ -182,7 +182,9 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(
 KILLED = """
 import os, signal, sys
 from oversquash_lens.paper.reproduce import reproduce
-from oversquash_lens.paper.runs import AnswerFile
+from oversquash_lens.parts import AnswerFile
+from oversquash_lens.paper.reproduce import reproduce
+from oversquash_lens.parts import AnswerFile
 from oversquash_lens.paper.tasks import NEW_TOKENS
 
 NEW_TOKENS.update(none=4)

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from oversquash_lens.errors import InputError, OversquashError
-from oversquash_lens.paper import runs
-from oversquash_lens.paper.runs import AnswerFile
+from oversquash_lens.parts import AnswerFile
 
 SETTINGS = {"model": "a model", "temperature": 0.0, "chat": True}
 RESULTS = [
@@ -228,7 +227,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path, locks: str) -> None:
 def test_another_process_is_refused_and_a_killed_one_forgotten(tmp_path: Path) -> None:
     holder = """
         import sys, time
-        from oversquash_lens.paper.runs import AnswerFile
+        from oversquash_lens.parts import AnswerFile
         with AnswerFile(sys.argv[1], {"model": "a model"}) as file:
             file.append([(("one",), 1)])
             print("held", flush=True)

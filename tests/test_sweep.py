@@ -24,12 +24,13 @@ import oversquash_lens as osl
 from oversquash_lens import storage
 from oversquash_lens.capture.batch import batch_bytes
 from oversquash_lens.capture.size import size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.sweeps import work
-from oversquash_lens.sweeps.plan import sweep_plan
 from oversquash_lens.sweeps.prompts import read_prompts
 from oversquash_lens.sweeps.result import density
 from oversquash_lens.sweeps.rows import MEASURES as ALL_MEASURES
 from oversquash_lens.sweeps.rows import checked_measures, columns, summary
+from oversquash_lens.sweeps.run import sweep_plan
 
 TOO_LONG = "w5 " * 40
 
@@ -134,7 +135,7 @@ def test_plain_pyarrow_reads_rows_and_identity(tiny: Any, out: Path) -> None:
     osl.sweep(tiny, texts(3), "mean_field", out)
     file = pyarrow.parquet.ParquetFile(out)
     assert file.schema_arrow.names == list(columns(["mean_field"]))
-    identity = json.loads(file.schema_arrow.metadata[b"oversquash-lens-sweep"])
+    identity = json.loads(file.schema_arrow.metadata[b"oversquash-lens-run"])
     assert identity["measures"] == ["mean_field"]
     assert identity["model"]["model"] == "tiny-random-llama"
     assert file.read()["mean_field_share"][0].as_py() == pytest.approx(
@@ -189,8 +190,8 @@ def test_a_batch_that_fails_is_tried_one_by_one(
         return alone(model, tokenized, **options)
 
     alone = work.record_tokens
-    monkeypatch.setattr(sweep_work, "record_tokens_batch", fail)
-    monkeypatch.setattr(sweep_work, "record_tokens", fail_at_three)
+    monkeypatch.setattr(work, "record_tokens_batch", fail)
+    monkeypatch.setattr(work, "record_tokens", fail_at_three)
     result = osl.sweep(tiny, [[5] * n for n in (4, 3, 4, 5)], "mean_field", out)
     assert result.table()["status"].to_pylist() == ["done", "refused", "done", "done"]
     assert result.reasons == {str(failure): 1}
@@ -232,7 +233,7 @@ def stopped(*arguments: Any, after: int, **options: Any) -> None:
         return whole(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_work, "_batch_rows", rows)
+        patch.setattr(work, "_batch_rows", rows)
         with pytest.raises(StoppedError):
             osl.sweep(*arguments, **options)
 
@@ -245,7 +246,7 @@ def test_the_next_call_goes_on(after: int, tiny: Any, out: Path, monkeypatch: py
     assert not out.exists()
     seen = []
     whole = work._batch_rows
-    monkeypatch.setattr(sweep_work, "_batch_rows", lambda m, batch, e: seen.extend(batch) or whole(m, batch, e))
+    monkeypatch.setattr(work, "_batch_rows", lambda m, batch, e: seen.extend(batch) or whole(m, batch, e))
     result = osl.sweep(tiny, prompts, MEASURES, out)
     assert result.reused == 15 - len(seen)
     assert (result.reused > 1) == (after > 0)
@@ -256,7 +257,7 @@ def test_the_next_call_goes_on(after: int, tiny: Any, out: Path, monkeypatch: py
 def test_a_finished_sweep_runs_nothing(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = texts(5)
     first = osl.sweep(tiny, prompts, MEASURES, out)
-    monkeypatch.setattr(sweep_work, "_batch_rows", None)
+    monkeypatch.setattr(work, "_batch_rows", None)
     before = out.read_bytes()
     again = osl.sweep(tiny, prompts, MEASURES[::-1], out)
     assert (again.reused, again.done) == (5, 5)
@@ -268,7 +269,7 @@ def test_a_finished_sweep_runs_nothing(tiny: Any, out: Path, monkeypatch: pytest
 def test_rows_that_are_there_twice_count_once(tiny: Any, out: Path, parts: Path) -> None:
     prompts = texts(8)
     stopped(tiny, prompts, MEASURES, out, after=2)
-    (one, *_) = sorted(parts.glob("[0-9]*.parquet"))
+    (one, *_) = sorted(parts.glob("*.parquet"))
     (parts / f"000000-{'f' * 32}.parquet").write_bytes(one.read_bytes())
     exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
 
@@ -290,7 +291,7 @@ def test_killed_between_the_file_and_the_tidying(tiny: Any, out: Path, parts: Pa
 def test_a_damaged_part_and_one_that_went_missing(tiny: Any, out: Path, parts: Path) -> None:
     prompts = texts(8)
     stopped(tiny, prompts, MEASURES, out, after=2)
-    (one, *_) = sorted(parts.glob("[0-9]*.parquet"))
+    (one, *_) = sorted(parts.glob("*.parquet"))
     whole = one.read_bytes()
     one.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(osl.InputError, match=r"damaged .* delete it"):
@@ -304,12 +305,12 @@ def test_parts_that_vanish_while_it_runs(tiny: Any, out: Path, parts: Path, monk
     prompts, whole = texts(8), work._batch_rows
 
     def meanwhile(*given: Any) -> Any:
-        for part in parts.glob("[0-9]*.parquet"):
+        for part in parts.glob("*.parquet"):
             part.unlink()
         return whole(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_work, "_batch_rows", meanwhile)
+        patch.setattr(work, "_batch_rows", meanwhile)
         with pytest.raises(osl.InputError, match="is gone from"):
             osl.sweep(tiny, prompts, MEASURES, out)
     assert not out.exists()
@@ -330,7 +331,7 @@ OTHERS: dict[str, tuple[str, Callable[[Any, Path], Any]]] = {
     "seed": ("seed", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, seed=1)),
     "probes": ("node_probes", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, node_probes=3)),
     "BOS": ("bos", lambda model, out: osl.sweep(model, texts(5), MEASURES, out, bos=True)),
-    "weights": ("model", lambda model, out: osl.sweep(other_weights(), texts(5), MEASURES, out)),
+    "weights": (r"model\.weights", lambda model, out: osl.sweep(other_weights(), texts(5), MEASURES, out)),
 }
 
 
@@ -346,7 +347,7 @@ def test_another_run_is_refused_and_nothing_touched(
         stopped(tiny, texts(5), MEASURES, out, after=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     what, call = OTHERS[other]
-    with pytest.raises(osl.InputError, match=rf"belongs to another sweep \({what}: .* give another out="):
+    with pytest.raises(osl.InputError, match=rf"belongs to another run \({what}: .* give another file"):
         call(tiny, out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -354,11 +355,11 @@ def test_another_run_is_refused_and_nothing_touched(
 def test_a_file_that_is_no_sweeps(tiny: Any, out: Path) -> None:
     for payload in (b"my notes", b""):
         out.write_bytes(payload)
-        with pytest.raises(osl.InputError, match="is no sweep's file"):
+        with pytest.raises(osl.InputError, match="holds no results that this version keeps"):
             osl.sweep(tiny, texts(2), MEASURES, out)
         assert out.read_bytes() == payload
     pyarrow.parquet.write_table(pyarrow.table({"text": ["mine"]}), out)
-    with pytest.raises(osl.InputError, match="is no sweep's file"):
+    with pytest.raises(osl.InputError, match="holds no results that this version keeps"):
         osl.sweep(tiny, texts(2), MEASURES, out)
     with pytest.raises(osl.InputError, match="is no sweep's file"):
         osl.SweepResult.load(out)
@@ -393,7 +394,7 @@ def test_a_full_disk_keeps_what_was_done(
     at: int, tiny: Any, out: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full at run.json, at the first part, at a later one; with room again the sweep goes on."""
-    prompts, whole, written = texts(9), storage._replace, []
+    prompts, whole, written = texts(9), storage.replace_file, []
 
     def replace(target: Path, payload: bytes) -> None:
         written.append(target)
@@ -402,10 +403,10 @@ def test_a_full_disk_keeps_what_was_done(
         whole(target, payload)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_replace", replace)
+        patch.setattr(storage, "replace_file", replace)
         with pytest.raises(osl.InputError, match="No space left on device"):
             osl.sweep(tiny, prompts, MEASURES, out)
-    there = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts.glob("[0-9]*.parquet"))
+    there = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts.glob("*.parquet"))
     assert (there > 0) == (at > 2)
     result = osl.sweep(tiny, prompts, MEASURES, out)
     assert result.reused == there
@@ -413,7 +414,7 @@ def test_a_full_disk_keeps_what_was_done(
 
 
 def test_a_full_disk_at_the_end(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = storage._replace
+    whole = storage.replace_file
 
     def replace(target: Path, payload: bytes) -> None:
         if target == out:
@@ -421,7 +422,7 @@ def test_a_full_disk_at_the_end(tiny: Any, out: Path, monkeypatch: pytest.Monkey
         whole(target, payload)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_replace", replace)
+        patch.setattr(storage, "replace_file", replace)
         with pytest.raises(osl.InputError, match="No space left on device"):
             osl.sweep(tiny, texts(5), MEASURES, out)
     result = osl.sweep(tiny, texts(5), MEASURES, out)
@@ -446,21 +447,23 @@ def test_killed_at_any_moment(tmp_path: Path, record_property: Callable) -> None
 
 def ready(model: Any, lengths: list[int]) -> list[Any]:
     effort = work.Effort(("mean_field",))
-    return [(each, work._tokenized(model, each, effort)) for each in read_prompts([[5] * n for n in lengths])]
+    return [
+        (each, work._tokenized(Subject.of(model), each, effort)) for each in read_prompts([[5] * n for n in lengths])
+    ]
 
 
 def test_batches_hold_similar_lengths_within_memory(tiny: Any) -> None:
     lengths = [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2]
     size, prompts = size_of(tiny), ready(tiny, [2, 3, 16, 4, 3, 2, 15, 9, 9, 9, 2])
     for memory in (10**12, sum(batch_bytes(size, [9, 9]).values()), 0):
-        found = list(work.batches(tiny, prompts, memory))
+        found = list(work.batches(Subject.of(tiny), prompts, memory))
         assert sorted(each.index for batch in found for each, _ in batch) == list(range(len(lengths)))
         for batch in found:
             sizes = [len(tokens.ids) for _, tokens in batch]
             assert len(sizes) * max(sizes) <= work.WASTE * sum(sizes)
             assert len(batch) == 1 or sum(batch_bytes(size, sizes).values()) <= memory
     assert len(found) == len(lengths)  # no memory: each alone
-    many = list(work.batches(tiny, ready(tiny, [5] * 40), 10**12))
+    many = list(work.batches(Subject.of(tiny), ready(tiny, [5] * 40), 10**12))
     assert [len(batch) for batch in many] == [16, 16, 8]
 
 
@@ -472,7 +475,7 @@ def test_the_model_by_name(tmp_path: Path, out: Path) -> None:
     held = osl.load_model(folder, kind="bridge")
     assert osl.sweep(held, texts(4), MEASURES, out).reused == 4  # the same weights, so the same run
     assert by_name.done == 4
-    with pytest.raises(osl.InputError, match=r"load=.* came with a TransformerBridge"):
+    with pytest.raises(osl.InputError, match=r"got load=.* with a TransformerBridge"):
         osl.sweep(held, texts(4), MEASURES, out, load={"kind": "bridge"})
 
 
@@ -488,7 +491,7 @@ def test_a_sweep_where_the_model_is(out: Path) -> None:
 
 
 def test_ray_wants_a_name_and_its_extra(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(osl.InputError, match=r"a TransformerBridge came as the model with ray='auto'.* give its name"):
+    with pytest.raises(osl.InputError, match=r"got a TransformerBridge as the model with ray='auto'.* give its name"):
         osl.sweep(tiny, texts(2), MEASURES, out, ray="auto")
     with pytest.raises(osl.InputError, match="expected 'auto', or the address"):
         osl.sweep("a-name", texts(2), MEASURES, out, ray="")

@@ -36,7 +36,7 @@ def test_a_sweep_from_the_command_line(on_tiny: Callable, prompts: tuple[str, li
     assert (told["kind"], told["reused"], told["done"], told["refused"]) == ("sweep", 7, 6, 1)
     other = on_tiny("sweep", "--prompts-file", file, "--measures", "flow")
     assert (other.code, other.out) == (2, "")
-    assert "belongs to another sweep (measures:" in other.err
+    assert "belongs to another run (measures:" in other.err
 
 
 def test_a_plan_runs_nothing(on_tiny: Callable, prompts: tuple[str, list[str]]) -> None:

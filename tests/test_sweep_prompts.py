@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.sweeps.prompts import mark_of, read_prompts
+from oversquash_lens.sweeps.prompts import mark_of, read_prompt, read_prompts
 
 
 def named(prompts: Any, column: str | None = None) -> list[tuple[str | None, Any]]:
@@ -29,7 +31,13 @@ def test_lists_of_every_form() -> None:
 
 
 FILES: dict[str, tuple[str, list[tuple[str | None, Any]]]] = {
-    "lines.txt": ("one\n\n  two words \r\nthree\u2028", [(None, "one"), (None, "  two words "), (None, "three")]),
+    "lines.txt": ("one\n\n  two words \r\nthree\u2028", [(None, "one"), (None, "  two words "), (None, "three\u2028")]),
+    "separators.txt": ("a\u2028b\x85c\x0bd\x0ce\rf", [(None, "a\u2028b\x85c\x0bd\x0ce"), (None, "f")]),
+    "rows.csv": (
+        '\ufeffname,text\r\nx,"a, ""b""\nc"\r\n,d\r\n',
+        [("x", 'a, "b"\nc'), (None, "d")],
+    ),
+    "rows.tsv": ("prompt\tid\na b\t7\n", [("7", "a b")]),
     "lines.prompts": ("\ufeffone\ntwo", [(None, "one"), (None, "two")]),
     "list.json": ('["a", [5, 9]]', [(None, "a"), (None, [5, 9])]),
     "named.json": ('{"x": "a", "y": [5, 9]}', [("x", "a"), ("y", [5, 9])]),
@@ -56,6 +64,8 @@ def test_columns_of_tables(tmp_path: Path) -> None:
     assert named(tmp_path / "t.parquet", "ids") == [("7", [3, 4]), ("8", [5, 6])]
     pyarrow.parquet.write_table(table.select(["text"]), tmp_path / "u.parquet")
     assert named(tmp_path / "u.parquet") == [(None, "c"), (None, None)]
+    (tmp_path / "t.csv").write_text("question,text\na,b\n")
+    assert named(tmp_path / "t.csv", "question") == [(None, "a")]
     (tmp_path / "t.jsonl").write_text('{"question": "a"}')
     assert named(tmp_path / "t.jsonl", "question") == [(None, "a")]
 
@@ -69,6 +79,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "half.json": (b'["a", "b', "is no JSON"),
     "one.json": (b'"a"', "holds a str; expected a list"),
     "half.jsonl": (b'"a"\n{"text": "b\n', r"half\.jsonl, line 2 is no JSON"),
+    "other.csv": (b"query,answer\na,b\n", "has query, answer, but not 'text' or 'prompt'.* name their column"),
+    "open.csv": (b'text\n"a', r"open\.csv is no table"),
+    "header.tsv": (b"text\n", "holds no prompt"),
+    "deep.json": (b"[" * 100_000, "is no JSON"),
     "other.jsonl": (b'{"query": "a"}', "has query, but not 'text' or 'prompt'"),
     "fake.parquet": (b"my notes", "is no parquet file"),
     "empty.parquet": (b"", "is no parquet file"),
@@ -91,7 +105,7 @@ def test_tables_without_the_column(tmp_path: Path) -> None:
     with pytest.raises(osl.InputError, match="holds no prompt"):
         read_prompts(tmp_path / "t.parquet")
     (tmp_path / "t.txt").write_text("a")
-    with pytest.raises(osl.InputError, match=r"column='b' came with t\.txt"):
+    with pytest.raises(osl.InputError, match=r"got column='b' with t\.txt"):
         read_prompts(tmp_path / "t.txt", "b")
 
 
@@ -113,3 +127,27 @@ def test_the_mark_tells_lists_apart() -> None:
     assert mark not in marks
     assert len(json.dumps(mark)) == 66
     assert mark_of(read_prompts(["\ud800"])) != mark_of(read_prompts(["?"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [("a b", "a b"), ("a b\n", "a b"), ("a b\r\n", "a b"), ("a b\r", "a b"), ("a\n\n", "a\n"), ("\ufeffa\n", "a")],
+)
+def test_a_prompt_of_a_file_or_stream(
+    content: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line end at the end and a byte order mark are no part of it."""
+    (tmp_path / "prompt.txt").write_bytes(content.encode())
+    assert read_prompt(tmp_path / "prompt.txt") == prompt
+    for stream in (io.TextIOWrapper(io.BytesIO(content.encode())), io.StringIO(content)):
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert read_prompt("-") == prompt
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (None, io.StringIO("a")):
+        if stream is not None:
+            stream.close()
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(osl.InputError, match="it is closed"):
+            read_prompt("-")

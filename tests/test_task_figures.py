@@ -263,7 +263,7 @@ def test_what_the_user_chose_reaches_the_task(tmp_path: Path) -> None:
         assert one["samples"] == 3
         assert one["sampling"] == Sampling(0.7, 4, min(NEW_TOKENS[one["cot"]], QUICK_TOKENS))
         assert one["score"] is (one["cot"] == "none")
-        assert one["out"] == tmp_path / f"answers-{one['task']}-{one['cot']}-quick.jsonl"
+        assert one["out"] == tmp_path / f"answers-{one['task']}-{one['cot']}-quick.parquet"
     assert "sampled at temperature 0.7, chat template, 3 per length." in chart.setup
     assert chart.model == "a parrot"
 
@@ -274,7 +274,7 @@ def test_a_whole_run_has_room_for_long_answers(tmp_path: Path) -> None:
     made.options = replace(made.options, quick=False)
     made.chart("3")
     assert {one["sampling"].max_new_tokens for one in made.asked} == set(NEW_TOKENS.values())
-    assert made.asked[0]["out"] == tmp_path / "answers-sum-none.jsonl"
+    assert made.asked[0]["out"] == tmp_path / "answers-sum-none.parquet"
 
 
 @pytest.mark.parametrize("figure", ["3", "6", "4", "7"])

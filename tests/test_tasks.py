@@ -23,7 +23,7 @@ from oversquash_lens.paper import prompts
 from oversquash_lens.paper.generator import Generator, Sampling
 from oversquash_lens.paper.questions import TASKS, Task, questions
 from oversquash_lens.paper.scores import MEASURES, Score, TaskScores, score_task
-from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task, score_task
+from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task
 
 COUNTING = ("sum", "ones", "bernoulli", "word")
 COPYING = [name for name in TASKS if name not in (*COUNTING, "copy_last_control")]

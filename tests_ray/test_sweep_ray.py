@@ -35,7 +35,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_ray, "CHUNK", 4)
+    monkeypatch.setattr(on_ray, "CHUNK", 4)
 
 
 def worker_pids() -> list[int]:
@@ -77,9 +77,7 @@ def test_a_killed_worker_loses_no_row_and_doubles_none(
     killed: list[int] = []
     later: list[int] = []
     killers = [
-        threading.Thread(
-            target=kill_one, args=(lambda n=n: len(list(parts.glob("[0-9]*.parquet"))) >= n, mine), daemon=True
-        )
+        threading.Thread(target=kill_one, args=(lambda n=n: len(list(parts.glob("*.parquet"))) >= n, mine), daemon=True)
         for n, mine in ((2, killed), (12, later))
     ]
     for each in killers:
@@ -99,14 +97,14 @@ def test_a_sweep_that_was_begun_alone_goes_on_on_ray(folder: Path, tmp_path: Pat
     class StoppedError(Exception):
         pass
 
-    def stop(rows: Any) -> None:
+    def stop(parts: Any, keys: Any) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("oversquash_lens.sweeps.store.Store.finish", stop)
+        patch.setattr("oversquash_lens.parts.Parts.finish", stop)
         with pytest.raises(StoppedError):
             osl.sweep(osl.load_model(folder), prompts[:40], MEASURES, out)
-    for part in sorted((tmp_path / "rows.parquet.parts").glob("[0-9]*.parquet"))[1:]:
+    for part in sorted((tmp_path / "rows.parquet.parts").glob("*.parquet"))[1:]:
         part.unlink()
     result = osl.sweep(str(folder), prompts, MEASURES, out, ray="auto")
     assert 0 < result.reused < 40
@@ -123,8 +121,8 @@ def test_a_prompt_that_kills_every_worker_is_refused_and_the_rest_done(
             os.kill(os.getpid(), signal.SIGKILL)
         return on_ray._measure(name, load, memory, effort, chunk)
 
-    monkeypatch.setattr(sweep_ray, "_task", deadly)
-    monkeypatch.setattr(sweep_ray, "RETRIES", 1)
+    monkeypatch.setattr(on_ray, "_task", deadly)
+    monkeypatch.setattr(on_ray, "RETRIES", 1)
     prompts = [*texts(9), "w7 w7 w7", *texts(6)]
     result = osl.sweep(str(folder), prompts, MEASURES, tmp_path / "rows.parquet", ray="auto")
     assert (result.done, result.refused) == (15, 1)

@@ -7,20 +7,23 @@ progress to standard error; bad input is one line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
-from oversquash_lens.cli import lens, paper, sweep, what_if, where
-from oversquash_lens.cli.common import DEFAULT_PROMPT
-from oversquash_lens.cli.lens import VARIANT_NAMES
-from oversquash_lens.errors import OversquashError, one_line
+from oversquash_lens.cli import many_prompts, one_prompt, paper
+from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
+from oversquash_lens.errors import OversquashError, nearest, one_line
 
 __all__ = ["DEFAULT_PROMPT", "VARIANT_NAMES", "build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all of this package does."""
+    """Says what is wrong in one line, as all of this package does, and what was probably meant."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -31,8 +34,35 @@ class _Parser(argparse.ArgumentParser):
         said = one_line(message, 200)
         if "expected" not in said:
             said += "; expected what its help lists"
+        if meant := self._meant(message):
+            said += f": did you mean {meant}?"
         print(f"{self.prog}: {said} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _meant(self, message: str) -> str | None:
+        """The command or option that a misspelt one is closest to."""
+        if found := re.search(r"invalid choice: '([^']*)'", message):
+            return nearest(found[1], self.commands())
+        if found := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            return nearest(found[1], self._option_string_actions)
+        return None
+
+    def commands(self) -> dict[str, _Parser]:
+        subparsers = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
+        return subparsers[0].choices if subparsers else {}
+
+
+class _Version(argparse.Action):
+    """Looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"oversquash-lens {version('oversquash-lens')}")
+        except PackageNotFoundError:  # run from its sources
+            print("oversquash-lens, not installed")
+        parser.exit()
 
 
 def _number(kind: type, expected: str) -> Callable[[str], Any]:
@@ -50,10 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
-    options = build_parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         _silence_other_peoples_notices()
         options.run(options)
+        sys.stdout.flush()  # a full disk behind `> FILE` is said now, and not when Python ends
     except OversquashError as error:
         print(f"oversquash-lens: {one_line(error, 2000)}", file=sys.stderr)
         return 2
@@ -63,27 +94,64 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("oversquash-lens: interrupted; nothing half-written was left behind", file=sys.stderr)
         return 130
+    except OSError as error:
+        _let_go_of_output()
+        print(
+            f"oversquash-lens: the system refused ({one_line(error, 200)}); expected room and rights for the result: "
+            "mend that, or write it elsewhere",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    options, left = parser.parse_known_args(arguments)
+    if left:  # said by the command's own parser, which knows what was probably meant
+        parser.commands()[options.command].error(f"unrecognized arguments: {' '.join(left)}")
+    return options
+
+
+def build_parser() -> _Parser:
     parser = _Parser(
         prog="oversquash-lens",
         description="What of its prompt can a Transformer's last token still hear?",
         epilog="Without --model: SmolLM2-135M-Instruct, downloaded once. Without a prompt: counting ones.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    lens.add_commands(commands)
-    where.add_commands(commands)
-    what_if.add_commands(commands)
-    sweep.add_commands(commands)
+    many_prompts.add_report(commands)
+    one_prompt.add_commands(commands)
+    many_prompts.add_sweep(commands)
     paper.add_commands(commands)
+    models = commands.add_parser("models", help="which models are cached, and where")
+    models.add_argument("--json", action="store_true", help="print JSON")
+    models.set_defaults(run=run_models)
     return parser
+
+
+def run_models(options: argparse.Namespace) -> None:
+    from oversquash_lens.models.loading import cache_folder, cached_models
+
+    found = cached_models()
+    if options.json:
+        rows = [{**vars(model), "path": str(model.path)} for model in found]
+        print(json.dumps({"cache": str(cache_folder()), "models": rows}))
+        return
+    print(f"cache: {cache_folder()}")
+    for model in found:
+        print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
+
+
+def _let_go_of_output() -> None:
+    """What could not be written is not tried again when Python ends."""
+    with suppress(OSError, ValueError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _silence_other_peoples_notices() -> None:
     """Deprecation notes of the libraries below us help nobody at a command line; our own stay."""
-    import os
     import warnings
 
     warnings.filterwarnings("ignore")

@@ -1,18 +1,30 @@
-"""What the commands share: options of the model and the prompt, and where results go."""
+"""What the commands share: options of the model and the prompt, what a run would take, and where results go."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.errors import InputError
 from oversquash_lens.storage import check_place, check_writable, write_atomically
+from oversquash_lens.sweeps.prompts import read_prompt
 
+# Names of registries whose modules need torch, which a command's help must not wait for; a test holds them equal.
+VARIANT_NAMES = (
+    *("proof", "theorem_5_1", "theorem_b5", "multi_head", "rollout"),
+    *("calibrated", "calibrated_full"),
+)
+FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
+TASK_NAMES = (
+    *("sum", "ones", "bernoulli", "word", "copy_last", "copy_first", "copy_last_hint"),
+    *("interleaved_01", "interleaved_10", "type_1", "type_2", "copy_last_control"),
+)
+FIGURE_NAMES = (*map(str, range(1, 13)), "ushape", "window", "remedies")
 FIGURE_FILES = (".png", ".pdf", ".svg")
-MOST_BYTES = 64 << 20  # of a prompt or a file of prompts; what has no end (/dev/zero) must not fill the memory
 
 # The counting prompt of the paper's section 4, one of those whose truth we publish.
 DEFAULT_PROMPT = "How many ones are in the following sequence? " + "1 " * 40 + "Answer:"
@@ -41,11 +53,8 @@ def model_command(commands: Any, name: str, run: Any, about: str) -> argparse.Ar
     command.add_argument("--dtype", default="float32", help="float64, float32 (default), bfloat16, float16")
     command.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return command
-
-
-def plan_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plan", action="store_true", help="say what memory and time it would take, and stop")
+    return command
 
 
 def verify_option(command: argparse.ArgumentParser) -> None:
@@ -70,14 +79,23 @@ def recording_options(options: argparse.Namespace) -> dict[str, Any]:
     return how | ({"attention": options.attention} if hasattr(options, "attention") else {})
 
 
-def planned(options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None) -> bool:
-    """With --plan print the forecast in place of the result; says whether it did."""
+def planned(
+    options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None, times: int = 1
+) -> bool:
+    """With --plan print what `times` such measures would take in place of the result; says whether it did.
+
+    `prompt`: a prompt, or a number of tokens.
+    """
     if not options.plan:
         return False
-    from oversquash_lens.analyses.plan import plan
+    from oversquash_lens.analyses.plan import duration, plan
 
-    found = plan(model, prompt, measure, probes=probes, chat=options.chat, bos=options.bos)
-    print(json.dumps(found.to_dict()) if options.json else found)
+    how = {"chat": bool(options.chat), "bos": options.bos} if isinstance(prompt, str) else {}
+    found = plan(model, prompt, measure, probes=probes, **how)
+    if options.json:
+        print(json.dumps(found.to_dict() | {"times": times}))
+    else:
+        print(found if times == 1 else f"{found}\n\n{times:,} of these: about {duration(times * found.seconds)}")
     return True
 
 
@@ -98,10 +116,10 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
             return [int(each) for each in options.token_ids.replace(",", " ").split()]
         except ValueError:
             raise InputError(f"expected whole numbers, '504 4922', got --token-ids {options.token_ids!r}") from None
-    if options.prompt_file not in (None, "-"):
-        return read_text(options.prompt_file, "--prompt-file")
-    if "-" in (options.prompt, options.prompt_file):
-        return standard_input()
+    if options.prompt_file is not None:
+        return read_prompt(options.prompt_file, "--prompt-file")
+    if options.prompt == "-":
+        return read_prompt("-")
     if options.prompt is None:
         return DEFAULT_PROMPT
     if not options.prompt:
@@ -109,29 +127,24 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
     return options.prompt
 
 
-def read_text(file: str, option: str) -> str:
-    try:
-        with open(Path(file).expanduser(), "rb") as stream:
-            payload = stream.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
-        raise InputError(
-            f"cannot read {option} {one_line(file, 200)}: {one_line(error)}; expected a UTF-8 text file"
-        ) from error
-    return _text(payload, f"{option} {one_line(file, 200)}")
+def position_of(text: str, tokens: tuple[str, ...]) -> int | slice:
+    """The position that an option means: a number, START:END, or the text of a token that stands there once."""
+    texts = {token.strip() for token in tokens}
+    if text not in texts and (found := re.fullmatch(r"([0-9]*):([0-9]*)", text)):
+        return slice(*(int(end) if end else None for end in found.groups()))
+    if text not in texts and re.fullmatch(r"[0-9]+", text):
+        return int(text)
+    places = [i for i, token in enumerate(tokens) if text in (token, token.strip()) or text.strip() == token.strip()]
+    if len(places) == 1:
+        return places[0]
+    said = f"it is at positions {', '.join(map(str, places[:20]))}: give one of them" if places else "no token is that"
+    raise InputError(f"expected a position 0 … {len(tokens) - 1} or one token's text, got --source {text!r}; {said}")
 
 
-def standard_input() -> str:
-    raw = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read(MOST_BYTES) if raw is None else _text(raw.read(MOST_BYTES + 1), "standard input")
-
-
-def _text(payload: bytes, source: str) -> str:
-    if len(payload) > MOST_BYTES:
-        raise InputError(f"{source} holds more than {MOST_BYTES >> 20} MiB; expected a prompt: give a shorter text")
-    try:
-        return payload.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not UTF-8 ({error.reason}); expected a UTF-8 text") from error
+def checked(name: str, came: int | None, least: int = 1) -> None:
+    """Refuse a number that is too small, by its option's name."""
+    if came is not None and came < least:
+        raise InputError(f"expected at least {least}, got --{name} {came}")
 
 
 def check_figure(path: str | None) -> None:

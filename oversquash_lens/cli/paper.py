@@ -8,17 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.cli.common import check_figure, check_out, deliver, load, model_command
-from oversquash_lens.errors import InputError
-from oversquash_lens.storage import check_writable
-
-FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
-TASK_NAMES = (
-    *("sum", "ones", "bernoulli", "word", "copy_last", "copy_first", "copy_last_hint"),
-    *("interleaved_01", "interleaved_10", "type_1", "type_2", "copy_last_control"),
+from oversquash_lens.cli.common import (
+    FAMILY_NAMES,
+    FIGURE_NAMES,
+    TASK_NAMES,
+    check_figure,
+    check_out,
+    checked,
+    deliver,
+    load,
+    model_command,
+    planned,
 )
-FIGURE_NAMES = (*map(str, range(1, 13)), "ushape", "window", "remedies")
+from oversquash_lens.errors import InputError, one_of
+
 LONGEST = 1_000_000  # of a sequence; no model here reads so much
+PER_LENGTH, QUESTION = 2, 64  # tokens of a sequence's element, and of what stands around it, for a plan
 DTYPES = "float32,bfloat16"
 DTYPES_HELP = (
     f"number formats, such as float32:store=float8_e4m3 or bfloat16:weights=int4, separated by commas ({DTYPES})"
@@ -48,7 +53,9 @@ def _add_collapse(commands: Any) -> None:
     collapse.add_argument("--no-floor", action="store_true", help="do not measure what rounding alone makes")
     collapse.add_argument("--out", metavar="FILE", help="write the result as JSON")
     collapse.add_argument("--figure", metavar="FILE", help="draw it: .png, .pdf or .svg")
-    collapse.add_argument("--curves", metavar="FILE", help="append each format's curve (.jsonl), and go on from there")
+    collapse.add_argument(
+        "--curves", metavar="FILE", help="keep each format's curve as it is made (.parquet), and go on from there"
+    )
 
 
 def _add_tasks(commands: Any) -> None:
@@ -60,7 +67,7 @@ def _add_tasks(commands: Any) -> None:
     tasks.add_argument("--max-new-tokens", type=int, metavar="N", help="of one answer (default 64, with CoT 512)")
     tasks.add_argument("--samples", type=int, default=1, metavar="N", help="answers per length (default 1)")
     tasks.add_argument("--chat", action=argparse.BooleanOptionalAction, help="force the chat template on or off")
-    tasks.add_argument("--answers", metavar="FILE", help="append answers to FILE (.jsonl), and go on from there")
+    tasks.add_argument("--answers", metavar="FILE", help="keep answers as they come (.parquet), and go on from there")
     tasks.add_argument("--out", metavar="FILE", help="write the scores as JSON")
 
 
@@ -79,14 +86,13 @@ def _add_reproduce(commands: Any) -> None:
 
 def run_collapse(options: argparse.Namespace) -> None:
     lengths = (1,) if options.prompts else lengths_of(options.lengths)
-    if options.family not in FAMILY_NAMES:
-        raise InputError(f"expected one of {', '.join(FAMILY_NAMES)}, got family {options.family!r}")
+    one_of("family", options.family, FAMILY_NAMES)
     check_out(options)
     check_figure(options.figure)
     if options.curves is not None:
         check_writable(options.curves)
+    from oversquash_lens.collapse.kept import kept_curve
     from oversquash_lens.collapse.precision import number_format
-    from oversquash_lens.paper.kept_curves import kept_curve
 
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)
@@ -103,11 +109,10 @@ def run_collapse(options: argparse.Namespace) -> None:
 
 def run_tasks(options: argparse.Namespace) -> None:
     lengths = lengths_of(options.lengths) if options.lengths is not None else None
-    if options.samples < 1:
-        raise InputError(f"expected at least 1, got --samples {options.samples}")
+    checked("samples", options.samples)
+    one_of("task", options.task, TASK_NAMES)
     check_out(options)
-    if options.answers is not None:
-        check_writable(options.answers)
+    _check_kept(options.answers)
     from oversquash_lens.models.embedded import NAME
     from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.generator import Generator, Sampling
@@ -117,10 +122,11 @@ def run_tasks(options: argparse.Namespace) -> None:
     if options.kind != "auto":
         raise InputError(f"expected none, got --kind {options.kind!r}: answers come from the model without hooks")
     task = find_task(options.task)
-    if options.cot not in NEW_TOKENS:
-        raise InputError(f"expected one of {', '.join(NEW_TOKENS)}, got --cot {options.cot}")
+    one_of("cot", options.cot, NEW_TOKENS)
     longest = NEW_TOKENS[options.cot] if options.max_new_tokens is None else options.max_new_tokens
     sampling = Sampling(options.temperature, options.seed, longest)
+    if options.plan:
+        return _plan_tasks(options, task, lengths, longest)
     name = options.model if options.model is not None else NAME
     print(f"loading {name} without hooks …", file=sys.stderr)
     place = {"device": options.device, "device_map": options.device_map}
@@ -137,7 +143,21 @@ def run_tasks(options: argparse.Namespace) -> None:
     deliver(options, result.to_dict(), _task_table(result))
 
 
+def _plan_tasks(options: argparse.Namespace, task: Any, lengths: tuple[int, ...] | None, new_tokens: int) -> None:
+    """A pass over the longest prompt with its reply, as often as there are replies."""
+    from oversquash_lens.capture.subject import Subject
+    from oversquash_lens.paper.questions import questions
+
+    asked = questions(task, lengths, options.cot, options.samples)
+    model = load(options)
+    subject = Subject.of(model)
+    n = max(len(subject.tokenize(each.prompt, bos=options.bos).ids) for each in asked) + new_tokens
+    planned(options, model, min(n, subject.architecture.n_ctx), "forward", times=len(asked))
+
+
 def run_reproduce(options: argparse.Namespace) -> None:
+    if options.plan:
+        return _plan_figures(options)
     from oversquash_lens.paper.reproduce import reproduce
 
     made = reproduce(
@@ -165,6 +185,29 @@ def run_reproduce(options: argparse.Namespace) -> None:
         print(json.dumps({one.name: one.chart.to_dict() for one in made}))
     else:
         print(index)
+
+
+def _plan_figures(options: argparse.Namespace) -> None:
+    """A pass over the longest sequence of these figures, as often as they have lengths."""
+    from oversquash_lens.capture.subject import Subject
+    from oversquash_lens.paper.reproduce import chosen_figures
+    from oversquash_lens.paper.run_config import LENGTHS, Options
+
+    asked = Options(quick=options.quick, longest=options.longest, samples=options.samples, dtypes=_dtypes(options))
+    lengths = [length for name in chosen_figures(options.figures) if name in LENGTHS for length in asked.lengths(name)]
+    if not lengths:
+        print(f"figures {', '.join(options.figures)} run no model")
+        return
+    model = load(options)
+    n = min(PER_LENGTH * max(lengths) + QUESTION, Subject.of(model).architecture.n_ctx)
+    planned(options, model, n, "forward", times=len(lengths) * options.samples)
+
+
+def _check_kept(file: str | None) -> None:
+    if file is not None:
+        from oversquash_lens.parts import check_results_file
+
+        check_results_file(file)
 
 
 def _dtypes(options: argparse.Namespace) -> tuple[str, ...]:

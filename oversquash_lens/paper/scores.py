@@ -16,7 +16,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper.generator import Answering
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE
 from oversquash_lens.paper.questions import Question, Task, find_task, questions
-from oversquash_lens.paper.runs import AnswerFile
+from oversquash_lens.parts import AnswerFile
 
 HIGHEST = 200
 DECIMALS = 6  # of a log-probability that is kept

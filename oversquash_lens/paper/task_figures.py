@@ -103,7 +103,7 @@ def _ask(config: RunConfig, task: str, lengths: Sequence[int], cot: str = "none"
         samples=options.samples,
         sampling=sampling,
         score=cot == "none",
-        out=config.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.jsonl",
+        out=config.folder / f"answers-{task}-{cot}{'-quick' if options.quick else ''}.parquet",
         progress=options.progress,
     )
 

@@ -17,8 +17,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper.answers import parse_answer
 from oversquash_lens.paper.generator import Answering, Completion, Sampling
 from oversquash_lens.paper.questions import TASKS, Question, Task, find_task, questions
-from oversquash_lens.paper.runs import AnswerFile, Key
 from oversquash_lens.paper.scores import TaskScores, score_questions, score_task
+from oversquash_lens.parts import AnswerFile, Key
 
 __all__ = ["TASKS", "Histogram", "Task", "TaskAnswer", "TaskResult", "histogram", "run_task", "score_task"]
 

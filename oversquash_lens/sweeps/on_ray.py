@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
+from oversquash_lens.capture.identity import model_identity
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, ModelError, OversquashError, one_line
+from oversquash_lens.parts import differences
 from oversquash_lens.sweeps.prompts import SweepPrompt
 from oversquash_lens.sweeps.rows import Effort
-from oversquash_lens.sweeps.work import check_measurable, model_identity, refused_rows, rows_of
+from oversquash_lens.sweeps.work import check_measurable, refused_rows, rows_of
 
 CHUNK = 32  # prompts of one task
 RETRIES = 3  # of a task whose worker is lost
@@ -25,7 +28,7 @@ STORE = 1 << 28  # bytes of shared memory of a cluster that is started here: row
 LOST = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")  # Ray's errors of a task whose worker is lost
 AHEAD = 2  # tasks that wait for each one that runs
 
-_loaded: dict[str, Any] = {}  # in a worker: the one model that it holds
+_loaded: dict[str, Subject] = {}  # in a worker: the one model that it holds
 
 
 class Cluster:
@@ -112,11 +115,11 @@ class Cluster:
             ) from error
 
     def _check_same(self, identity: dict[str, Any]) -> None:
-        if identity != self._known:
-            differing = next(key for key in identity if identity[key] != self._known.get(key))
+        if differing := differences(identity, self._known):
+            name, (theirs, first) = next(iter(differing.items()))
             raise ModelError(
-                f"a worker loaded {self._model} with another {differing} than the first ({identity[differing]}); "
-                "expected the same model and versions on every machine of the cluster: install the same there"
+                f"a worker loaded {self._model} with another {name} than the first ({theirs}, not {first}); expected "
+                "the same model and versions on every machine of the cluster: install the same there"
             )
 
 
@@ -147,28 +150,28 @@ def _start(ray: Any, address: str) -> None:
         ray.init(object_store_memory=STORE, **quiet)
 
 
-def _model(name: str, load: Mapping[str, Any]) -> Any:
+def _subject(name: str, load: Mapping[str, Any]) -> Subject:
     """In a worker: the model, loaded by the first task that needs it."""
     from oversquash_lens.models.loading import load_model
 
     key = f"{name} {sorted(load.items(), key=str)}"
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_model(name, **load)
+        _loaded[key] = Subject.of(load_model(name, **load))
     return _loaded[key]
 
 
 def _identify(name: str, load: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
-    model = _model(name, load)
-    check_measurable(model, effort)
-    return model_identity(model)
+    subject = _subject(name, load)
+    check_measurable(subject, effort)
+    return model_identity(subject)
 
 
 def _measure(
     name: str, load: Mapping[str, Any], memory: int | None, effort: Effort, chunk: Sequence[SweepPrompt]
 ) -> tuple[dict[str, Any], list]:
-    model = _model(name, load)
-    return model_identity(model), [row for rows in rows_of(model, chunk, effort, memory) for row in rows]
+    subject = _subject(name, load)
+    return model_identity(subject), [row for rows in rows_of(subject, chunk, effort, memory) for row in rows]
 
 
 _task = _measure

@@ -1,10 +1,18 @@
-"""The prompts of a sweep: from a list or a file to one row each, and a mark that tells two lists apart."""
+"""The one reader of texts and lists of prompts that the user points at, and a mark that tells two lists apart.
+
+UTF-8, without its byte order mark; one line end at the end of a file or stream is no part of a prompt; lines end at
+\\n, \\r\\n or \\r and nowhere else.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +22,9 @@ from oversquash_lens.errors import InputError, one_line
 
 COLUMNS = ("text", "prompt")  # where a table's prompts are looked for, unless a column is named
 NAMES = ("name", "id")
+MOST_BYTES = 64 << 20  # of a prompt, or of a file of prompts that is text; what has no end must not fill the memory
+WITH_COLUMNS = (".csv", ".tsv", ".jsonl", ".parquet")
+LINE_END = re.compile(r"\r\n|\n|\r")
 
 
 @dataclass(frozen=True)
@@ -29,16 +40,73 @@ class SweepPrompt:
         return self.prompt if isinstance(self.prompt, str) else None
 
 
+def read_text(file: str | os.PathLike, what: str = "") -> str:
+    """A file's text as it stands, less a byte order mark; `what` names it in errors (its path if empty)."""
+    named = f"{what} {one_line(file, 200)}".strip()
+    try:
+        with open(Path(file).expanduser(), "rb") as stream:
+            payload = stream.read(MOST_BYTES + 1)
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a NUL byte, of ~nobody
+        raise InputError(f"cannot read {named}: {one_line(error)}; expected a UTF-8 text file") from error
+    return _decoded(payload, named)
+
+
+def read_prompt(file: str | os.PathLike, what: str = "") -> str:
+    """The prompt that a file holds: its text less one line end at the end. "-" is standard input."""
+    return _without_last_end(standard_input() if os.fspath(file) == "-" else read_text(file, what))
+
+
+def standard_input() -> str:
+    """All of standard input as text, less a byte order mark."""
+    stream = sys.stdin
+    if stream is None or stream.closed:
+        raise InputError("expected a prompt on standard input, got none: it is closed; give --prompt or --prompt-file")
+    try:
+        raw = getattr(stream, "buffer", None)
+        payload = stream.read(MOST_BYTES).encode() if raw is None else raw.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read standard input ({one_line(error)}); expected a UTF-8 text") from error
+    return _decoded(payload, "standard input")
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end at line ends and at no other separators that Unicode knows.
+
+    >>> lines_of("a\\u2028b\\r\\nc\\n")
+    ['a\\u2028b', 'c']
+    """
+    return LINE_END.split(_without_last_end(text))
+
+
+def _without_last_end(text: str) -> str:
+    for end in ("\r\n", "\n", "\r"):
+        if text.endswith(end):
+            return text.removesuffix(end)
+    return text
+
+
+def _decoded(payload: bytes, named: str) -> str:
+    if len(payload) > MOST_BYTES:
+        raise InputError(f"{named} holds more than {MOST_BYTES >> 20} MiB; expected a prompt: give a shorter text")
+    try:
+        return payload.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{named} is not UTF-8 ({error.reason}); expected a UTF-8 text: convert it, or give another file"
+        ) from error
+
+
 def read_prompts(prompts: Any, column: str | None = None) -> list[SweepPrompt]:
     """Prompts of a list or of a file, in their order; at least one.
 
     `prompts`: texts, lists of token ids, (name, prompt) pairs, a mapping name -> prompt, or the path of a file: .json
-    (a list, or an object of names and prompts), .jsonl (texts, lists of ids or objects), .parquet (`column`, else
-    "text" or "prompt"; names in "name" or "id"), and of any other file one prompt a line, empty lines left out.
+    (a list, or an object of names and prompts), .jsonl (texts, lists of ids or objects), .parquet, .csv or .tsv with
+    the columns' names in the first line (`column`, else "text" or "prompt"; names in "name" or "id"), and of any other
+    file one prompt a line, empty lines left out.
     What a prompt holds is not looked at here: one that cannot be used is found out when its turn comes.
     """
     if isinstance(prompts, str | os.PathLike):
-        path = Path(prompts).expanduser()
+        path = Path(os.path.expanduser(prompts))
         named = _read_file(path, column)
         if not named:
             raise InputError(f"{one_line(path, 200)} holds no prompt; expected at least one: write some into it")
@@ -86,27 +154,41 @@ def _pair(each: Any) -> tuple[str | None, Any]:
 def _read_file(path: Path, column: str | None) -> Named:
     if not os.path.isfile(path):
         raise InputError(
-            f"{one_line(path, 200)} is not a file; expected one of prompts, .txt, .json, .jsonl or .parquet: give its "
-            "path, or the prompts themselves as a list"
+            f"{one_line(path, 200)} is not a file; expected one of prompts, .txt, .csv, .tsv, .json, .jsonl or "
+            ".parquet: give its path, or the prompts themselves as a list"
         )
     kind = path.suffix.lower()
-    if column is not None and kind not in (".jsonl", ".parquet"):
-        raise InputError(f"expected a .jsonl or .parquet file, got column={column!r} with {path.name}: leave it out")
+    if column is not None and kind not in WITH_COLUMNS:
+        raise InputError(
+            f"expected a file with columns ({', '.join(WITH_COLUMNS)}), got column={column!r} with {path.name}: leave "
+            "it out"
+        )
     if kind == ".parquet":
         return _of_parquet(path, column)
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read {one_line(path, 200)} ({one_line(error, 120)}); expected UTF-8 text: convert it, or give "
-            "another file"
-        ) from error
-    readers: dict[str, Callable[[Path, str, str | None], Named]] = {".json": _of_json, ".jsonl": _of_jsonl}
-    return readers.get(kind, _of_lines)(path, text, column)
+    readers: dict[str, Callable[[Path, str, str | None], Named]] = {
+        ".json": _of_json,
+        ".jsonl": _of_jsonl,
+        ".csv": _of_table,
+        ".tsv": _of_table,
+    }
+    return readers.get(kind, _of_lines)(path, read_text(path), column)
 
 
 def _of_lines(path: Path, text: str, column: str | None) -> Named:
-    return [(None, line) for line in text.splitlines() if line.strip()]
+    return [(None, line) for line in lines_of(text) if line.strip()]
+
+
+def _of_table(path: Path, text: str, column: str | None) -> Named:
+    """A table of text; a quoted field may hold line ends."""
+    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise InputError(
+            f"{path.name} is no table ({one_line(error, 120)}); expected the columns' names in the first line and "
+            "quotes around texts that hold a separator: mend it, or name the file .txt for one prompt a line"
+        ) from error
+    return [_of_object(row, column, path.name) for row in rows]
 
 
 def _of_json(path: Path, text: str, column: str | None) -> Named:
@@ -121,7 +203,7 @@ def _of_json(path: Path, text: str, column: str | None) -> Named:
 
 def _of_jsonl(path: Path, text: str, column: str | None) -> Named:
     found: Named = []
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other ends of lines
+    for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             where = f"{path.name}, line {number}"
             value = _parsed(line, where)
@@ -131,7 +213,7 @@ def _of_jsonl(path: Path, text: str, column: str | None) -> Named:
 
 def _of_object(value: dict, column: str | None, where: str) -> tuple[str | None, Any]:
     key = _chosen(column, value, where)
-    name = next((value[each] for each in NAMES if value.get(each) is not None), None)
+    name = next((value[each] for each in NAMES if value.get(each) not in (None, "")), None)
     return None if name is None else str(name), value[key]
 
 
@@ -169,7 +251,7 @@ def _chosen(column: str | None, having: Iterable[str], where: str) -> str:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{where} is no JSON ({one_line(error, 120)}); expected a text in quotes, a list or an object: mend it, or "
             "name the file .txt for one prompt a line"

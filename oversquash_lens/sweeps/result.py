@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.sweeps.store import identity_of
+from oversquash_lens.parts import identity_of
+from oversquash_lens.results import Result
+
+if TYPE_CHECKING:
+    import pandas
 
 BINS = 20  # relative positions of a band
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -35,11 +39,12 @@ class Bands:
     n: int  # prompts
 
 
-@dataclass(frozen=True)
-class SweepResult:
+@dataclass(frozen=True, repr=False)
+class SweepResult(Result):
     """A finished sweep: `path` of its rows, `total` prompts, `done` of them measured, the others `refused`.
 
-    `reused` rows were there before this call, which took `seconds`. `table()` gives the rows.
+    `reused` rows were there before this call, which took `seconds`. `table()` gives the rows as Arrow, `to_frame()`
+    as pandas; a `repr` shows how each column of numbers is spread over the prompts.
     """
 
     path: Path
@@ -57,13 +62,20 @@ class SweepResult:
             raise InputError(f"expected the path of a sweep's file, got a {type(path).__name__}: give what out= was")
         path = Path(path).expanduser().absolute()
         identity = identity_of(path)
-        if identity is None:
+        if identity is None or identity.get("kind") != "sweep":
             raise InputError(
                 f"{one_line(path, 200)} is no sweep's file; expected what `sweep` wrote: give the path that out= was"
             )
+        import pyarrow
         from pyarrow import parquet
 
-        status = parquet.read_table(path, columns=["status"])["status"].to_pylist()
+        try:
+            status = parquet.read_table(path, columns=["status"])["status"].to_pylist()
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{one_line(path, 200)} is damaged ({one_line(error, 80)}); expected what `sweep` wrote: delete it and "
+                "run the sweep again"
+            ) from error
         done = status.count("done")
         kept = len(status) if reused is None else reused
         return cls(path, identity, len(status), done, len(status) - done, kept, seconds)
@@ -88,10 +100,14 @@ class SweepResult:
         return parquet.read_table(self.path, columns=None if columns is None else list(columns))
 
     @cached_property
-    def columns(self) -> tuple[str, ...]:
+    def _schema(self) -> Any:
         from pyarrow import parquet
 
-        return tuple(parquet.read_schema(self.path).names)
+        return parquet.read_schema(self.path)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._schema.names)
 
     @cached_property
     def reasons(self) -> dict[str, int]:
@@ -122,6 +138,28 @@ class SweepResult:
             values, x = np.stack(rows), np.arange(len(rows[0]), dtype=float)
         levels = (tuple(row.tolist()) for row in np.quantile(values, QUANTILES, axis=0))
         return Bands(measure, by, tuple(x.tolist()), *levels, n=len(rows))
+
+    def to_frame(self) -> pandas.DataFrame:
+        """All rows as a pandas DataFrame, one a prompt."""
+        return self.table().to_pandas()
+
+    def _title(self) -> str:
+        counts = f"{self.total:,} prompts, {self.done:,} measured, {self.refused:,} refused"
+        return f"sweep of {counts}: {self.model}; {one_line(self.path, 80)}"
+
+    def _table(self) -> dict[str, list[Any]]:
+        """Least, median and most of every column of numbers over the prompts that were measured."""
+        from pyarrow import types
+
+        fields = self._schema
+        names = [each.name for each in fields if types.is_floating(each.type) or types.is_integer(each.type)]
+        names = [name for name in names if name not in ("index", "seconds")]
+        held = self.table(names)
+        columns = [np.asarray(held[name].drop_null(), dtype=float) for name in names]
+        found: dict[str, list[Any]] = {"column": names}
+        for title, level in (("least", 0.0), ("median", 0.5), ("most", 1.0)):
+            found[title] = [float(np.quantile(values, level)) if len(values) else None for values in columns]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         names = ("total", "done", "refused", "reused", "seconds")

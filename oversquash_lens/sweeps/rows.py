@@ -9,9 +9,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.support import refuse_unsupported
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.errors import InputError, one_line, one_of
 from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paths.bounds import VARIANTS
 from oversquash_lens.paths.flow import Flow, flow
@@ -84,7 +84,7 @@ class Effort:
 class Measured:
     """One recorded prompt, its profiles, and the model for measures that run it again."""
 
-    model: Any
+    subject: Subject
     trace: Trace
     profiles: Mapping[str, PathProfile]
     effort: Effort
@@ -92,13 +92,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """One name that a sweep takes: what it means, which columns it fills (behind its name), how it is supported."""
+    """One name that a sweep takes: what it means, which columns it fills (behind its name), how it is supported.
+
+    `definition` counts up when the same prompt gives other numbers than before: rows of two are never mixed.
+    """
 
     meaning: str
     columns: Mapping[str, str]
     values: Callable[[Measured], Values]
     support: str
     profile: str | None = None
+    definition: int = 1
 
 
 def profile_values(profile: PathProfile) -> Values:
@@ -147,7 +151,7 @@ def squashing_values(measured: Measured) -> Values:
 
 def truth_values(measured: Measured) -> Values:
     effort, trace = measured.effort, measured.trace
-    found = measured_sensitivity(measured.model, trace.token_ids, probes=effort.probes, seed=effort.seed)
+    found = measured_sensitivity(measured.subject.model, trace.token_ids, probes=effort.probes, seed=effort.seed)
     share = found.values / found.values.sum()
     return {
         "share": share.tolist(),
@@ -179,16 +183,9 @@ def checked_measures(measures: Any) -> tuple[str, ...]:
             f"expected names out of {', '.join(MEASURES)}, got measures={one_line(repr(measures), 60)}: give a list "
             "of some of them"
         )
-    unknown = [name for name in names if name not in MEASURES]
-    if unknown:
-        raise InputError(f"expected some of {', '.join(MEASURES)}, got measure {one_line(repr(unknown[0]), 60)}")
+    for name in names:
+        one_of("measure", name, MEASURES)
     return tuple(name for name in MEASURES if name in names)
-
-
-def check_supported(supported: Mapping[str, Any], effort: Effort, label: str) -> None:
-    """Refuse, before any prompt is run, what cannot be measured on this model."""
-    for name in effort.measures:
-        refuse_unsupported(dict(supported), MEASURES[name].support, label)
 
 
 def columns(measures: Sequence[str]) -> dict[str, str]:
@@ -199,10 +196,10 @@ def columns(measures: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def measured_values(model: Any, trace: Trace, effort: Effort) -> Values:
+def measured_values(subject: Subject, trace: Trace, effort: Effort) -> Values:
     """The measures' columns of one recorded prompt."""
     kinds = [MEASURES[name].profile for name in effort.measures if MEASURES[name].profile]
-    measured = Measured(model, trace, profiles(trace, kinds) if kinds else {}, effort)
+    measured = Measured(subject, trace, profiles(trace, kinds) if kinds else {}, effort)
     found: Values = {}
     for name in effort.measures:
         values = MEASURES[name].values(measured)

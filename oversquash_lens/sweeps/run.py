@@ -5,28 +5,35 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from oversquash_lens.analyses.plan import Plan, duration, plan
+from oversquash_lens.capture.about import software_versions
+from oversquash_lens.capture.identity import model_identity
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.route import check_attention
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, one_line, whole_number
+from oversquash_lens.memory import in_words
+from oversquash_lens.parts import RECORDED, WINDOW, Parts, check_results_file
 from oversquash_lens.sweeps.on_ray import Cluster
 from oversquash_lens.sweeps.prompts import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
-from oversquash_lens.sweeps.rows import Effort, checked_measures, columns
-from oversquash_lens.sweeps.store import WINDOW, Store, check_out
-from oversquash_lens.sweeps.work import check_measurable, model_identity, rows_of
+from oversquash_lens.sweeps.rows import MEASURES, Effort, checked_measures, columns
+from oversquash_lens.sweeps.work import check_measurable, rows_of
 
-FORMAT = 1  # of the rows
-MEASURES = ("mean_field", "flow")
+FORMAT = 2  # of the rows
+LENGTHS = 5  # of the prompts' lengths, evenly spread over them, a plan is made
+NEEDS = {"flow": ("flow",), "squashing": ("flow", "flow"), "truth": ("truth",)}  # all other measures: "bound"
+USUAL = ("mean_field", "flow")  # measures where none are named
 
 
 def sweep(
     model: Any,
     prompts: Any,
-    measures: Any = MEASURES,
+    measures: Any = USUAL,
     out: str | os.PathLike = "sweep.parquet",
     *,
     load: Mapping[str, Any] | None = None,
@@ -47,7 +54,7 @@ def sweep(
 
     `model`: a loaded model, or a name for `load_model`, with `load` as its options. `prompts`: texts, token ids,
     (name, prompt) pairs, or a file of them, .txt (one a line), .json, .jsonl or .parquet (`column`). `measures`: names
-    out of `sweep_rows.MEASURES`, which also lists the columns that each fills; "truth" takes `probes`. Prompts of
+    out of `sweeps.rows.MEASURES`, which also lists the columns that each fills; "truth" takes `probes`. Prompts of
     similar length are recorded together as far as `memory` (bytes; half of what is there) goes; `attention`, as
     `record` takes it, is for those that are recorded alone.
 
@@ -58,7 +65,7 @@ def sweep(
     `ray`: "auto" (the running cluster, or one on this machine) or a cluster's address: each worker loads the model
     itself, so it must be given by name; `ray_options` are those of a Ray task, such as {"num_gpus": 1}.
     """
-    path, effort = check_out(out), _effort(measures, chat, bos, node_probes, probes, seed, verify, attention)
+    path, effort = check_results_file(out), _effort(measures, chat, bos, node_probes, probes, seed, verify, attention)
     if memory is not None:
         whole_number("memory", memory, otherwise=" byte, or None for half of what is there")
     listed = read_prompts(prompts, column)
@@ -66,28 +73,32 @@ def sweep(
     team = _Alone(model, load, memory) if ray is None else Cluster(model, load, memory, ray, ray_options)
     with team:
         identity = {
+            "kind": "sweep",
             "format": FORMAT,
             "model": team.identity(effort),
             "prompts": mark_of(listed),
             **asdict(effort),
             "measures": list(effort.measures),
+            "definitions": {name: MEASURES[name].definition for name in effort.measures},
+            RECORDED: {"versions": software_versions()},
         }
-        store = Store(path, identity, columns(effort.measures), len(listed))
-        reused = len(store.done)
-        if not store.finished:
-            _run(team, store, listed, effort, progress)
-            store.finish()
-    return SweepResult.load(path, reused=reused, seconds=time.perf_counter() - begun)
+        with Parts(path, identity, columns(effort.measures)) as parts:
+            done = {index for index in parts.keys if index is not None} & set(range(len(listed)))
+            missing = [each for each in listed if each.index not in done]
+            _measure(team, parts, missing, len(listed), effort, progress)
+            parts.finish(range(len(listed)))
+    return SweepResult.load(path, reused=len(done), seconds=time.perf_counter() - begun)
 
 
-def _run(team: Any, store: Store, prompts: Sequence[SweepPrompt], effort: Effort, progress: bool) -> None:
-    """Have all prompts measured that are not done yet."""
+def _measure(
+    team: _Alone | Cluster, parts: Parts, missing: Sequence[SweepPrompt], total: int, effort: Effort, progress: bool
+) -> None:
+    """Have these prompts measured and their rows kept."""
     from tqdm import tqdm
 
-    missing = [each for each in prompts if each.index not in store.done]
-    with tqdm(total=len(prompts), initial=len(store.done), desc="sweep", unit="prompt", disable=not progress) as bar:
-        for rows in team.rows(_windows(missing), effort):
-            store.add(rows)
+    with tqdm(total=total, initial=total - len(missing), desc="sweep", unit="prompt", disable=not progress) as bar:
+        for rows in team.rows(_windows(missing), effort) if missing else ():
+            parts.add(rows)
             bar.update(len(rows))
 
 
@@ -114,18 +125,19 @@ class _Alone:
             from oversquash_lens.models.loading import load_model
 
             self._model = load_model(self._model, **self._load)
+        self._subject = Subject.of(self._model)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._model = None
+        del self._model, self._subject
 
     def identity(self, effort: Effort) -> dict[str, Any]:
-        check_measurable(self._model, effort)
-        return model_identity(self._model)
+        check_measurable(self._subject, effort)
+        return model_identity(self._subject)
 
     def rows(self, windows: Sequence[Sequence[SweepPrompt]], effort: Effort) -> Iterator[list]:
         for window in windows:
-            yield from rows_of(self._model, window, effort, self._memory)
+            yield from rows_of(self._subject, window, effort, self._memory)
 
 
 def _effort(
@@ -139,3 +151,92 @@ def _effort(
     random_source(seed)
     names = checked_measures(measures)
     return Effort(names, bool(chat), bos, node_probes, probes, seed, bool(verify), check_attention(attention))
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The plan of a sweep on this machine, one process; `bytes` is what the longest prompt needs alone."""
+
+    model: str
+    prompts: int
+    refused: int
+    shortest: int
+    median: int
+    longest: int
+    tokens: int
+    seconds: float
+    bytes: int
+    available: int
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.available
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "sweep plan", **asdict(self), "fits": self.fits}
+
+    def __str__(self) -> str:
+        good = self.prompts - self.refused
+        if not good:
+            return f"none of the {self.prompts:,} prompts can be used by {self.model}"
+        return (
+            f"{good:,} prompts of {self.shortest} … {self.longest} tokens (median {self.median}, {self.tokens:,} in "
+            f"all) with {self.model} need about {duration(self.seconds)}; {self.refused:,} cannot be used.\n"
+            f"The longest needs about {in_words(self.bytes)} of memory, and {in_words(self.available)} are there: "
+            + ("it fits." if self.fits else "it will be refused.")
+        )
+
+
+def sweep_plan(
+    model: Any,
+    prompts: Sequence[SweepPrompt],
+    measures: Sequence[str],
+    *,
+    chat: bool = False,
+    bos: bool | None = None,
+    probes: int | None = 16,
+) -> SweepPlan:
+    """Tokenize all prompts and plan for some lengths; the time of those between is read off a straight line."""
+    subject = Subject.of(model)
+    lengths = sorted(n for n in (_length(subject, each, chat, bos) for each in prompts) if n)
+    name = subject.about.model
+    if not lengths:
+        return SweepPlan(name, len(prompts), len(prompts), 0, 0, 0, 0, 0.0, 0, 0)
+    steps = {lengths[round(i * (len(lengths) - 1) / (LENGTHS - 1))] for i in range(LENGTHS)}
+    kinds = [kind for measure in measures for kind in NEEDS.get(measure, ())]
+    kinds += ["bound"] * any(measure not in NEEDS for measure in measures)
+    found = {n: [plan(subject.model, n, kind, probes=probes) for kind in kinds] for n in sorted(steps)}
+    per_token = {n: _seconds(each) / n for n, each in found.items()}
+    seconds = sum(n * per_token[min(steps, key=lambda step: abs(step - n))] for n in lengths)
+    longest = found[lengths[-1]]
+    return SweepPlan(
+        model=name,
+        prompts=len(prompts),
+        refused=len(prompts) - len(lengths),
+        shortest=lengths[0],
+        median=lengths[len(lengths) // 2],
+        longest=lengths[-1],
+        tokens=sum(lengths),
+        seconds=seconds,
+        bytes=max(each.bytes for each in longest),
+        available=min(each.available for each in longest),
+    )
+
+
+def _length(subject: Subject, each: SweepPrompt, chat: bool, bos: bool | None) -> int:
+    """Tokens of a prompt; 0 where it cannot be used."""
+    text = each.text is not None
+    try:
+        return len(subject.tokenize(each.prompt, chat=chat and text, bos=bos if text else None).ids)
+    except InputError:
+        return 0
+
+
+def _seconds(found: Sequence[Plan]) -> float:
+    """All measures of one prompt; the recording that each plan holds is made once."""
+    steps: dict[str, float] = {}
+    for number, each in enumerate(found):
+        shared = ("recording", "norms of the weights, once per model")
+        steps |= {name if name in shared else f"{number} {name}": time for name, time in each.steps.items()}
+    steps.pop("norms of the weights, once per model", None)
+    return sum(steps.values())

@@ -2,96 +2,65 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from oversquash_lens.capture.about import describe, software_versions
-from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
 from oversquash_lens.capture.recorder import record_tokens
-from oversquash_lens.capture.size import Size, device_of, size_of
-from oversquash_lens.capture.support import architecture_support
-from oversquash_lens.capture.tokens import TokenizedPrompt, tokenize
-from oversquash_lens.errors import HookMismatchError, InputError, one_line
+from oversquash_lens.capture.size import Size
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import TokenizedPrompt
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError, OversquashError, one_line
 from oversquash_lens.memory import available_bytes
 from oversquash_lens.sweeps.prompts import SweepPrompt
-from oversquash_lens.sweeps.rows import Effort, Values, check_supported, columns, measured_values
+from oversquash_lens.sweeps.rows import MEASURES, Effort, Values, columns, measured_values
 
-UNUSABLE = (
-    InputError,
-    HookMismatchError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)  # of one prompt; the others may still do
+# Of one prompt; the others may still do. RuntimeError: torch's, inside the model itself (out of memory is one, too).
+UNUSABLE = (InputError, HookMismatchError, ModelError, MemoryError, RuntimeError)
 MOST = {"cpu": 16}  # prompts in one pass; on a CPU more are no faster, and a kill loses more
 MOST_ELSEWHERE = 64
 TOKENS = 4096  # positions in one pass, padding included
 WASTE = 1.25  # … over real tokens
-SAMPLES = 64  # numbers of each weight that its mark looks at
 
 Ready = tuple[SweepPrompt, TokenizedPrompt]
 
 
-def model_identity(model: Any) -> dict[str, str]:
-    """What tells a model from others: its label, class and format, and a mark of its weights (a sample of each)."""
-    about = describe(model, read_architecture(model))
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(_sample(weight.detach()))
-    versions = software_versions()
-    versions.pop("python")
-    label = {"model": about.model, "class": about.model_class, "dtype": about.dtype}
-    return label | {"weights": digest.hexdigest()[:32], "versions": versions}
-
-
-def _sample(weight: Tensor) -> bytes:
-    if weight.is_meta or not weight.numel():  # offloaded: its shape has to do
-        return b""
-    flat = weight.flatten()
-    return flat[:: max(1, len(flat) // SAMPLES)].cpu().double().contiguous().numpy().tobytes()
-
-
-def check_measurable(model: Any, effort: Effort) -> None:
+def check_measurable(subject: Subject, effort: Effort) -> None:
     """Refuse a model that cannot be measured so, before any prompt is run."""
-    architecture = read_architecture(model)
-    check_supported(architecture_support(architecture), effort, describe(model, architecture).model)
+    for name in effort.measures:
+        subject.require(MEASURES[name].support)
 
 
-def rows_of(model: Any, prompts: Sequence[SweepPrompt], effort: Effort, memory: int | None = None) -> Iterator[list]:
+def rows_of(
+    subject: Subject, prompts: Sequence[SweepPrompt], effort: Effort, memory: int | None = None
+) -> Iterator[list[Values]]:
     """Rows of these prompts, some at a time, in the order in which they are done; refused ones first."""
     ready: list[Ready] = []
     refused: list[Values] = []
     for each in prompts:
         try:
-            ready.append((each, _tokenized(model, each, effort)))
+            ready.append((each, _tokenized(subject, each, effort)))
         except InputError as error:
             refused.append(_refusal(each, error, effort))
     if refused:
         yield refused
-    for batch in batches(model, ready, memory):
-        yield _batch_rows(model, batch, effort)
+    for batch in batches(subject, ready, memory):
+        yield _batch_rows(subject, batch, effort)
 
 
-def _tokenized(model: Any, each: SweepPrompt, effort: Effort) -> TokenizedPrompt:
+def _tokenized(subject: Subject, each: SweepPrompt, effort: Effort) -> TokenizedPrompt:
     text = each.text is not None  # token ids carry their special tokens themselves
-    return tokenize(model, each.prompt, **({"chat": effort.chat, "bos": effort.bos} if text else {}))
+    return subject.tokenize(each.prompt, chat=effort.chat and text, bos=effort.bos if text else None)
 
 
-def batches(model: Any, ready: Sequence[Ready], memory: int | None) -> Iterator[list[Ready]]:
+def batches(subject: Subject, ready: Sequence[Ready], memory: int | None) -> Iterator[list[Ready]]:
     """Prompts of similar length together: within memory, and without much padding."""
-    size, device = size_of(model), device_of(model)
-    budget = available_bytes(device) // 2 if memory is None else memory
-    most = MOST.get(torch.device(device).type, MOST_ELSEWHERE)
+    budget = available_bytes(subject.device) // 2 if memory is None else memory
+    most = MOST.get(subject.device.type, MOST_ELSEWHERE)
     some: list[Ready] = []
     for one in sorted(ready, key=lambda pair: len(pair[1].ids)):
         lengths = [len(tokenized.ids) for _, tokenized in (*some, one)]
-        if some and (len(some) == most or not _fit(size, lengths, budget)):
+        if some and (len(some) == most or not _fit(subject.size, lengths, budget)):
             yield some
             some = []
         some.append(one)
@@ -104,25 +73,25 @@ def _fit(size: Size, lengths: Sequence[int], budget: int) -> bool:
     return area <= min(TOKENS, WASTE * sum(lengths)) and sum(batch_bytes(size, lengths).values()) <= budget
 
 
-def _batch_rows(model: Any, batch: Sequence[Ready], effort: Effort) -> list[Values]:
+def _batch_rows(subject: Subject, batch: Sequence[Ready], effort: Effort) -> list[Values]:
     options = {"node_probes": effort.node_probes, "seed": effort.seed, "verify": effort.verify}
     tokenized = [each for _, each in batch]
     begun = time.perf_counter()
     try:
         if len(batch) == 1:
-            traces = [record_tokens(model, tokenized[0], attention=effort.attention, **options)]
+            traces = [record_tokens(subject.model, tokenized[0], attention=effort.attention, **options)]
         else:
-            traces = record_tokens_batch(model, tokenized, **options)
+            traces = record_tokens_batch(subject.model, tokenized, **options)
     except UNUSABLE as error:
         if len(batch) == 1:
             return [_refusal(batch[0][0], error, effort, tokenized[0])]
-        return [row for one in batch for row in _batch_rows(model, [one], effort)]  # whose fault it is
+        return [row for one in batch for row in _batch_rows(subject, [one], effort)]  # whose fault it is
     each_token = (time.perf_counter() - begun) / sum(len(each.ids) for each in tokenized)
     rows = []
     for prompt, tokens in batch:
         begun = time.perf_counter()
         try:
-            values = measured_values(model, traces.pop(0), effort)
+            values = measured_values(subject, traces.pop(0), effort)
         except UNUSABLE as error:
             rows.append(_refusal(prompt, error, effort, tokens))
             continue
@@ -139,7 +108,8 @@ def refused_rows(prompts: Sequence[SweepPrompt], reason: str, effort: Effort) ->
 def _refusal(
     prompt: SweepPrompt, error: BaseException, effort: Effort, tokens: TokenizedPrompt | None = None
 ) -> Values:
-    reason = one_line(error, 500) or type(error).__name__
+    said = one_line(error, 500)
+    reason = said if said and isinstance(error, OversquashError | MemoryError) else f"{type(error).__name__}: {said}"
     return _row(prompt, effort, tokens) | {"status": "refused", "reason": reason}
 
 
