@@ -22,7 +22,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper.experiments import FIGURES, Reproduced
 from oversquash_lens.paper.prompts import COTS
 from oversquash_lens.paper.questions import TASKS
-from oversquash_lens.paper.speakers import Sampling, Speaker
+from oversquash_lens.paper.sampling import Sampling
+from oversquash_lens.paper.speakers import Speaker
 from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 

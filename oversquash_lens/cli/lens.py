@@ -74,7 +74,7 @@ def run_report(options: argparse.Namespace) -> None:
     check_out(options)
     prompt, effort = prompt_of(options), _effort(options, options.probes)
     from oversquash_lens.analyses.findings import findings
-    from oversquash_lens.viz.page import write_page
+    from oversquash_lens.viz.report import write_page
 
     model = load(options)
     effort["probes"] = None if options.exact else options.probes or _usual_probes(model, prompt, options)
@@ -168,7 +168,7 @@ def run_bound(options: argparse.Namespace) -> None:
 
 
 def run_models(options: argparse.Namespace) -> None:
-    from oversquash_lens.models.loading import cache_folder, cached_models
+    from oversquash_lens.models.embedded import cache_folder, cached_models
 
     found = cached_models()
     if options.json:
