@@ -64,7 +64,7 @@ _HOME = {
     "record": "capture.recorder",
     "record_batch": "capture.batch",
     "recording": "capture.recorder",
-    "report": "viz.page",
+    "report": "viz.report",
     "reports": "viz.reports",
     "reproduce": "paper.reproduce",
     "run_task": "paper.tasks",

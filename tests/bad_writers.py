@@ -47,7 +47,7 @@ def traces(folder: Path) -> tuple[Write, Look]:
 def pages(folder: Path) -> tuple[Write, Look]:
     from small_findings import findings_result
 
-    from oversquash_lens.viz.page import render_page, write_page
+    from oversquash_lens.viz.report import render_page, write_page
 
     path = folder / "report.html"
     made = [findings_result(n_layers=n) for n in (2, 3)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from oversquash_lens.viz.document import document
-from oversquash_lens.viz.html import View, runtime, visible_token
+from oversquash_lens.viz.html import View, page, runtime
+from oversquash_lens.viz.words import visible_token
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -61,7 +61,7 @@ def chromium(profile: Path) -> Iterator:
 
 def page_of(*views: View, title: str = "views") -> str:
     """Views in a page such as a report is: one script for all of them, which the policy alone lets run."""
-    return document(title, "".join(view.fragment() for view in views), runtime(), ("view.css", "page.css"))
+    return page("page.html.j2", title, script=runtime(), styles=("view.css", "page.css"), views=views)
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise, product
 
-from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.viz.diagrams import Heat, Paths, Route
+from oversquash_lens.viz.chart import Chart, Heat, Panel, Paths, Route, Series, Table, Verdict
 
 LENGTHS = (1, 2, 6, 11, 51, 101, 501, 1001, 2001)
 PRECISION = 2.0**-7

@@ -15,7 +15,7 @@ from small_models import hooked, tokens_for
 from small_results import EVIL, TOKENS
 
 from oversquash_lens.analyses.findings import Findings, findings
-from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import reports
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")]

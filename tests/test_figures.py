@@ -31,9 +31,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paths.paths import count_paths
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Panel, Series
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.scales import log_ticks, number, scale
-from oversquash_lens.viz.style import COLOURS, MARKERS, RIGHT, SOFT, WRONG, printable
+from oversquash_lens.viz.style import COLOURS, MARKERS, RIGHT, SOFT, WRONG, log_ticks, printable, scale
+from oversquash_lens.viz.words import number, visible_token
 
 
 def one_panel(*series: Series, **rest: object) -> Chart:

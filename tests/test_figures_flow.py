@@ -31,9 +31,9 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.viz import figures
-from oversquash_lens.viz.chart import Chart, Panel
-from oversquash_lens.viz.diagrams import Heat, Route
-from oversquash_lens.viz.flow_chart import (
+from oversquash_lens.viz.chart import Chart, Heat, Panel, Route
+from oversquash_lens.viz.gallery import write_chart, write_index
+from oversquash_lens.viz.result_charts import (
     MOST_ALONE,
     heads_panel,
     map_panel,
@@ -42,12 +42,8 @@ from oversquash_lens.viz.flow_chart import (
     route_panel,
     width_panel,
 )
-from oversquash_lens.viz.gallery import write_chart, write_index
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.maps import MOST_COLUMNS
-from oversquash_lens.viz.routes import GATHERED, MOVES, STAYS
-from oversquash_lens.viz.scales import short
-from oversquash_lens.viz.style import COLOURS, DPI, RAMP, printable
+from oversquash_lens.viz.style import COLOURS, DPI, RAMP, printable, short
+from oversquash_lens.viz.words import visible_token
 
 BITING = (*EVIL, "$x$", "$\\frac{", "漢字", " a very long token indeed, too long for any axis", "\x00\x1b", " is")
 SIZES = {  # positions, layers, heads

@@ -15,10 +15,9 @@ from evil_strings import CORPUS
 from small_findings import findings_result, with_origin
 from small_results import about
 
-from oversquash_lens.viz.document import plain
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import Entry, file_name, render_index
+from oversquash_lens.viz.words import one_line_text, visible_token
 
 ALLOWED = {
     *("html", "head", "meta", "link", "title", "style", "body", "main", "script", "noscript", "nav", "section"),
@@ -79,7 +78,7 @@ def test_no_string_becomes_markup(number):
     markup = Markup(page)
     assert [tag for tag, _ in markup.found] == harmless()
     assert visible_token(text) in markup.text
-    assert plain(f"On {text}") in markup.text
+    assert one_line_text(f"On {text}") in markup.text
 
 
 def test_no_string_becomes_markup_in_the_index():
@@ -92,7 +91,7 @@ def test_no_string_becomes_markup_in_the_index():
     assert "script-src" not in page
     assert "<script" not in page
     for text in CORPUS:
-        assert plain(text) in Markup(page).text
+        assert one_line_text(text) in Markup(page).text
 
 
 @pytest.mark.parametrize("number", range(len(CORPUS)))
@@ -119,7 +118,7 @@ def test_names_of_files_are_safe(name):
     ],
 )
 def test_names_show_what_cannot_be_seen(text, shown):
-    assert plain(text) == shown
+    assert one_line_text(text) == shown
 
 
 @pytest.mark.browser
@@ -138,7 +137,7 @@ def test_nothing_runs_in_a_browser_even_without_the_policy(opened):
                 page.ask("arguments[0].click()", button)
         page.until("return !document.querySelector('.osl-stage[aria-busy=true]')")
         assert page.ask("return window.pwned") is None
-        assert page.ask("return document.title") == plain("".join(CORPUS[:12]))
+        assert page.ask("return document.title") == one_line_text("".join(CORPUS[:12]))
         assert page.ask("return document.querySelectorAll('img, iframe, object, embed, base, form, video').length") == 0
         assert page.ask("return document.querySelectorAll('main script:not([type])').length") == 0
         assert page.ask("return getComputedStyle(document.body).display") != "none"

@@ -17,10 +17,9 @@ from small_results import EVIL, TOKENS
 
 from oversquash_lens.analyses.audit import Audit
 from oversquash_lens.errors import InputError
-from oversquash_lens.viz import page as page_module
-from oversquash_lens.viz.curve import width_curve
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.page import render_page, report
+from oversquash_lens.viz import report as page_module
+from oversquash_lens.viz.report import render_page, report, width_curve
+from oversquash_lens.viz.words import visible_token
 
 VOID = {"meta", "link", "br", "img", "input"}
 

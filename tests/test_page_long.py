@@ -12,13 +12,10 @@ from small_results import EVIL, TOKENS, profile
 from test_page import Outline
 
 from oversquash_lens.analyses.findings import Findings
-from oversquash_lens.viz.cells import FEW_CELLS, MOST_CELLS
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.page import render_page
-from oversquash_lens.viz.passages import passages
-from oversquash_lens.viz.strips import MOST_INSIDE
-from oversquash_lens.viz.tokens import MOST_ROWS
+from oversquash_lens.viz.report import MOST_ROWS, render_page
+from oversquash_lens.viz.tokens import FEW_BINS, MOST_BINS, MOST_INSIDE, context_windows
 from oversquash_lens.viz.views import layers, positions, route
+from oversquash_lens.viz.words import visible_token
 
 N, LAYERS = 8192, 30
 
@@ -65,7 +62,7 @@ def test_the_most_heard_are_listed_and_it_is_said_that_others_are_not(page, foun
 
 
 def test_a_short_prompt_lists_every_token_and_no_passages():
-    outline = Outline(render_page(long_findings(MOST_CELLS, n_layers=2)))
+    outline = Outline(render_page(long_findings(MOST_BINS, n_layers=2)))
     text = "".join(outline.text)
     assert "Every token in numbers" in text
     assert "in the text around them" not in text
@@ -74,8 +71,8 @@ def test_a_short_prompt_lists_every_token_and_no_passages():
 def test_passages_hold_the_most_heard_with_their_neighbours():
     share = torch.full((100,), 1e-3)
     share[[2, 40, 50, 99]] = torch.tensor([0.1, 0.3, 0.2, 0.05])
-    assert passages(share, picked=4, around=5) == [(35, 56, (40, 50)), (0, 8, (2,)), (94, 100, (99,))]
-    assert passages(torch.tensor([0.5, 0.5]), picked=4) == [(0, 2, (0, 1))]
+    assert context_windows(share, picked=4, around=5) == [(35, 56, (40, 50)), (0, 8, (2,)), (94, 100, (99,))]
+    assert context_windows(torch.tensor([0.5, 0.5]), picked=4) == [(0, 2, (0, 1))]
 
 
 def test_the_passages_on_the_page_are_marked_where_they_are_heard(page, found):
@@ -104,7 +101,7 @@ def long_profile(n: int):
 
 def test_a_long_strip_has_fewer_cells_and_says_where_its_bins_are():
     payload = positions(long_profile(3000)).payload
-    assert len(payload["tokens"]) <= FEW_CELLS
+    assert len(payload["tokens"]) <= FEW_BINS
     bins = [place for place, width in zip(payload["places"], payload["widths"], strict=True) if width > 1]
     for place in bins:
         start, stop, first = re.fullmatch(r"tokens (\d+) to (\d+) “w(\d+) .*”, summed", place).groups()
@@ -119,7 +116,7 @@ def test_what_is_inside_a_bin_is_every_token_s_own_share():
     assert torch.tensor(inside["shares"]) == pytest.approx(result.share, rel=6e-3)
 
 
-@pytest.mark.parametrize(("n", "carried"), [(MOST_CELLS, False), (MOST_CELLS + 1, True), (MOST_INSIDE + 1, False)])
+@pytest.mark.parametrize(("n", "carried"), [(MOST_BINS, False), (MOST_BINS + 1, True), (MOST_INSIDE + 1, False)])
 def test_bins_can_be_opened_where_there_are_any_and_a_page_can_carry_them(n, carried):
     view = positions(long_profile(n))
     assert ("inside" in view.payload) == carried == ("its tokens open" in view.caption)

@@ -12,9 +12,9 @@ from test_page import Outline
 
 from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.viz import reports as reports_module
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.page import render_page
+from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import file_name, render_index, reports
+from oversquash_lens.viz.words import visible_token
 
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 GOOD = findings_result()

@@ -9,8 +9,8 @@ import pytest
 from small_sweeps import texts
 
 import oversquash_lens as osl
-from oversquash_lens.viz.bands_chart import ENDS, MIDDLE, bands_chart
 from oversquash_lens.viz.chart import Chart
+from oversquash_lens.viz.result_charts import ENDS, MIDDLE, bands_chart
 
 MEASURES = ["mean_field", "proof", "flow", "squashing"]
 

@@ -16,9 +16,10 @@ from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError, OversquashError
 from oversquash_lens.viz import html as html_module
-from oversquash_lens.viz.cells import LONG, MOST_CELLS
-from oversquash_lens.viz.html import LARGEST_PAYLOAD, View, inert, runtime, script_json, visible_token
+from oversquash_lens.viz.html import LARGEST_PAYLOAD, View, inert, runtime, script_json
+from oversquash_lens.viz.tokens import LONG, MOST_BINS
 from oversquash_lens.viz.views import layers, positions, side_by_side
+from oversquash_lens.viz.words import visible_token
 
 
 def data_in(html: str) -> dict:
@@ -172,12 +173,12 @@ def test_json_survives_the_way_into_a_script_element():
 def test_long_prompts_are_binned_and_nothing_is_dropped(n):
     result = profile(tokens=tuple(f" w{i}" for i in range(n)), n_layers=1)
     payload = positions(result).payload
-    assert len(payload["tokens"]) <= MOST_CELLS
+    assert len(payload["tokens"]) <= MOST_BINS
     assert sum(payload["widths"]) == n
     assert sum(payload["shares"][0]) == pytest.approx(1, abs=1e-3)
     loudest = result.share.topk(min(n, 192 if n <= LONG else 96)).indices.tolist()
     assert {f"token {i}" for i in loudest} <= set(payload["places"])
-    assert ("summed" in positions(result).caption) == (n > MOST_CELLS)
+    assert ("summed" in positions(result).caption) == (n > MOST_BINS)
 
 
 def test_a_bin_holds_the_sum_of_its_tokens():

@@ -14,11 +14,11 @@ from small_results import EVIL, TOKENS, about, flow_result, profile, truth
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_by_layer, heaviest_edges
-from oversquash_lens.viz.captions import named, percent
-from oversquash_lens.viz.cells import cells_for, millionths
 from oversquash_lens.viz.flow_views import activations
-from oversquash_lens.viz.html import View, visible_token
+from oversquash_lens.viz.html import View
+from oversquash_lens.viz.tokens import bins_for, millionths
 from oversquash_lens.viz.views import heads, layers, prompts, route
+from oversquash_lens.viz.words import named, percent, visible_token
 
 LONG = tuple(f" w{i}" for i in range(600))
 VIEWS = (heads, route, activations, layers)
@@ -176,7 +176,7 @@ def test_bins_of_activations_hold_their_tokens():
 @pytest.mark.parametrize("n", [1, 16, 17, 129, 600])
 def test_no_more_cells_than_there_is_room_for(n, most):
     weights = torch.rand(3, n, generator=torch.Generator().manual_seed(n))
-    cells = cells_for([str(i) for i in range(n)], weights, most)
+    cells = bins_for([str(i) for i in range(n)], weights, most)
     assert len(cells.cells) <= most
     assert sum(cells.widths) == n
     torch.testing.assert_close(cells.sums(weights).sum(-1), weights.sum(-1))

@@ -13,7 +13,7 @@ from small_results import EVIL, TOKENS, about, profile, truth
 from oversquash_lens.analyses.what_if import Outcome, WhatIf
 from oversquash_lens.errors import InputError
 from oversquash_lens.viz.html import View, Views
-from oversquash_lens.viz.what_if_view import NEW, what_if
+from oversquash_lens.viz.views import NEW, what_if
 
 
 def outcome(label: str, tokens: tuple[str, ...], places: tuple[int | None, ...], seed: int = 0) -> Outcome:

@@ -76,7 +76,7 @@ def run_report(options: argparse.Namespace) -> None:
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.analyses.findings import findings
-    from oversquash_lens.viz.page import write_page
+    from oversquash_lens.viz.report import write_page
 
     model = load(options)
     probes = None if options.exact else options.probes or _usual_probes(model, prompt, options)

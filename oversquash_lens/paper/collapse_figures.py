@@ -13,7 +13,7 @@ from oversquash_lens.paper.judging import collapses, exponent
 from oversquash_lens.paper.run_config import PAPER_MODEL, RunConfig
 from oversquash_lens.paper.synthetic import figure_1_paths
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
-from oversquash_lens.viz.collapse_chart import collapse_series, head_series, marks_of
+from oversquash_lens.viz.result_charts import collapse_series, head_series, marks_of
 
 FIGURE_1_LINES = (1, 2, 3, 5, 10)  # of the ten counts: more lines than these cannot be told apart
 HEADS = "change of a head's z, L∞"

@@ -20,7 +20,7 @@ from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.viz.collapse_chart import curve_numbers
+from oversquash_lens.viz.result_charts import curve_numbers
 
 TASK_LENGTHS, QUICK_TASKS = (5, 11, 26, 51, 101, 251, 501), (5, 11, 51)
 WINDOW = 32

@@ -9,7 +9,7 @@ from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sens
 from oversquash_lens.paper.judging import exponent
 from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
-from oversquash_lens.viz.collapse_chart import curve_numbers
+from oversquash_lens.viz.result_charts import curve_numbers
 
 WIDTHS, QUICK_WIDTHS = (4, 8, 16, 32, 64, 128, None), (4, 16, 64, None)
 START = 11  # ones at which a curve has left its first steps behind

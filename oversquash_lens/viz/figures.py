@@ -12,9 +12,10 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from oversquash_lens.collapse.curve import CollapseCurve
 from oversquash_lens.errors import InputError
@@ -24,21 +25,21 @@ from oversquash_lens.paths.paths import PathProfile
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.storage import check_place, write_atomically
 from oversquash_lens.sweeps.result import SweepResult
-from oversquash_lens.viz.bands_chart import bands_chart
-from oversquash_lens.viz.captions import GLOSSES, NAMES
+from oversquash_lens.viz import result_charts
 from oversquash_lens.viz.chart import Chart, Panel, Series
-from oversquash_lens.viz.collapse_chart import collapse_chart
-from oversquash_lens.viz.flow_chart import heads_chart, map_chart, route_chart, squashing_chart, width_chart
-from oversquash_lens.viz.html import visible_token
-from oversquash_lens.viz.sheet import draw_sheet
+from oversquash_lens.viz.draw import draw
 from oversquash_lens.viz.style import styled
+from oversquash_lens.viz.words import GLOSSES, NAMES, measure_name, visible_token
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("pdf", "svg", "png")
-VALUES = {"share": "share in what the last token hears", "log10": "log₁₀ of the sensitivity"}
+VALUES = {"share": "share in the last token’s sensitivity", "log10": "log₁₀ of the sensitivity"}
 _NO_DATE = {"pdf": "CreationDate", "svg": "Date"}
 
 
-def chart(chart: Chart | object) -> matplotlib.figure.Figure:
+def chart(chart: Chart | object) -> Figure:
     """Draw a chart as a matplotlib Figure: panels in a grid, title and model on top, the legend below.
 
     Where the panels have little in common (more than ten labels in all), each has a legend of its own.
@@ -46,13 +47,14 @@ def chart(chart: Chart | object) -> matplotlib.figure.Figure:
     if not isinstance(chart, Chart) or not chart.panels:
         raise InputError(f"a figure was asked of a {type(chart).__name__}; expected a Chart with at least one panel")
     with styled():
-        figure = draw_sheet(chart)
-    figure._repr_png_ = partial(_for_notebooks, figure)  # matplotlib teaches IPython only pyplot's figures
+        figure = draw(chart)
+    # matplotlib teaches IPython only pyplot's figures
+    vars(figure)["_repr_png_"] = partial(_for_notebooks, figure)
     return figure
 
 
-def profile(profile: PathProfile | object, value: str = "share") -> matplotlib.figure.Figure:
-    """What the last token hears of each position, as a matplotlib Figure: a bound, an estimate or a null model.
+def profile(profile: PathProfile | object, value: str = "share") -> Figure:
+    """Share of each position in the last token’s sensitivity, by a bound, an estimate or a null model, as a Figure.
 
     `value` "share": dimensionless, sums to 1, on a log axis. "log10": log₁₀ of the sensitivity itself, constant
     included, for a kind that has one.
@@ -66,14 +68,14 @@ def profile(profile: PathProfile | object, value: str = "share") -> matplotlib.f
             "draw value='share'"
         )
     row = profile.share if value == "share" else profile.log_values / math.log(10)
-    name = NAMES.get(profile.kind, profile.kind)
+    name = measure_name(profile.kind)
     gloss = GLOSSES.get(profile.kind, "")
     zero = "no path, or less than 10⁻³⁰⁸"
     return _by_position(profile, f"{name}: {gloss}" if gloss else name, name, zero, value, row)
 
 
-def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") -> matplotlib.figure.Figure:
-    """What the last token hears of each position, measured by autograd, as a matplotlib Figure.
+def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") -> Figure:
+    """Share of each position in the last token’s sensitivity, measured by autograd, as a matplotlib Figure.
 
     `value` as in `profile`. Where probes measured, the band is one standard error to either side.
     """
@@ -87,61 +89,61 @@ def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") ->
     norm = {"fro": "Frobenius norm", "spectral": "spectral norm"}.get(measured.norm, measured.norm)
     title = f"{NAMES['truth']}: {norm} of the derivative by each token’s embedding"
     label = f"measured ({how}{frozen})"
-    return _by_position(measured, title, label, "not heard", value, *(rows[:1] if measured.exact else rows))
+    return _by_position(measured, title, label, "no sensitivity", value, *(rows[:1] if measured.exact else rows))
 
 
-def collapse(curve: CollapseCurve | object) -> Any:
+def collapse(curve: CollapseCurve | object) -> Figure:
     """How far apart a family's two prompts end, as a matplotlib Figure: y, heads, layers, and B.3's assumption."""
     if not isinstance(curve, CollapseCurve):
         raise InputError(f"expected what collapse_curve returns, got a {type(curve).__name__}: call it first")
-    return chart(collapse_chart(curve))
+    return chart(result_charts.collapse_chart(curve))
 
 
-def flow(flow: Flow | object) -> matplotlib.figure.Figure:
+def flow(flow: Flow | object) -> Figure:
     """Where the paths run, as a matplotlib Figure: share by layer and position, and the effective width beside it.
 
-    Layer 0 (the embeddings) is at the bottom. The colour is logarithmic as in the views: white at a tenth of an even
+    Layer 0 (the embeddings) is at the bottom. The colour is logarithmic as in the views: white at a tenth of a uniform
     share or less, darkest at 1.
     """
-    return chart(map_chart(_checked_flow(flow)))
+    return chart(result_charts.map_chart(_checked_flow(flow)))
 
 
-def heads(flow: Flow | object) -> matplotlib.figure.Figure:
+def heads(flow: Flow | object) -> Figure:
     """Which heads carry a flow, as a matplotlib Figure: share that each moves, and what stays in the residual stream.
 
-    In each layer both together are 1; the colour is white at a tenth of an even share or less.
+    In each layer both together are 1; the colour is white at a tenth of a uniform share or less.
     """
-    return chart(heads_chart(_checked_flow(flow)))
+    return chart(result_charts.heads_chart(_checked_flow(flow)))
 
 
-def width(result: Flow | Squashing | object) -> matplotlib.figure.Figure:
+def width(result: Flow | Squashing | object) -> Figure:
     """How many positions the paths pass through at each layer, as a matplotlib Figure.
 
-    Of a `Squashing` also the same with even attention: what the causal mask alone would make of it.
+    Of a `Squashing` also the same with uniform attention: what the causal mask alone would make of it.
     """
     if isinstance(result, Squashing):
-        return chart(squashing_chart(result))
-    return chart(width_chart(_checked_flow(result)))
+        return chart(result_charts.squashing_chart(result))
+    return chart(result_charts.width_chart(_checked_flow(result)))
 
 
-def route(flow: Flow | object) -> matplotlib.figure.Figure:
+def route(flow: Flow | object) -> Figure:
     """The route of a flow through positions and layers, as a matplotlib Figure: lines as wide as their shares.
 
     Positions that carry at least 3 % at some layer stand alone (12 of them at most, besides the source and the last
     token), runs of others are gathered.
     """
-    return chart(route_chart(_checked_flow(flow)))
+    return chart(result_charts.route_chart(_checked_flow(flow)))
 
 
-def bands(result: SweepResult | object, measures: Sequence[str] | None = None) -> matplotlib.figure.Figure:
+def bands(result: SweepResult | object, measures: Sequence[str] | None = None) -> Figure:
     """Bands over the prompts of a sweep, as a matplotlib Figure: median, quartiles and extremes of each measure.
 
-    Shares by relative position, as multiples of an even share, and with several such measures one panel that sets them
+    Shares by relative position, as multiples of a uniform share, and with several such measures axes that set them
     side by side; "flow" and "squashing" by layer. `measures` None draws all of the sweep's.
     """
     if not isinstance(result, SweepResult):
         raise InputError(f"expected what sweep returns, got a {type(result).__name__}: call it, or SweepResult.load")
-    return chart(bands_chart(result, measures))
+    return chart(result_charts.bands_chart(result, measures))
 
 
 def _checked_flow(flow: object) -> Flow:
@@ -155,7 +157,14 @@ def _check_value(value: str) -> None:
         raise InputError(f"expected one of {', '.join(map(repr, VALUES))}, got value={value!r}")
 
 
-def _by_position(result: Any, title: str, label: str, zero: str, value: str, *rows: torch.Tensor) -> Any:
+def _by_position(
+    result: PathProfile | MeasuredSensitivity,
+    title: str,
+    label: str,
+    zero: str,
+    value: str,
+    *rows: Float[Tensor, " pos"],
+) -> Figure:
     """`rows` are the values, and where there is a band its ends."""
     n = len(result.tokens)
     panel = Panel(
@@ -164,7 +173,7 @@ def _by_position(result: Any, title: str, label: str, zero: str, value: str, *ro
         y_label=VALUES[value],
         series=(Series(label, tuple(range(n)), *(tuple(row.tolist()) for row in rows)),),
         y_axis="log" if value == "share" else "linear",
-        reference=(1 / n, f"even share, 1/{n}") if value == "share" else None,
+        reference=(1 / n, f"uniform share, 1/{n}") if value == "share" else None,
         zero=zero,
         x_names=tuple(visible_token(token) for token in result.tokens),
     )
@@ -172,7 +181,9 @@ def _by_position(result: Any, title: str, label: str, zero: str, value: str, *ro
     return chart(Chart(result.__class__.__name__, title, (panel,), (), model=str(about) if about else ""))
 
 
-def save(figure: Chart | Any, folder: str | os.PathLike, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save(
+    figure: Chart | Figure | object, folder: str | os.PathLike, name: str, formats: Sequence[str] = FORMATS
+) -> list[Path]:
     """Write a figure, or a chart, as `folder`/`name`.pdf, .svg and .png (200 dpi); returns the absolute paths.
 
     Each file appears whole or not at all; the same figure and matplotlib give the same bytes. The folder is made
@@ -181,14 +192,16 @@ def save(figure: Chart | Any, folder: str | os.PathLike, name: str, formats: Seq
     targets = [check_place(folder, f"{name}.{kind}") for kind in formats]
     if unknown := set(formats) - set(FORMATS):
         raise InputError(f"expected some of {', '.join(FORMATS)}, got formats {', '.join(sorted(unknown))}")
+    from matplotlib.figure import Figure
+
     drawn = chart(figure) if isinstance(figure, Chart) else figure
-    if not hasattr(drawn, "savefig"):
+    if not isinstance(drawn, Figure):
         raise InputError(f"expected a Chart or a matplotlib Figure, got a {type(figure).__name__}: draw one first")
     payloads = [_as_bytes(drawn, kind, name) for kind in formats]
     return [write_atomically(target, payload) for target, payload in zip(targets, payloads, strict=True)]
 
 
-def _as_bytes(figure: Any, kind: str, name: str) -> bytes:
+def _as_bytes(figure: Figure, kind: str, name: str) -> bytes:
     metadata = {"Title": figure.get_label() or name} | ({_NO_DATE[kind]: None} if kind in _NO_DATE else {})
     out = io.BytesIO()
     with styled():
@@ -196,7 +209,7 @@ def _as_bytes(figure: Any, kind: str, name: str) -> bytes:
     return out.getvalue()
 
 
-def _for_notebooks(figure: Any) -> tuple[bytes, dict[str, int]]:
+def _for_notebooks(figure: Figure) -> tuple[bytes, dict[str, int]]:
     """PNG in the density of a good screen, with the size at which it is to be shown (CSS pixels)."""
     width, height = figure.get_size_inches() * 110
     return _as_bytes(figure, "png", "figure"), {"width": int(width), "height": int(height)}

@@ -1,75 +1,108 @@
-"""Tokens made visible, text made harmless, and the one HTML class that every view is."""
+"""HTML from templates that escape what they are given, CircuitsVis' code, and the one class that every view is."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import html
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import circuitsvis
 from circuitsvis.utils.render import RenderedHTML
+from markupsafe import Markup
 
 from oversquash_lens.errors import InputError, OversquashError
+from oversquash_lens.viz import words
 
-LONGEST_TOKEN = 64  # characters shown of one token
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 SCRIPTS = ("view.js", "view_strip.js", "view_grid.js", "view_flow.js", "view_all.js")  # one scope, in this order
 LARGEST_PAYLOAD = 4 * 2**20  # bytes of data in one view; beyond it browsers turn slow
-MARKS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
-MEANINGS = {
-    "·": "· is a space",
-    "↵": "↵ a line break",
-    "⇥": "⇥ a tab",
-    "␍": "␍ a carriage return",
-    "∅": "∅ an empty token",
-    "‹U+": "‹U+…› a character that cannot be seen",
-}
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}  # Unicode categories that leave no ink
-_JOINERS = "\u200c\u200d"  # belong inside emoji and Indic words; suspect only at a token's edge
 
 
-def visible_token(token: str, longest: int = LONGEST_TOKEN) -> str:
-    """The token as one can see it on paper: no white space, nothing invisible, never empty, not too long.
+@cache
+def environment() -> Environment:
+    """The templates of this folder: all that they are given is escaped, and what they do not know is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    >>> visible_token(" the"), visible_token("\\n\\t"), visible_token(""), visible_token("a\\u202eb")
-    ('·the', '↵⇥', '∅', 'a‹U+202E›b')
+    made = Environment(
+        loader=PackageLoader("oversquash_lens.viz"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_without_surrogates,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters.update(
+        visible=words.visible_token,
+        one_line=words.one_line_text,
+        percent=words.percent,
+        count=words.count,
+        measure_name=words.measure_name,
+        subscript=_with_subscript,
+        number=words.number,
+    )
+    return made
+
+
+def _without_surrogates(value: Any) -> Any:
+    """A lone surrogate is a character that neither HTML nor UTF-8 has: it is written out."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
+
+
+def _with_subscript(text: str) -> Markup:
+    """‖J‖_F as HTML."""
+    return Markup(Markup.escape(_without_surrogates(text)).replace("_F", Markup("<sub>F</sub>")))
+
+
+def render(template: str, **values: Any) -> str:
+    """HTML in ASCII, so that no missing charset can garble it; `values` are escaped where the template shows them.
+
+    >>> render("text.html.j2", text='<b> & "ψ" \\ud800')
+    '&lt;b&gt; &amp; &#34;&#968;&#34; \\\\ud800'
     """
-    head = token[:longest]
-    edges = (0, len(head) - 1)
-    shown = "".join(_mark(c, inside=i not in edges) for i, c in enumerate(head)) or "∅"
-    if unicodedata.combining(shown[0]):
-        shown = "◌" + shown
-    left_out = len(token) - len(head)
-    return f"{shown}… (+{left_out:,} characters)" if left_out else shown
+    text = environment().get_template(template).render(**values)
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-def _mark(character: str, inside: bool) -> str:
-    if character in MARKS:
-        return MARKS[character]
-    if unicodedata.category(character) not in _UNSEEN or (inside and character in _JOINERS):
-        return character
-    return f"‹U+{ord(character):04X}›"
+def page(
+    template: str,
+    title: str,
+    *,
+    script: str = "",
+    styles: Sequence[str] = ("page.css",),
+    classes: str = "",
+    **values: Any,
+) -> str:
+    """One self-contained HTML page, in ASCII, of a template that extends page.html.j2; `script` is our own code.
 
-
-def escape(text: object) -> str:
-    """Text for an HTML element or attribute, in ASCII so that no missing charset can garble it.
-
-    >>> escape('<b> & "ψ" \\ud800')
-    '&lt;b&gt; &amp; &quot;&#968;&quot; \\\\ud800'
+    It loads no file, font or picture and runs no script but this one: its hash stands in the page's policy.
     """
-    # A lone surrogate is a character that neither HTML nor UTF-8 has: it is written out.
-    plain = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return ascii_html(html.escape(plain))
-
-
-def ascii_html(markup: str) -> str:
-    """HTML with every character beyond ASCII as a character reference."""
-    return markup.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    allowed = ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+        allowed = f"script-src 'sha256-{digest}'; "
+    policy = (
+        f"default-src 'none'; {allowed}style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return render(
+        template,
+        title=title,
+        policy=Markup(policy),
+        styles=Markup("".join(map(asset, styles))),
+        script=Markup(script),
+        classes=f"osl-page {classes}".strip(),
+        **values,
+    )
 
 
 def inert(text: str) -> str:
@@ -84,22 +117,22 @@ def inert(text: str) -> str:
     return re.sub("[<&]", "\\g<0>\u2060", text)
 
 
-def script_json(value: object) -> str:
+def script_json(value: object) -> Markup:
     """JSON that can stand inside a <script> element: ASCII, and no character that could end it.
 
-    >>> script_json({"a": "</script>&"})
+    >>> str(script_json({"a": "</script>&"}))
     '{"a":"\\\\u003c/script\\\\u003e\\\\u0026"}'
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return Markup(text)
 
 
 @cache
 def asset(name: str) -> str:
-    """One of this folder's own style sheets or scripts."""
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
+    """One of our own style sheets or scripts."""
+    return resources.files(__package__).joinpath("templates", name).read_text("utf-8")
 
 
 @cache
@@ -130,33 +163,35 @@ class View(RenderedHTML):
 
     CircuitsVis' own class asks google.com whether there is a network and then loads its code from a CDN; here
     `_repr_html_`, `__html__`, `str()`, `show_code` and both sources are the same text, bundle included.
-    `payload` is what `view_all.js` draws; `caption` and `guide` (how to read it; said once on a page) are HTML.
+    `payload` is what `view_all.js` draws. `title`, `gloss` (what it is), `notes` and `guide` (how to read it; said
+    once on a page) are text, escaped where they are shown.
     """
 
-    def __init__(self, payload: dict, caption: str, guide: str) -> None:
-        self.payload = payload
-        self.caption = caption
-        self.guide = guide
-        self._data = script_json(payload)
-        if len(self._data) > LARGEST_PAYLOAD:
+    template = "view.html.j2"
+
+    def __init__(self, payload: dict, title: str, gloss: str, notes: Sequence[str] = (), guide: str = "") -> None:
+        self.payload, self.title, self.gloss, self.guide = payload, title, gloss, guide
+        self.notes = tuple(note for note in notes if note)
+        self.data = script_json(payload)
+        if len(self.data) > LARGEST_PAYLOAD:
             raise InputError(
-                f"this view would carry {len(self._data) / 2**20:.1f} MB of data; expected at most "
-                f"{LARGEST_PAYLOAD / 2**20:.0f} MB: show fewer layers or a shorter prompt"
+                f"expected at most {LARGEST_PAYLOAD / 2**20:.0f} MB of data, got a view that would carry "
+                f"{len(self.data) / 2**20:.1f} MB: show fewer layers or a shorter prompt"
             )
 
-    def fragment(self, guided: bool = True) -> str:
-        """The view without code and style, for a page that brings both once; `guided`: with key and guide."""
-        return (
-            f'<figure class="osl-view"><figcaption>{self.caption}</figcaption>'
-            + (self.key() + f'<p class="osl-guide">{self.guide}</p>' if guided else "")
-            + '<div class="osl-stage" aria-busy="true"><noscript>This view needs JavaScript.</noscript></div>'
-            + f'<script type="application/json">{self._data}</script></figure>\n'
-        )
+    @property
+    def caption(self) -> str:
+        """Title, gloss and notes as one text."""
+        return " ".join([f"{self.title}: {self.gloss}", *self.notes])
 
-    def key(self) -> str:
-        """The colour key alone, drawn by the same code as the tokens."""
-        data = script_json({name: self.payload[name] for name in ("key", "floor")})
-        return f'<div class="osl-key">share <span></span><script type="application/json">{data}</script></div>'
+    @property
+    def key(self) -> Markup:
+        """Data of the colour key, which is drawn by the same code as the tokens."""
+        return script_json({name: self.payload[name] for name in ("key", "floor")})
+
+    def fragment(self, guided: bool = True) -> Markup:
+        """The view without code and style, for a page that brings both once; `guided`: with key and guide."""
+        return Markup(render(self.template, view=self, guided=guided))
 
     def _repr_html_(self) -> str:
         return f"<style>{asset('view.css')}</style>\n{self.fragment()}<script>{runtime()}</script>\n"
@@ -186,15 +221,10 @@ class View(RenderedHTML):
 class Views(View):
     """Views beside one another, one below the other on a phone; a layer picked in one is picked in all."""
 
+    template = "views.html.j2"
+
     def __init__(self, views: Sequence[View], guide: str) -> None:
         shared = {name: views[0].payload[name] for name in ("key", "floor")}
-        super().__init__({**shared, "tokens": [token for view in views for token in view.payload["tokens"]]}, "", guide)
+        tokens = [token for view in views for token in view.payload["tokens"]]
+        super().__init__({**shared, "tokens": tokens}, "", "", guide=guide)
         self.views = tuple(views)
-
-    def fragment(self, guided: bool = True) -> str:
-        inside = "".join(view.fragment(guided=False) for view in self.views)
-        return (
-            '<div class="osl-guided">'
-            + (self.key() + f'<p class="osl-guide">{self.guide}</p>' if guided else "")
-            + f'<div class="osl-pair osl-together">\n{inside}</div></div>\n'
-        )

@@ -15,12 +15,11 @@ import torch
 from oversquash_lens.analyses.findings import Findings, findings
 from oversquash_lens.errors import InputError, OversquashError, one_line
 from oversquash_lens.storage import check_place, write_atomically
-from oversquash_lens.viz.document import cell, document, head_row, plain, table
-from oversquash_lens.viz.headline import estimate_row
-from oversquash_lens.viz.html import escape
-from oversquash_lens.viz.page import check_options, write_page
+from oversquash_lens.viz.html import page
+from oversquash_lens.viz.report import check_options, estimate_row, write_page
+from oversquash_lens.viz.words import one_line_text
 
-HEADING = "What the last token hears, prompt by prompt"
+HEADING = "What the last token depends on, prompt by prompt"
 LONGEST_BEGINNING = 90  # characters of a prompt in the index
 UNUSABLE = (OversquashError, MemoryError, torch.OutOfMemoryError)  # of one prompt; the others may still do
 
@@ -92,7 +91,7 @@ def file_name(number: int, of: int, name: object) -> str:
 
 
 def _one(model: Any, prompt: Any, shown: str, title: str | None, place: Path, options: dict) -> Entry:
-    beginning = plain(prompt, LONGEST_BEGINNING) if isinstance(prompt, str) else "token ids"
+    beginning = one_line_text(prompt, LONGEST_BEGINNING) if isinstance(prompt, str) else "token ids"
     try:
         found = findings(model, prompt, **options)
         write_page(found, place, title=title)
@@ -101,7 +100,7 @@ def _one(model: Any, prompt: Any, shown: str, title: str | None, place: Path, op
             print(f"{shown} could not be used: {one_line(error)}", file=sys.stderr)
         return Entry(shown, beginning, error=one_line(error) or type(error).__name__)
     if not isinstance(prompt, str):
-        beginning = plain("".join(found.tokens), LONGEST_BEGINNING)
+        beginning = one_line_text("".join(found.tokens), LONGEST_BEGINNING)
     return _entry(found, shown, beginning, place.name)
 
 
@@ -126,33 +125,4 @@ def render_index(entries: Sequence[Entry], title: str | None = None) -> str:
     failed = len(entries) - done
     lead = f"{len(entries):,} prompt{'s' if len(entries) != 1 else ''}, {done:,} report{'s' if done != 1 else ''}"
     lead += f"; {failed:,} could not be used." if failed else "."
-    caption = (
-        "Tokens heard are an effective number, measured; beside it what even attention with the same weights would let "
-        "the last token hear. The index, by the estimate, is 0 as with even attention, 1 if one token alone is heard, "
-        "below 0 if more is heard. The narrowest layer is against even attention. ρ ranks estimate against truth."
-    )
-    names = ("tokens", "heard", "even attention", "squashing index", "narrowest layer", "ρ")
-    rows = [_row(entry) for entry in entries]
-    body = f'<p class="lead">{lead}</p>\n' + table("Prompts", caption, head_row(("prompt", "begins"), names), rows)
-    return document(title or HEADING, body)
-
-
-def _row(entry: Entry) -> str:
-    name, begins = (f"<bdi>{escape(plain(text))}</bdi>" for text in (entry.name, entry.beginning))
-    if entry.error:
-        why = f'<td class="error" colspan="6">{escape(plain(entry.error))}</td>'
-        return f'<tr><th scope="row" class="title">{name}</th><td class="begins">{begins}</td>{why}</tr>\n'
-    link = f'<a href="{escape(entry.file)}">{name}</a>'
-    numbers = "".join(cell(value, form) for value, form in _numbers(entry))
-    return f'<tr><th scope="row" class="title">{link}</th><td class="begins">{begins}</td>{numbers}</tr>\n'
-
-
-def _numbers(entry: Entry) -> list[tuple[float, str]]:
-    return [
-        (float(entry.n), ",.0f"),
-        (entry.heard, ".1f"),
-        (entry.null_heard, ".1f"),
-        (entry.index, ".2f"),
-        (float(entry.narrowest), ".0f"),
-        (entry.spearman, ".2f"),
-    ]
+    return page("index.html.j2", title or HEADING, lead=lead, entries=entries)

@@ -1,86 +1,269 @@
-"""The sections that go through a prompt token by token: coloured, by layer, and in numbers."""
+"""A prompt's tokens as a view shows them: token bins, the token strip that CircuitsVis colours, context windows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.analyses.findings import Findings
-from oversquash_lens.viz.cells import MOST_CELLS
-from oversquash_lens.viz.document import (
-    cell,
-    columns,
-    folded,
-    guide,
-    head_row,
-    keyed,
-    percent,
-    section,
-    table,
-    token_html,
-)
-from oversquash_lens.viz.passages import in_context
-from oversquash_lens.viz.views import layers, side_by_side
+from oversquash_lens.errors import InputError
+from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.viz.html import View, inert
+from oversquash_lens.viz.words import colour_key, guide, place, rounded, visible_token
 
-MOST_ROWS = 512  # of a table of tokens
+MILLION = 1_000_000
+MOST_BINS = 512  # of one strip of tokens; longer prompts are binned
+LONG, FEW_BINS = 2048, 256  # beyond so many tokens most bins hold several, and a strip of fewer is easier to read
+SNIPPET = 28  # characters shown of a bin's text from either end
+SHARE = "a token’s share in the sensitivity of the last output"
+PASSED = "the share of the paths that pass through a token at that layer"
+MOST_INSIDE = 16_384  # tokens of a prompt whose bins can be opened: about 200 KB of a page
+PICKED = 16  # tokens of the largest shares
+AROUND = 8  # tokens of context on either side
 
-
-def by_token(found: Findings) -> str:
-    """Truth, estimate and the paper's bound side by side."""
-    audit = found.audit
-    views = side_by_side(audit.truth, audit.mean_field, audit.bounds["proof"])
-    context = in_context(found) if len(found.tokens) > MOST_CELLS else ""
-    return section("Token by token", context + keyed(views[0]) + columns(views), "tokens")
+# -- token bins ----------------------------------------------------------------------------------------------
 
 
-def by_layer(found: Findings) -> str:
-    """The same from a picked layer upwards."""
-    words = guide(
-        "What the last token hears of each position through the layers from the picked one upwards; both views follow "
-        "the pick. The colours are those of the key above."
-    )
-    views = [layers(found.audit.mean_field), layers(found.audit.bounds["proof"])]
-    return section("Layer by layer", words + columns(views, together=True), "layers")
+class Bin(NamedTuple):
+    """Tokens start … stop-1, shown as one."""
+
+    start: int
+    stop: int
 
 
-def in_numbers(found: Findings) -> str:
-    """Tokens in numbers: also what a screen reader, or a browser without scripts, gets of the views."""
-    truth, estimate, squashing = found.audit.truth, found.audit.mean_field, found.squashing
-    sizes = (truth.values, truth.standard_error, estimate.values)
-    shares = (truth.share, squashing.share, squashing.null_share, squashing.lift)
-    rows = []
-    for i in _listed(shares[:3]):
-        true, error, guess = (size[i].item() for size in sizes)
-        heard, estimated, even, lift = (share[i].item() for share in shares)
-        numbers = [cell(true, ".4g"), *([] if truth.exact else [cell(error, ".2g")]), cell(guess, ".4g")]
-        numbers.append(cell(_log10_ratio(guess, true), "+.2f"))
-        numbers += [f'<td class="n">{percent(share)}</td>' for share in (heard, estimated, even)]
-        numbers.append(cell(lift, ".2g"))
-        name = f'<th scope="row">{token_html(found.tokens[i])}</th>'
-        rows.append(f'<tr><td class="n">{i}</td>{name}{"".join(numbers)}</tr>\n')
-    error = [] if truth.exact else ["standard error"]
-    names = ("truth", *error, "estimate", "log₁₀ of estimate over truth", "share, measured", "share, estimated")
-    head = head_row(("no.", "token"), (*names, "share with even attention", "estimated over even"))
-    norm = {"fro": "Frobenius", "spectral": "spectral"}.get(truth.norm, truth.norm)
-    caption = (
-        f"Sensitivity of the last output to each token: {norm} norm, and its mean-field estimate; each token’s share "
-        "in all of it, and what even attention would leave it."
-    )
-    n, name = len(found.tokens), "Every token in numbers"
-    if len(rows) < n:
-        name = f"The {len(rows)} most heard of {n:,} tokens in numbers"
-        caption += " Listed are those with the largest shares, by any of the three; the JSON of the findings has all."
-    return f'<section id="numbers">\n{folded(name, table(name, caption, head, rows))}</section>\n'
+def bins_for(tokens: Sequence[str], weights: Float[Tensor, "row pos"], most: int | None = None) -> Bins:
+    """One bin per token; of more than `most` tokens those of the largest weights alone, and runs of the rest.
+
+    `most` None is 512, beyond 2,048 tokens 256. Three eighths of the bins are for single tokens: 192 of 512. These
+    leave at most 193 runs, which are cut at every ⌈rest/127⌉ tokens: at most 193 + 127 bins.
+    """
+    n = len(tokens)
+    most = most or (MOST_BINS if n <= LONG else FEW_BINS)
+    if n <= most:
+        return Bins(tuple(tokens), tuple(Bin(i, i + 1) for i in range(n)))
+    kept = 3 * most // 8
+    alone = set(weights.max(0).values.topk(kept).indices.tolist())
+    width = math.ceil((n - kept) / (most - 2 * kept - 1))
+    bins, start = [], 0
+    for i in range(n):
+        if i in alone or i + 1 in alone or i + 1 - start == width or i + 1 == n:
+            bins.append(Bin(start, i + 1))
+            start = i + 1
+    return Bins(tuple(tokens), tuple(bins), kept)
 
 
-def _listed(shares: Sequence[Tensor]) -> list[int]:
-    """Positions that a table lists, in order: all, or of a long prompt those with the largest shares."""
-    largest = torch.stack([share.double() for share in shares]).amax(0)
-    return sorted(largest.topk(min(MOST_ROWS, len(largest))).indices.tolist())
+def millionths(shares: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """Whole millionths, of three digits at most.
+
+    >>> millionths(torch.tensor([0.123456, 0.0000123, 1e-9]))
+    tensor([123000,     12,      0])
+    """
+    assert not torch.isnan(shares).any(), "shares are checked at the door"
+    whole = shares.double() * MILLION
+    unit = 10.0 ** (whole.clamp(min=1).log10().floor() - 2).clamp(min=0)
+    return ((whole / unit).round() * unit).round().long()
 
 
-def _log10_ratio(above: float, below: float) -> float:
-    return math.log10(above) - math.log10(below) if above > 0 and below > 0 else math.nan
+def check_shares(tokens: Sequence[str], shares: Float[Tensor, "*rows pos"], what: str = "share") -> None:
+    """One share per token, from 0 on, none of them NaN or infinite."""
+    if not len(tokens) or shares.shape[-1] != len(tokens):
+        raise InputError(
+            f"expected one share per token, got {len(tokens)} tokens with {shares.shape[-1]} shares: measure again"
+        )
+    bad = (~(shares >= 0) | torch.isinf(shares)).nonzero()
+    if len(bad):
+        *_, i = at = tuple(bad[0].tolist())
+        raise InputError(
+            f"expected shares from 0 to 1, got {shares[at]:g} as the {what} of token {i} "
+            f"({visible_token(tokens[i])}): look for NaN or infinite values in the result, and measure again in float32"
+        )
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Every token of the prompt, in order, in one bin or another: nothing is dropped."""
+
+    tokens: tuple[str, ...]
+    bins: tuple[Bin, ...]
+    kept: int = 0  # tokens that stand alone for their weight
+
+    @property
+    def widths(self) -> list[int]:
+        """Number of tokens in each bin."""
+        return [each.stop - each.start for each in self.bins]
+
+    @property
+    def texts(self) -> list[str]:
+        """What stands in each bin: the token, or how many tokens there are."""
+        return [self._text(*each) for each in self.bins]
+
+    @property
+    def places(self) -> list[str]:
+        """Where each bin is in the prompt, in words; tokens count from 0."""
+        return [
+            place(start, stop) if stop - start == 1 else f"{place(start, stop)} “{self._snippet(start, stop)}”, summed"
+            for start, stop in self.bins
+        ]
+
+    def sums(self, values: Float[Tensor, "*rows pos"]) -> Float[Tensor, "*rows bin"]:
+        """The values of each bin's tokens, summed."""
+        bin_of = torch.arange(len(self.bins)).repeat_interleave(torch.tensor(self.widths))
+        sums = torch.zeros(*values.shape[:-1], len(self.bins), dtype=values.dtype)
+        return sums.index_add_(-1, bin_of[: values.shape[-1]], values)
+
+    def note(self, coloured: str = "their mean") -> str:
+        """What was summed, as text; nothing where every token has its own bin."""
+        n, alone = len(self.tokens), self.widths.count(1)
+        if alone == n:
+            return ""
+        return (
+            f"{n:,} tokens: {alone} are shown one by one, the {self.kept} with the "
+            f"largest shares among them; the other {n - alone:,} are summed in {len(self.bins) - alone} "
+            f"bins, coloured by {coloured}."
+        )
+
+    def _text(self, start: int, stop: int) -> str:
+        return bin_text(self.tokens[start]) if stop - start == 1 else f"[{stop - start} tokens]"
+
+    def _snippet(self, start: int, stop: int) -> str:
+        """How the text of a bin begins and ends, so that one finds one's place in a long prompt."""
+        words = " ".join(map(visible_token, "".join(self.tokens[start:stop]).split()))
+        return inert(words if len(words) <= 2 * SNIPPET else f"{words[:SNIPPET]} … {words[-SNIPPET:]}")
+
+
+def bin_text(token: str) -> str:
+    """What stands in a token's own bin."""
+    # CircuitsVis breaks the line behind a token with a line break in it: code keeps its lines.
+    return inert(visible_token(token)) + ("\n" if "\n" in token else "")
+
+
+# -- token strips --------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Shares of the tokens at each layer, each row with its name and what it means."""
+
+    tokens: tuple[str, ...]
+    shares: Float[Tensor, "layer pos"]
+    labels: list[str]
+    notes: list[str]
+    meaning: str
+    millionths: bool = False  # a flow has many rows: carried as whole millionths of three digits, a third of the size
+
+    @property
+    def floor(self) -> float:
+        """Where colour starts: a tenth of a uniform share."""
+        return 0.1 / len(self.tokens)
+
+
+def input_rows(result: PathProfile | MeasuredSensitivity | object) -> Rows:
+    """The one row of shares of each input position."""
+    if not isinstance(result, PathProfile | MeasuredSensitivity):
+        raise InputError(
+            f"expected a result of path_bound, mean_field_sensitivity or measured_sensitivity, got {kind_of(result)}: "
+            "call one of them first"
+        )
+    return _checked(Rows(result.tokens, result.share.detach().cpu().double()[None], [""], [""], SHARE))
+
+
+def layer_rows(result: PathProfile | Flow | object) -> Rows:
+    """A row for what enters each layer, and the last one for what leaves the last."""
+    if not isinstance(result, PathProfile | Flow):
+        raise InputError(
+            f"expected a PathProfile, from path_bound or mean_field_sensitivity, or a Flow, from flow, got "
+            f"{kind_of(result)}: call one of them (a measured truth has no layers: use positions)"
+        )
+    is_flow = isinstance(result, Flow)
+    shares = (result.node if is_flow else result.share_by_layer).detach().cpu().double()
+    last = len(shares) - 1
+    labels = [f"layer {layer}" for layer in range(last + 1)]
+    meanings = ["the embeddings", *(f"what enters block {layer}" for layer in range(1, last))]
+    meanings.append("what leaves the last block")
+    notes = [f"{label} of {last}: {meaning}" for label, meaning in zip(labels, meanings, strict=True)]
+    return _checked(Rows(result.tokens, shares, labels, notes, PASSED if is_flow else SHARE, is_flow))
+
+
+def _checked(rows: Rows) -> Rows:
+    check_shares(rows.tokens, rows.shares)
+    return rows
+
+
+def kind_of(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def strip_view(
+    rows: Rows, title: str, gloss: str, *, bins: Bins | None = None, floor: float | None = None, **extra: object
+) -> View:
+    """A view of tokens coloured by their shares, one row at a time; `title` and `gloss` (what it is) stand above.
+
+    `bins` and `floor` are given where several views share them; `extra` goes into the payload as it is.
+    """
+    bins = bins or bins_for(rows.tokens, rows.shares)
+    floor = rows.floor if floor is None else floor
+    sums = bins.sums(rows.shares)
+    if rows.millionths:
+        shares = millionths(sums).tolist()
+    else:
+        shares = [[rounded(share) for share in row] for row in sums.tolist()]
+    payload = {
+        "view": "strip",
+        "tokens": bins.texts,
+        "widths": bins.widths,
+        "places": bins.places,
+        "shares": shares,
+        "parts": MILLION if rows.millionths else 1,  # of which one is the unit of `shares`
+        "labels": rows.labels,
+        "notes": rows.notes,
+        "floor": rounded(floor),
+        "key": colour_key(floor),
+        **extra,
+    }
+    notes = [bins.note()]
+    if len(rows.shares) == 1 and len(bins.bins) < len(rows.tokens) <= MOST_INSIDE:
+        inside = [rounded(share, 3) for share in rows.shares[0].tolist()]  # every token's own share
+        payload["inside"] = {"tokens": [bin_text(token) for token in rows.tokens], "shares": inside}
+        notes.append("Click a bin, or press Enter on it, and its tokens open one by one.")
+    words = guide(rows.meaning, "a tenth of a uniform share", floor, rows.tokens)
+    return View(payload, title, gloss, notes, words)
+
+
+# -- context windows -----------------------------------------------------------------------------------------
+
+
+class ContextWindow(NamedTuple):
+    """Tokens start … stop-1, and which of them have the largest shares."""
+
+    start: int
+    stop: int
+    picked: tuple[int, ...]
+
+
+def context_windows(share: Float[Tensor, " pos"], picked: int = PICKED, around: int = AROUND) -> list[ContextWindow]:
+    """The tokens of the largest shares with their neighbours, overlapping windows joined, the largest share first."""
+    n = len(share)
+    found: list[ContextWindow] = []
+    for i in sorted(share.topk(min(picked, n)).indices.tolist()):
+        start, stop = max(0, i - around), min(n, i + around + 1)
+        if found and start <= found[-1].stop:
+            found[-1] = ContextWindow(found[-1].start, stop, (*found[-1].picked, i))
+        else:
+            found.append(ContextWindow(start, stop, (i,)))
+    return sorted(found, key=lambda window: -share[list(window.picked)].sum().item())
+
+
+def readable(tokens: Sequence[str]) -> list[str]:
+    """Tokens inside a text: a leading space is a space, all else that cannot be seen is marked.
+
+    >>> readable([" the", "\\n"])
+    [' the', '↵']
+    """
+    words = [(token, token.removeprefix(" ")) for token in tokens]
+    return [" " * (word != token) + (visible_token(word) if word else "") for token, word in words]
