@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 
 Profile = PathProfile | MeasuredSensitivity
 

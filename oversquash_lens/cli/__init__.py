@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 
 from oversquash_lens.cli import lens, paper, sweep, what_if, where
 from oversquash_lens.cli.common import DEFAULT_PROMPT
-from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import OversquashError, one_line
 
-__all__ = ["DEFAULT_PROMPT", "VARIANT_NAMES", "build_parser", "main"]
+__all__ = ["DEFAULT_PROMPT", "build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,16 +20,8 @@ from oversquash_lens.cli.common import (
     verify_option,
 )
 from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.paths.kinds import VARIANTS
 
-VARIANT_NAMES = (
-    "proof",
-    "theorem_5_1",
-    "theorem_b5",
-    "multi_head",
-    "rollout",
-    "calibrated",
-    "calibrated_full",
-)
 PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
 
 
@@ -52,7 +44,7 @@ def add_commands(commands: Any) -> None:
         "list of texts or an object {name: text}",
     )
     bound = prompt_command(commands, "bound", run_bound, "the paper's bound or another variant, token by token")
-    bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANT_NAMES)}, or mean_field")
+    bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANTS)}, or mean_field")
     bound.add_argument("--beta", default="measured", help="'measured' or a number (printed variants only)")
     bound.add_argument("--top", type=int, default=20, metavar="K", help="rows of the table (default 20)")
     bound.add_argument("--out", metavar="FILE", help="write the result as JSON")
@@ -144,15 +136,15 @@ def run_bound(options: argparse.Namespace) -> None:
     beta = _number_or_word(options.beta)
     if options.variant == "mean_field" and beta != "measured":
         raise InputError(f"expected no beta, got --beta {options.beta} with mean_field: it uses none")
-    if options.variant not in (*VARIANT_NAMES, "mean_field"):
-        raise InputError(f"expected one of {', '.join(VARIANT_NAMES)}, or mean_field, got variant {options.variant!r}")
+    if options.variant not in (*VARIANTS, "mean_field"):
+        raise InputError(f"expected one of {', '.join(VARIANTS)}, or mean_field, got variant {options.variant!r}")
     if options.top < 1:
         raise InputError(f"expected at least 1, got --top {options.top}")
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
-    from oversquash_lens.paths.bounds import path_bound
     from oversquash_lens.paths.expected_error import estimate_and_error
+    from oversquash_lens.paths.profiles import path_bound
 
     model = load(options)
     if planned(options, model, prompt, "bound"):
@@ -205,7 +197,7 @@ def _number_or_word(text: str) -> float | str:
 
 
 def _profile_table(profile: Any, top: int) -> str:
-    """The most heard tokens, and how much of the whole they are."""
+    """The tokens with the largest shares, and how much of the total they are."""
     import math
 
     share = profile.share

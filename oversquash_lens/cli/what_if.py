@@ -15,8 +15,8 @@ from oversquash_lens.cli.common import (
     recording_options,
     verify_option,
 )
-from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.paths.kinds import VARIANTS
 
 FORMS = (
     "window:WIDTH, window:WIDTH:keep-first, ablate:LAYER.HEAD, mask:POSITION, sharpen:POWER, separators:EVERY, "
@@ -27,7 +27,7 @@ FORMS = (
 def add_commands(commands: Any) -> None:
     command = prompt_command(commands, "what-if", run_what_if, "measure again under edits of prompt or attention")
     command.add_argument("--edit", action="append", required=True, metavar="EDIT", help=f"repeatable; one of {FORMS}")
-    command.add_argument("--variant", default="proof", help=f"the bound beside: {', '.join(VARIANT_NAMES)}")
+    command.add_argument("--variant", default="proof", help=f"the bound beside: {', '.join(VARIANTS)}")
     command.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
     command.add_argument("--exact", action="store_true", help="exact truth, d_model backward products each")
     command.add_argument("--out", metavar="FILE", help="write the result as JSON")

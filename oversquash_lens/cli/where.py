@@ -17,16 +17,16 @@ from oversquash_lens.cli.common import (
     recording_options,
     verify_option,
 )
-from oversquash_lens.cli.lens import VARIANT_NAMES
 from oversquash_lens.errors import InputError
+from oversquash_lens.paths.kinds import KINDS
 
 LEADING = 4  # heads named for each layer
 
 
 def add_commands(commands: Any) -> None:
     flow = prompt_command(commands, "flow", run_flow, "where the paths run: widths, heads, heaviest edges and paths")
-    flow.add_argument("--variant", default="mean_field", help=f"mean_field (default), {', '.join(VARIANT_NAMES)}")
-    flow.add_argument("--source", metavar="TOKEN", help="the route of one token: its position, or its text")
+    flow.add_argument("--variant", default="mean_field", help=f"one of {', '.join(KINDS)} (default mean_field)")
+    flow.add_argument("--source", metavar="TOKEN", help="the route of one token or span: position, text, or START:STOP")
     flow.add_argument("--top", type=int, default=10, metavar="K", help="edges and paths to list (default 10)")
     flow.add_argument("--figures", metavar="FOLDER", help="write the figures as PDF, SVG and PNG")
     flow.add_argument("--out", metavar="FILE", help="write the result as JSON")
@@ -36,9 +36,8 @@ def add_commands(commands: Any) -> None:
 
 
 def run_flow(options: argparse.Namespace) -> None:
-    known = ("mean_field", *VARIANT_NAMES)
-    if options.variant not in known:
-        raise InputError(f"expected one of {', '.join(known)}, got variant {options.variant!r}")
+    if options.variant not in KINDS:
+        raise InputError(f"expected one of {', '.join(KINDS)}, got variant {options.variant!r}")
     if options.top < 1:
         raise InputError(f"expected at least 1, got --top {options.top}")
     check_out(options)
@@ -53,9 +52,8 @@ def run_flow(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "flow"):
         return
     trace = record(model, prompt, **recording_options(options))
-    source = None if options.source is None else position_of(options.source, trace.tokens)
-    squashed = squashing(trace, options.variant) if source is None else None
-    found = squashed.flow if squashed else flow(trace, options.variant, source)
+    squashed = squashing(trace, options.variant) if options.source is None else None
+    found = squashed.flow if squashed else flow(trace, options.variant, options.source)
     edges, paths = heaviest_edges(found, options.top), heaviest_paths(found, options.top)
     result = squashed.to_dict() if squashed else found.to_dict()
     result |= {"edges": [edge.to_dict() for edge in edges], "paths": [path.to_dict() for path in paths]}
@@ -64,17 +62,6 @@ def run_flow(options: argparse.Namespace) -> None:
     deliver(
         options, result, "\n".join([*_head(found, squashed), "", *_layers(found), "", *_heaviest(found, edges, paths)])
     )
-
-
-def position_of(text: str, tokens: tuple[str, ...]) -> int:
-    """The position that `--source` means: a number, or the text of a token that stands there once."""
-    if text.isascii() and text.isdigit() and text not in {token.strip() for token in tokens}:
-        return int(text)
-    places = [i for i, token in enumerate(tokens) if text in (token, token.strip())]
-    if len(places) == 1:
-        return places[0]
-    said = f"it is at positions {', '.join(map(str, places[:20]))}: give one of them" if places else "no token is that"
-    raise InputError(f"expected a position 0 … {len(tokens) - 1} or one token's text, got --source {text!r}; {said}")
 
 
 def _places(folder: str | None) -> list:
@@ -93,8 +80,7 @@ def _draw(flow: Any, squashed: Any, folder: str) -> None:
 
 def _head(flow: Any, squashed: Any) -> list[str]:
     n, kind = len(flow.tokens), flow.kind
-    where = "all tokens" if flow.source is None else f"token {flow.source}, {flow.tokens[flow.source]!r}"
-    lines = [f"{flow.about}, {n} tokens", f"{kind}: paths from {where} to the last one"]
+    lines = [f"{flow.about}, {n} tokens", f"{kind}: paths from {flow.source_text} to the last one"]
     return lines + ([squashed.sentence] if squashed else [])
 
 

@@ -17,7 +17,7 @@ from oversquash_lens.capture.route import foreign_hooks, planned_route
 from oversquash_lens.capture.size import BASE, Size, device_of, kept_bytes, record_bytes, size_of
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, check_room, in_words
-from oversquash_lens.paths.block import ENTRIES, MOST_ROWS
+from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
 
 BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
 TOGETHER = (

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.viz.html import MEANINGS, escape, visible_token
 
 NAMES = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import ROWS
+from oversquash_lens.paths.recursion import ROWS
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.viz.captions import NAMES
 from oversquash_lens.viz.chart import Chart, Panel, Series

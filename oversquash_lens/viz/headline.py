@@ -29,8 +29,8 @@ def _heard(found: Findings) -> str:
     how = "measured" if measured.exact else f"measured by {measured.probes} probes"
     return (
         f"Of {len(found.tokens):,} tokens the last one hears about <strong>{_few(found.heard)}</strong> ({how}; "
-        f"{_few(squashing.heard)} by the estimate), where even attention would let it hear "
-        f"<strong>{_few(squashing.null_heard)}</strong>."
+        f"{_few(squashing.effective_tokens)} by the estimate), where even attention would let it hear "
+        f"<strong>{_few(squashing.null_effective_tokens)}</strong>."
     )
 
 
@@ -73,8 +73,8 @@ def _numbers(found: Findings) -> str:
     layer = squashing.narrowest
     tiles = (
         (_few(found.heard), f"tokens heard of {len(found.tokens):,}, measured"),
-        (_few(squashing.heard), "by the estimate"),
-        (_few(squashing.null_heard), "with even attention"),
+        (_few(squashing.effective_tokens), "by the estimate"),
+        (_few(squashing.null_effective_tokens), "with even attention"),
         (
             number(squashing.index, ".2f"),
             "squashing index: 0 as even attention, 1 one token alone, below 0 more is heard",

@@ -10,7 +10,7 @@ from torch import Tensor
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.viz.captions import colour_key, guide, rounded
 from oversquash_lens.viz.cells import MILLION, Cells, cell_text, cells_for, check_shares, millionths
 from oversquash_lens.viz.html import View

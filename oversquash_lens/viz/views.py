@@ -7,7 +7,7 @@ import torch
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.viz.captions import GLOSSES, NAMES, caption, guide
 from oversquash_lens.viz.cells import cells_for
 from oversquash_lens.viz.flow_views import activations, heads, route
