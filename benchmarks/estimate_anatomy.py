@@ -25,7 +25,7 @@ from benchmarks.estimate_prompts import REAL, halves, tokens
 from benchmarks.estimate_vs_truth import model_of
 from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.paths.mean_field import mean_field_weighing
+from oversquash_lens.paths.profiles import paths_of_trace
 
 MODELS = ("hooked", "learned", "deep")
 
@@ -95,8 +95,8 @@ def squares(model: Any, ids: Tensor, probes: int) -> Squares:
 
 def steps(trace: osl.Trace, true: Squares) -> list[Step]:
     """The errors of every layer."""
-    weighing, n = mean_field_weighing(trace), trace.n_positions
-    edges = [weighing.rows(layer, 0, n) for layer in range(trace.n_layers)]
+    paths, n = paths_of_trace(trace, "mean_field"), trace.n_positions
+    edges = [paths.edge_block(layer, 0, n).dense() for layer in range(trace.n_layers)]
     nodes = trace.gains.node_gain.double()
     found = []
     for layer, edge in enumerate(edges):

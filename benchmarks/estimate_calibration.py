@@ -82,7 +82,7 @@ def row(name: str, half: str, sample: Sample, ids: Tensor, truth: Truth) -> Row:
         kind=sample.kind,
         half=half,
         n=len(ids),
-        response=expected.response,
+        response=expected.softmax_share,
         foretold=math.hypot(expected.offset, expected.offset_error, expected.spread),
         came=off.square().mean().sqrt().item(),
         offset=off.median().item(),

@@ -16,7 +16,8 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import seconds
-from oversquash_lens.paths.profiles import KINDS, path_weighing
+from oversquash_lens.paths.kinds import KINDS
+from oversquash_lens.paths.profiles import paths_of_trace
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         for kind in options.kinds:
             flow = osl.flow(trace, kind)
             steps = {
-                "bound": lambda kind=kind, trace=trace: path_weighing(trace, kind).profile(),
+                "bound": lambda kind=kind, trace=trace: paths_of_trace(trace, kind).profile(),
                 "flow": partial(osl.flow, trace, kind),
                 "9 sources": partial(osl.flows, trace, sources, kind),
                 "squashing": partial(osl.squashing, trace, kind),

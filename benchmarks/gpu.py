@@ -27,7 +27,7 @@ import oversquash_lens as osl
 from benchmarks.table import DASH, gigabytes, markdown
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import profiles
 
 SHAPES = {

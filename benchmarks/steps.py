@@ -12,7 +12,7 @@ import oversquash_lens as osl
 from benchmarks import peers
 from benchmarks.long_text import long_prompt
 from benchmarks.timing import plain
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.kinds import VARIANTS
 
 KINDS = (*VARIANTS, "mean_field")
 

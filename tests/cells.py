@@ -23,7 +23,7 @@ from oversquash_lens.analyses.audit import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.support import MEASURES, STATES, Verdict
-from oversquash_lens.paths.bounds import PRINTED
+from oversquash_lens.paths.kinds import PRINTED
 
 LENGTH = 10
 

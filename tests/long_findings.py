@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from small_findings import findings_result
-from small_results import about, audit_result
+from small_results import SplitEdgeBlock, about, audit_result
 
 from oversquash_lens.analyses.findings import Findings
-from oversquash_lens.paths.edges import Parts
+from oversquash_lens.paths.blocks import EdgeBlock
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath
 from oversquash_lens.paths.squashing import Squashing
@@ -25,14 +25,11 @@ class LazyEdges:
     n_heads: int
     largest: list[int]  # numbers of entries asked for at once
 
-    def parts(self, layer: int, start: int, stop: int) -> Parts:
+    def edge_block(self, layer: int, start: int, stop: int) -> EdgeBlock:
         self.largest.append(self.n_heads * (stop - start) * stop)
         heads = torch.full((self.n_heads, stop - start, stop), 0.1 / stop, dtype=torch.float64).tril_(start)
         heads[:, :, 0] += 0.1 / (1 + layer)
-        return Parts(heads, torch.ones(stop - start, dtype=torch.float64))
-
-    def rows(self, layer: int, start: int, stop: int) -> torch.Tensor:
-        return self.parts(layer, start, stop).together(start)
+        return SplitEdgeBlock.of(start, heads, torch.ones(stop - start, dtype=torch.float64))
 
 
 def long_findings(n: int, n_layers: int = 4, n_heads: int = 2, tokens: tuple[str, ...] | None = None) -> Findings:

@@ -16,7 +16,7 @@ from oversquash_lens.capture.architecture import ROUTES, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.recorder import Recorder, record_on
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.kinds import VARIANTS
 
 LENGTH = 12  # more than the window of the windowed ones, and none of them
 

@@ -10,10 +10,10 @@ import torch
 from oversquash_lens.analyses.audit import Audit, AuditRow
 from oversquash_lens.capture.about import About
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
-from oversquash_lens.paths.edges import Parts
+from oversquash_lens.paths.blocks import EdgeBlock, HeadEdges
 from oversquash_lens.paths.expected_error import ExpectedError
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 
 TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")
 EVIL = (
@@ -69,6 +69,21 @@ def truth(tokens: tuple[str, ...] = TOKENS, exact: bool = True, seed: int = 1) -
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitEdgeBlock(EdgeBlock):
+    """Edges given by their heads and what stays in the residual stream."""
+
+    heads: torch.Tensor
+    residual: torch.Tensor
+
+    @classmethod
+    def of(cls, start: int, heads: torch.Tensor, residual: torch.Tensor) -> EdgeBlock:
+        return cls(core=heads.sum(0), start=start, diagonal=residual, heads=heads, residual=residual)
+
+    def by_head(self) -> HeadEdges:
+        return HeadEdges(self.heads.clone(), self.residual)
+
+
 @dataclass(frozen=True)
 class HandMadeEdges:
     """Edges kept as whole matrices."""
@@ -76,11 +91,9 @@ class HandMadeEdges:
     heads: torch.Tensor  # [layer, head, dest, src]
     own: torch.Tensor  # [layer]
 
-    def parts(self, layer: int, start: int, stop: int) -> Parts:
-        return Parts(self.heads[layer, :, start:stop, :stop].clone(), self.own[layer].expand(stop - start))
-
-    def rows(self, layer: int, start: int, stop: int) -> torch.Tensor:
-        return self.parts(layer, start, stop).together(start)
+    def edge_block(self, layer: int, start: int, stop: int) -> EdgeBlock:
+        heads = self.heads[layer, :, start:stop, :stop]
+        return SplitEdgeBlock.of(start, heads, self.own[layer].expand(stop - start))
 
 
 def flow_result(
@@ -152,5 +165,5 @@ def audit_result(
         bounds=bounds,
         mean_field=profile("mean_field", tokens, n_layers, 9),
         rows=tuple(rows),
-        expected=ExpectedError(response=0.2, offset=-0.25, offset_error=0.1, spread=0.2),
+        expected=ExpectedError(softmax_share=0.2, offset=-0.25, offset_error=0.1, spread=0.2),
     )

@@ -17,7 +17,7 @@ from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare, spearman
-from oversquash_lens.paths.bounds import CALIBRATED, VARIANTS
+from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")
 # Its norms, softmax and rotations are float32 inside.

@@ -42,7 +42,7 @@ from small_models import (
 import oversquash_lens as osl
 from oversquash_lens.capture.activations import ACTIVATIONS
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.paths import log_path_products
+from oversquash_lens.paths.recursion import log_path_products
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 

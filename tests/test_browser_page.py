@@ -97,7 +97,13 @@ def test_a_head_clicked_says_its_share(page, found):
 def test_numbers_read_back_are_those_found(page, found):
     squashing = found.squashing
     told = page.ask("return [...document.querySelectorAll('.numbers dd')].map(one => one.innerText)")
-    wanted = [found.effective_tokens, squashing.heard, squashing.null_heard, squashing.index, squashing.narrowest]
+    wanted = [
+        found.effective_tokens,
+        squashing.effective_tokens,
+        squashing.null_effective_tokens,
+        squashing.index,
+        squashing.narrowest,
+    ]
     assert [float(text.replace("−", "-")) for text in told[:5]] == pytest.approx(wanted, abs=0.051)
     titles = page.ask("return [...document.querySelectorAll('.curve title')].map(one => one.textContent)")
     widths = [float(re.search(r": (\S+) positions", text)[1]) for text in titles]

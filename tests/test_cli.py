@@ -18,8 +18,8 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens
-from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.cli import DEFAULT_PROMPT
+from oversquash_lens.paths.kinds import VARIANTS
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 PROMPT = "w5 w9 w5 w30"
@@ -79,8 +79,11 @@ def test_help_on_a_terminal_that_knows_ascii_only() -> None:
         assert done.returncode == 0, done.stderr.decode()
 
 
-def test_the_lists_of_variants_agree() -> None:
-    assert VARIANT_NAMES == VARIANTS
+@pytest.mark.parametrize("name", ["bound", "flow", "what-if"])
+def test_help_lists_every_kind_of_path(name: str) -> None:
+    said = command(name, "--help").stdout.decode()
+    for variant in VARIANTS:
+        assert variant in said
 
 
 # ---------------------------------------------------------------- results

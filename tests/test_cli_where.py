@@ -11,9 +11,9 @@ import torch
 from small_models import NO_BRIDGE, has_bridge
 
 import oversquash_lens as osl
-from oversquash_lens.cli.common import position_of
 from oversquash_lens.cli.one_prompt import edit_of
 from oversquash_lens.errors import InputError
+from oversquash_lens.paths.flow import position_of
 
 pytestmark = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 PROMPT = "w5 w9 w5 w30"

@@ -15,7 +15,7 @@ from small_results import about, profile, truth
 from oversquash_lens.analyses.audit import compare, spearman
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 
 
 def sized(logs: list[float], constant: float = 0.0, gain: str = "model") -> PathProfile:

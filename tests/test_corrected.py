@@ -14,7 +14,7 @@ from small_models import CASES, case
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.correction import APART, OFFSET_SPREAD, RANK, corrected
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 
 
 def profile(logs: torch.Tensor) -> PathProfile:

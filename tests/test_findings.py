@@ -60,7 +60,7 @@ def test_findings_go_into_json_and_back(found):
     values = json.loads(json.dumps(found[1].to_dict(), allow_nan=False))
     assert values["kind"] == "findings"
     assert values["audit"]["kind"] == "audit"
-    assert values["squashing"]["heard"] == found[1].squashing.heard
+    assert values["squashing"]["effective_tokens"] == found[1].squashing.effective_tokens
     assert set(values["routes"]) == set(found[1].routes)
     assert [each["name"] for each in values["assumptions"]] == ["norms", "attention", "heads", "mlp"]
     assert values["assumptions"][0]["frozen"]["spearman"] is not None

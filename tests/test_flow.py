@@ -18,10 +18,10 @@ from small_models import CASES, NO_HOOKED, case, has_hooked, hooked, random_spec
 import oversquash_lens as osl
 from oversquash_lens.capture.attention import KeptAttention
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths import block as block_module
+from oversquash_lens.paths import blocks as block_module
 from oversquash_lens.paths import flow as flow_module
-from oversquash_lens.paths.block import Layer
-from oversquash_lens.paths.profiles import KINDS, path_weighing
+from oversquash_lens.paths.kinds import KINDS
+from oversquash_lens.paths.profiles import paths_of_trace
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -103,7 +103,7 @@ def assert_flow(model: object, tokens: torch.Tensor, kind: str, source: int | No
         assert (flow.residual_at[layer] - own * of_edge.diagonal()).abs().max() <= tolerance
         edge = flow.edge(layer)
         assert (edge.heads - heads * of_edge).abs().max() <= tolerance
-        assert (edge.own - own * of_edge.diagonal()).abs().max() <= tolerance
+        assert (edge.residual - own * of_edge.diagonal()).abs().max() <= tolerance
     assert_conserved(flow)
 
 
@@ -186,22 +186,19 @@ def test_a_known_profile_saves_the_sweep_from_above(kind: str) -> None:
 
 @needs_hooked
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_add_up_to_the_whole_edges(kind: str) -> None:
+def test_heads_and_residual_stream_add_up_to_the_edges(kind: str) -> None:
     trace = osl.record(hooked(8, n_heads=4, d_model=16, positions="rotary", kv_heads=2), tokens_for(8, 9))
-    weighing = path_weighing(trace, kind)
     for start, stop in ((0, 9), (4, 7)):
-        parts, whole = weighing.parts(1, start, stop), weighing.rows(1, start, stop)
-        assert torch.allclose(parts.together(start), whole, rtol=1e-12, atol=1e-15)
+        edges = paths_of_trace(trace, kind).edge_block(1, start, stop)
+        split, total = edges.by_head(), edges.dense()
+        assert torch.allclose(split.total(start), total, rtol=1e-12, atol=1e-15)
         column = torch.rand(9, 2, dtype=torch.float64)
-        block = Layer.of(trace, 1).block(start, stop)
-        received = weighing.edges.factored(block).receive(column)
-        assert torch.allclose(received, whole @ column[:stop], rtol=1e-12)
+        assert torch.allclose(edges.column_product(column), total @ column[:stop], rtol=1e-12)
         row = torch.rand(9, dtype=torch.float64)
-        assert torch.allclose(weighing.edges.factored(block).push(row), row[start:stop] @ whole, rtol=1e-12)
-        times = weighing.edges.brought(block, column[:stop])
-        assert torch.allclose(times, parts.heads @ column[:stop], rtol=1e-12)
-        assert parts.heads.min() >= 0
-        assert parts.own.min() >= 0
+        assert torch.allclose(edges.row_product(row), row[start:stop] @ total, rtol=1e-12)
+        assert torch.allclose(edges.head_products(column[:stop]), split.heads @ column[:stop], rtol=1e-12)
+        assert split.heads.min() >= 0
+        assert split.residual.min() >= 0
 
 
 def faint_trace(dtype: torch.dtype, weight: float) -> osl.Trace:
@@ -267,13 +264,22 @@ def test_json_has_every_number() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"source": 5}, "expected a position 0 … 4, got source=5"),
+        ({"source": 5}, "expected a position 0 … 4, the text of a token or a slice of positions, got source=5"),
         ({"source": -1}, "got source=-1"),
-        ({"source": "Alice"}, "expected a position 0 … 4, got source='Alice'"),
+        ({"source": "Alice"}, "slice of positions, got source='Alice', but no token is that"),
         ({"source": 1.5}, "got source=1.5"),
-        ({"kind": "prof"}, "expected one of mean_field, proof, got kind 'prof'"),
-        ({"beta": 1.0}, "got beta=1.0 with kind 'mean_field'"),
-        ({"kind": "calibrated", "beta": 2.0}, "got beta=2.0 with variant 'calibrated'"),
+        ({"source": True}, "got source=True"),
+        ({"source": ""}, "got source=''"),
+        ({"source": "77"}, "got source='77'"),
+        ({"source": "4:2"}, "got source='4:2'"),
+        ({"source": slice(2, 2)}, "got source=slice(2, 2, None)"),
+        ({"source": slice(0, 6)}, "got source=slice(0, 6, None)"),
+        ({"source": slice(0, 4, 2)}, "got source=slice(0, 4, 2)"),
+        ({"source": slice(-2, None)}, "got source=slice(-2, None, None)"),
+        ({"kind": "prof"}, "expected one of mean_field, proof, theorem_5_1"),
+        ({"kind": "prof"}, "got kind 'prof'"),
+        ({"beta": 1.0}, "got beta=1.0 with 'mean_field'"),
+        ({"kind": "calibrated", "beta": 2.0}, "got beta=2.0 with 'calibrated'"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict, said: str) -> None:
@@ -284,7 +290,7 @@ def test_bad_input_is_refused(arguments: dict, said: str) -> None:
 
 
 @needs_hooked
-def test_a_source_that_nobody_can_hear_is_refused() -> None:
+def test_a_source_without_any_path_is_refused() -> None:
     trace = osl.record(hooked(2), tokens_for(2, 5))
     alone = KeptAttention(torch.eye(5, dtype=torch.float64).expand(trace.about.n_heads, -1, -1).contiguous())
     deaf = replace(trace, attention=(alone,) * trace.n_layers)
@@ -310,9 +316,87 @@ def test_what_is_no_trace_or_flow_is_told_what_to_do() -> None:
     model = hooked(2)
     flow = osl.flow(record(model, tokens_for(2, 5)))
     for function in (osl.flow, osl.squashing):
-        with pytest.raises(InputError, match="expected a Trace: call record"):
+        with pytest.raises(InputError, match=r"expected a Trace, got a \w+: call record"):
             function(model)
     for function in (osl.heaviest_edges, osl.heaviest_paths):
-        with pytest.raises(InputError, match="expected a Flow: call flow"):
+        with pytest.raises(InputError, match="expected a Flow, got a HeadEdges: call flow"):
             function(flow.edge(0))
-    assert repr(flow) == "<Flow of mean_field paths from all tokens: 5 tokens, 2 layers>"
+
+
+# -- sources -------------------------------------------------------------------------------------------------
+
+TOKENS = ("Alice", " met", " Bob", ".", " Alice", " sk", "erry", " 7", "\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        (3, 3),
+        ("met", 1),
+        (" met", 1),
+        ("Bob", 2),
+        (" Alice", 4),  # with its space it is that one alone
+        ("skerry", slice(5, 7)),
+        (" skerry", slice(5, 7)),
+        ("Bob. Alice", slice(2, 5)),
+        ("7", 7),  # the token's text comes before the number
+        ("6", 6),
+        ("2:4", slice(2, 4)),
+        ("8:", slice(8, 10)),
+        (slice(2, 4), slice(2, 4)),
+        (slice(None, 3), slice(0, 3)),
+        (slice(3, None), slice(3, 10)),
+    ],
+)
+def test_a_source_is_an_index_a_text_or_a_slice(source: object, place: object) -> None:
+    assert flow_module.position_of(TOKENS, source) == place
+
+
+@pytest.mark.parametrize(("source", "said"), [("Alice", "at positions 0, 4"), ("\n", "at positions 8, 9")])
+def test_a_text_that_is_there_several_times_is_refused_with_its_places(source: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        flow_module.position_of(TOKENS, source)
+
+
+@needs_hooked
+def test_a_span_is_its_positions_together() -> None:
+    trace = osl.record(hooked(3, n_layers=3), tokens_for(3, 6))
+    span = osl.flow(trace, source=slice(1, 4))
+    alone = osl.flows(trace, range(1, 4))
+    parts = torch.tensor([flow.log_total - span.log_total for flow in alone], dtype=torch.float64).exp()
+    assert parts.sum().item() == pytest.approx(1)
+    mixture = sum(part * flow.node for part, flow in zip(parts, alone, strict=True))
+    assert torch.allclose(mixture, span.node, rtol=1e-12)
+    assert_conserved(span)
+    assert json.loads(json.dumps(span.to_dict()))["source"] == [1, 4]
+
+
+# -- what results say of themselves --------------------------------------------------------------------------
+
+
+@needs_hooked
+def test_results_say_what_matters_in_a_few_lines() -> None:
+    trace = osl.record(hooked(3, n_layers=14), tokens_for(3, 30))
+    flow = osl.flow(trace, source=3)
+    results = {
+        "mean_field": osl.mean_field_sensitivity(trace),
+        "shares only": osl.path_bound(trace, "rollout"),
+        "token 3": flow,
+        "20 heaviest edges of mean_field": osl.heaviest_edges(flow),
+        "10 heaviest paths of mean_field": osl.heaviest_paths(flow),
+        "squashing index": osl.squashing(trace),
+        "From the recording alone": osl.expected_error(trace),
+    }
+    for said, result in results.items():
+        lines = repr(result).splitlines()
+        assert 2 <= len(lines) <= 12
+        assert said in lines[0]
+        assert result._repr_html_().count("<tr>") >= len(lines) - 2
+        json.dumps(result.to_dict(), allow_nan=False)
+    frame = results["mean_field"].to_frame()
+    assert list(frame.columns) == ["position", "token", "share", "log10_value"]
+    assert frame["share"].sum() == pytest.approx(1)
+    best = frame.sort_values("share").iloc[-1]
+    assert repr(results["mean_field"]).splitlines()[2].split()[0] == str(best["position"])
+    assert len(flow.to_frame()) == 14
+    assert len(osl.heaviest_edges(flow).to_frame()) == 20

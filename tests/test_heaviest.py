@@ -16,7 +16,7 @@ from test_flow import every_path, paths_of, split
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths import heaviest
-from oversquash_lens.paths.profiles import KINDS
+from oversquash_lens.paths.kinds import KINDS
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 pytestmark = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)

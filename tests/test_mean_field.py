@@ -23,7 +23,7 @@ from small_models import (
 )
 
 import oversquash_lens as osl
-from oversquash_lens.paths.mean_field import mean_field_weighing
+from oversquash_lens.paths.profiles import paths_of_trace
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -149,7 +149,7 @@ def test_exact_where_its_assumptions_hold(seed: int) -> None:
 
 
 @needs_hooked
-def test_without_attention_only_the_last_token_is_heard() -> None:
+def test_without_attention_only_the_last_token_counts() -> None:
     model, tokens = hooked(2, norm="RMS", n_layers=3), tokens_for(2, 5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -210,7 +210,7 @@ def test_key_side_is_the_derivative_through_keys(norm: str, seed: int) -> None:
     )  # [dest, out, 1, src, into]
     through_keys = jacobian[:, :, 0].square().sum((1, 3))
     unmoved = replace(trace, gains=replace(trace.gains, key_pull=torch.zeros_like(trace.gains.key_pull)))
-    with_keys, without = (mean_field_weighing(each).rows(0, 0, n) for each in (trace, unmoved))
+    with_keys, without = (paths_of_trace(each, "mean_field").edge_block(0, 0, n).dense() for each in (trace, unmoved))
     found = (with_keys - without) * model.cfg.d_model
     assert torch.allclose(found, through_keys, rtol=1e-9, atol=1e-12 * through_keys.max().item())
     assert through_keys.tril(-1).max() > 0

@@ -113,8 +113,9 @@ def test_the_headline_has_the_numbers_that_decide(outline):
     squashing = result.squashing
     width = squashing.flow.effective_width[squashing.narrowest].item()
     for expected in (
-        f"the last one hears about {result.effective_tokens:.1f} (measured; {squashing.heard:.1f} by the estimate)",
-        f"even attention would let it hear {squashing.null_heard:.1f}.",
+        f"the last one hears about {result.effective_tokens:.1f} (measured; "
+        f"{squashing.effective_tokens:.1f} by the estimate)",
+        f"even attention would let it hear {squashing.null_effective_tokens:.1f}.",
         f"narrowest on entering layer {squashing.narrowest}: through {width:.1f} positions",
         "ranks tokens with ρ = 0.93 to the measured truth and is typically 0.81 times its size",
     ):

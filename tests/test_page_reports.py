@@ -46,7 +46,7 @@ def test_every_prompt_has_a_page_and_a_row(asked, tmp_path):
     assert links == ["1-hello-there.html", "2-a-name.html", "3.html"]
     squashing, row = GOOD.squashing, next(row for row in page.rows if row[0] == "A name")
     assert row[1] == "some text"
-    numbers = [GOOD.effective_tokens, squashing.null_heard, squashing.index, squashing.narrowest, 0.93]
+    numbers = [GOOD.effective_tokens, squashing.null_effective_tokens, squashing.index, squashing.narrowest, 0.93]
     assert row[2] == "11"
     assert [float(cell.replace("−", "-")) for cell in row[3:]] == pytest.approx(numbers, abs=0.051)
     assert page.row("prompt 3")[1] == "".join(map(visible_token, GOOD.tokens)).replace("·", " ")

@@ -14,11 +14,10 @@ from small_models import NO_HOOKED, has_hooked, hooked, tokens_for
 import oversquash_lens as osl
 from oversquash_lens.capture.attention import KeptAttention, UniformAttention, per_head
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths import block as block_module
-from oversquash_lens.paths.block import Layer, Room
-from oversquash_lens.paths.factored import Factored
-from oversquash_lens.paths.paths import FAINT, PathKind, log_path_products, log_path_sums
-from oversquash_lens.paths.profiles import KINDS
+from oversquash_lens.paths import blocks as block_module
+from oversquash_lens.paths.blocks import Buffers, EdgeBlock, LayerAttention
+from oversquash_lens.paths.kinds import KINDS
+from oversquash_lens.paths.recursion import FAINT, PathFactors, log_path_products, log_path_sums
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 
@@ -45,30 +44,32 @@ def test_a_block_holds_what_the_definitions_say(start: int, stop: int) -> None:
     trace = small_trace()
     gains, weights = trace.gains, trace.gains.weights
     for index in range(trace.n_layers):
-        block = Layer.of(trace, index).block(start, stop)
+        block = LayerAttention.of(trace, index).block(start, stop)
         rows = trace.attention[index].rows(start, stop)[:, :, :stop]
         distance = distances(trace, index)[:, start:stop, :stop]
         scale = weights.score_scale[index].abs()
         queries, keys = gains.query_norm[index][:, start:stop], per_head(gains.key_norm[index], 4)[:, :stop]
-        pull = rows * distance * queries[:, :, None] * scale
-        assert torch.allclose(block.pull("output_factor"), pull, rtol=1e-10, atol=1e-14)
-        drift = (rows * distance * keys[:, None]).sum(-1) * scale
-        assert torch.allclose(block.drift("output_factor"), drift, rtol=1e-10)
-        assert torch.allclose(block.even, rows.sum(0), rtol=1e-12)
+        response = rows * distance * queries[:, :, None] * scale
+        assert torch.allclose(block.key_response("output_factor"), response, rtol=1e-10, atol=1e-14)
+        by_query = (rows * distance * keys[:, None]).sum(-1) * scale
+        assert torch.allclose(block.query_response("output_factor"), by_query, rtol=1e-10)
+        assert torch.allclose(block.head_sum, rows.sum(0), rtol=1e-12)
         ov = weights.ov_norm[index]
-        assert torch.allclose(block.summed("ov_norm"), (rows * ov[:, None, None]).sum(0), rtol=1e-12)
-        quadratic = torch.einsum("ajk,bjk,ab->jk", rows, rows, weights.ov_gram[index])
-        assert torch.allclose(block.quadratic, quadratic, rtol=1e-10, atol=1e-14)
-        assert block.quadratic.min() >= 0
+        assert torch.allclose(block.weighted_head_sum("ov_norm"), (rows * ov[:, None, None]).sum(0), rtol=1e-12)
+        mean_square = torch.einsum("ajk,bjk,ab->jk", rows, rows, weights.ov_gram[index])
+        assert torch.allclose(block.value_mean_square, mean_square, rtol=1e-10, atol=1e-14)
+        assert block.value_mean_square.min() >= 0
         each = queries / (1 + ov[:, None])  # any weight of head and destination
-        squared = (pull.square() * each[:, :, None]).sum(0)
-        assert torch.allclose(block.summed_squared_pull("output_factor", each), squared, rtol=1e-10, atol=1e-14)
-        reached = (rows * distance).square().sum(-1)
-        assert torch.allclose(block.reached("output_factor"), reached, rtol=1e-10, atol=1e-14)
+        squared = (response.square() * each[:, :, None]).sum(0)
+        assert torch.allclose(
+            block.weighted_squared_key_response("output_factor", each), squared, rtol=1e-10, atol=1e-14
+        )
+        deviation = (rows * distance).square().sum(-1)
+        assert torch.allclose(block.value_deviation("output_factor"), deviation, rtol=1e-10, atol=1e-14)
         key = per_head(gains.key[index], 4)[:, :stop]
         away = key[:, None] - (rows @ key)[:, :, None]
         spread = (rows * away.square().sum(-1)).sum(-1)
-        assert torch.allclose(block.key_spread, spread, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(block.key_deviation, spread, rtol=1e-9, atol=1e-12)
 
 
 @needs_hooked
@@ -80,11 +81,11 @@ def test_distances_survive_cancellation_in_float32() -> None:
     blind = tuple(KeptAttention(each.rows(0, 11)) for each in trace.attention)
     trace = replace(trace, gains=replace(trace.gains, value=alike), attention=blind)
     for index in range(trace.n_layers):
-        block = Layer.of(trace, index).block(0, 11)
+        block = LayerAttention.of(trace, index).block(0, 11)
         scale = trace.gains.query_norm[index] * trace.gains.weights.score_scale[index].abs()
         factor, distance = block.attention * scale[:, :, None], distances(trace, index)
-        size = block.layer.reach("output_factor").mean_square.sqrt().max()
-        off = (block.pull("output_factor") - factor * distance).abs()
+        size = block.layer.outputs("output_factor").mean_square.sqrt().max()
+        off = (block.key_response("output_factor") - factor * distance).abs()
         assert (off <= 0.01 * factor * distance + 1e-6 * factor * size).all()  # products are off by 3e-4 of the size
         assert distance.max() < 1e-4 * size
 
@@ -102,23 +103,23 @@ def test_the_mean_that_the_model_made_is_the_one_computed_from_rows() -> None:
 @needs_hooked
 def test_blocks_cover_all_rows_once_and_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(block_module.ENTRIES, "cpu", 4 * 11 * 3)
-    room = Room()
-    layer = Layer.of(small_trace(), 0, room)
+    buffers = Buffers()
+    layer = LayerAttention.of(small_trace(), 0, buffers)
     covered, addresses = [], set()
     for block in layer.blocks():
         covered += range(block.start, block.stop)
-        addresses.add(block.pull("output_factor").data_ptr())
+        addresses.add(block.key_response("output_factor").data_ptr())
     assert covered == list(range(11))
     assert len(addresses) < len(list(layer.blocks()))
-    taken = room.take("moved output_factor", (2, 2), torch.zeros(1, dtype=torch.float64))
-    assert room.take("moved output_factor", (3,), taken).data_ptr() == taken.data_ptr()
+    taken = buffers.take("moved output_factor", (2, 2), torch.zeros(1, dtype=torch.float64))
+    assert buffers.take("moved output_factor", (3,), taken).data_ptr() == taken.data_ptr()
 
 
 # -- a block of edges ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 5), st.booleans())
-def test_factored_edges_push_and_receive_as_their_matrix(seed: int, start: int, rows: int, plain: bool) -> None:
+def test_products_of_an_edge_block_are_those_of_its_matrix(seed: int, start: int, rows: int, plain: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     n = start + rows + 2
 
@@ -126,23 +127,26 @@ def test_factored_edges_push_and_receive_as_their_matrix(seed: int, start: int, 
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     stop = start + rows
-    factors = {} if plain else {"own": draw(rows), "dest": draw(rows), "src": draw(stop)}
-    edges = Factored(draw(rows, stop), start, **factors)
+    factors = {} if plain else {"diagonal": draw(rows), "dest": draw(rows), "src": draw(stop)}
+    edges = EdgeBlock(draw(rows, stop), start, **factors)
     matrix = edges.dense()
     if not plain:
         expected = factors["dest"][:, None] * edges.core * factors["src"]
-        expected[range(rows), range(start, stop)] += factors["own"]
+        expected[range(rows), range(start, stop)] += factors["diagonal"]
         assert torch.allclose(matrix, expected, rtol=1e-14)
     row, column = draw(n), draw(n, 3)
-    assert torch.allclose(edges.push(row), row[start:stop] @ matrix, rtol=1e-12)
-    assert torch.allclose(edges.receive(column), matrix @ column[:stop], rtol=1e-12)
+    assert torch.allclose(edges.row_product(row), row[start:stop] @ matrix, rtol=1e-12)
+    assert torch.allclose(edges.column_product(column), matrix @ column[:stop], rtol=1e-12)
+    split = edges.by_head()  # a bare matrix counts as one head
+    assert torch.equal(split.total(start), matrix)
+    assert torch.allclose(edges.head_products(column[:stop]), (matrix @ column[:stop])[None], rtol=1e-12)
 
 
 def test_kinds_in_one_sweep_do_not_disturb_each_other_even_where_one_underflows() -> None:
-    n, faint, loud = 6, 1e-120, 0.5
+    n, faint, strong = 6, 1e-120, 0.5
     chains = [
         torch.eye(n, dtype=torch.float64) + weight * torch.diag(torch.ones(n - 1).double(), -1)
-        for weight in (faint, loud)
+        for weight in (faint, strong)
     ]
     gains = torch.rand(4, n, dtype=torch.float64).log()
 
@@ -150,7 +154,7 @@ def test_kinds_in_one_sweep_do_not_disturb_each_other_even_where_one_underflows(
         yield from ((start, min(start + 4, n)) for start in range(0, n, 4))
 
     kinds = [
-        PathKind(lambda at, chain=chain: Factored(chain[slice(*at), : at[1]], at[0]), gain)
+        PathFactors(lambda at, chain=chain: EdgeBlock(chain[slice(*at), : at[1]], at[0]), gain)
         for chain, gain in zip(chains, (None, gains), strict=True)
     ]
     both = log_path_sums(blocks, kinds, n, 4)
@@ -205,16 +209,16 @@ def test_beta_goes_to_the_printed_variants() -> None:
 
 
 @needs_hooked
-def test_even_attention_has_no_mean_to_lend() -> None:
+def test_uniform_attention_has_no_mean_to_lend() -> None:
     trace = small_trace()
-    even = replace(trace, attention=(UniformAttention(11, 4, torch.float64),) * 3)
-    assert torch.isfinite(osl.profiles(even, ["mean_field"])["mean_field"].log_by_layer[0]).all()
+    uniform = replace(trace, attention=(UniformAttention(11, 4, torch.float64),) * 3)
+    assert torch.isfinite(osl.profiles(uniform, ["mean_field"])["mean_field"].log_by_layer[0]).all()
 
 
 @needs_hooked
 @pytest.mark.parametrize("kinds", ["proof", [], ["truth"], [3], None, 7])
 def test_kinds_that_are_none_are_refused(kinds: object) -> None:
-    with pytest.raises(InputError, match="came; expected"):
+    with pytest.raises(InputError, match=r"expected (a list of|one of) mean_field, proof"):
         osl.profiles(small_trace(), kinds)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import oversquash_lens as osl
 from oversquash_lens.analyses.audit import compare
-from oversquash_lens.paths.bounds import CALIBRATED, VARIANTS
+from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 SHORT = "The capital of France is"
 AGREED = "The committee met on Tuesday. Alice wanted books, Bob a new roof. They agreed to split the"

@@ -17,7 +17,7 @@ from small_models import CASES, NO_HOOKED, bridge, case, has_bridge, has_hooked,
 import oversquash_lens as osl
 from oversquash_lens.analyses.audit import compare
 from oversquash_lens.errors import HookMismatchError, InputError
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.kinds import VARIANTS
 
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 needs_both = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Squashing against its definitions: even attention by hand, entropies by hand, runs by trying them all."""
+"""Squashing against its definitions: uniform attention by hand, entropies by hand, runs by trying them all."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ record = partial(osl.record, attention="kept")  # references read the model's ow
 needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 
 
-def with_even_attention(reading: Reading) -> Reading:
+def with_uniform_attention(reading: Reading) -> Reading:
     n = reading.n
-    even = torch.ones(n, n, dtype=torch.float64).tril() / torch.arange(1, n + 1)[:, None]
+    uniform = torch.ones(n, n, dtype=torch.float64).tril() / torch.arange(1, n + 1)[:, None]
     for layer in reading.layers:
-        layer.pattern = even.expand_as(layer.pattern)
+        layer.pattern = uniform.expand_as(layer.pattern)
     return reading
 
 
@@ -39,13 +39,13 @@ def exp_entropy(shares: list[float]) -> float:
 
 @needs_hooked
 @pytest.mark.parametrize("kind", ["mean_field", "proof", "multi_head", "calibrated", "calibrated_full"])
-def test_the_null_model_is_the_same_model_with_even_attention(kind: str) -> None:
+def test_the_null_model_is_the_same_model_with_uniform_attention(kind: str) -> None:
     model, tokens = hooked(7, n_layers=3), tokens_for(7, 6)
     found = osl.squashing(record(model, tokens, node_probes=None), kind)
     power = 0.5 if kind == "mean_field" else 1.0
     for reading, share, flow in (
         (read(model, tokens), found.share, found.flow),
-        (with_even_attention(read(model, tokens)), found.null_share, found.null),
+        (with_uniform_attention(read(model, tokens)), found.null_share, found.null),
     ):
         paths = paths_of(kind, reading, model)
         sums = brute_force(paths.edges, paths.nodes, 6)[0]
@@ -57,14 +57,14 @@ def test_the_null_model_is_the_same_model_with_even_attention(kind: str) -> None
 def test_numbers_are_what_they_say() -> None:
     trace = osl.record(hooked(7, n_layers=3), tokens_for(7, 6))
     found = osl.squashing(trace)
-    heard, null_heard = exp_entropy(found.share.tolist()), exp_entropy(found.null_share.tolist())
-    assert found.heard == pytest.approx(heard)
-    assert found.null_heard == pytest.approx(null_heard)
-    assert found.index == pytest.approx((math.log(null_heard) - math.log(heard)) / math.log(null_heard))
+    effective, null_effective = exp_entropy(found.share.tolist()), exp_entropy(found.null_share.tolist())
+    assert found.effective_tokens == pytest.approx(effective)
+    assert found.null_effective_tokens == pytest.approx(null_effective)
+    assert found.index == pytest.approx((math.log(null_effective) - math.log(effective)) / math.log(null_effective))
     assert torch.allclose(found.lift * found.null_share, found.share)
     assert torch.allclose(found.relative_width * found.null.effective_width, found.flow.effective_width)
     assert found.relative_width[found.narrowest] == found.relative_width[:-1].min()
-    assert f"{found.heard:.1f}" in found.sentence
+    assert f"{found.effective_tokens:.1f}" in found.sentence
     assert f"layer {found.narrowest}" in found.sentence
     assert torch.allclose(
         found.share, osl.mean_field_sensitivity(osl.record(hooked(7, n_layers=3), tokens_for(7, 6))).share
@@ -78,8 +78,8 @@ def test_numbers_are_what_they_say() -> None:
 
 
 @needs_hooked
-def test_a_model_that_attends_evenly_is_not_squashed() -> None:
-    """Keys of zero: every score is 0, so attention is even and the model is its own null model."""
+def test_a_model_that_attends_uniformly_is_not_squashed() -> None:
+    """Keys of zero: every score is 0, so attention is uniform and the model is its own null model."""
     model = hooked(7)
     with torch.no_grad():
         for block in model.blocks:
@@ -96,7 +96,7 @@ def test_a_model_that_attends_evenly_is_not_squashed() -> None:
 def test_json_has_every_number() -> None:
     found = osl.squashing(osl.record(hooked(2), tokens_for(2, 4)))
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert written["heard"] == found.heard
+    assert written["effective_tokens"] == found.effective_tokens
     assert written["index"] == found.index
     assert torch.allclose(torch.tensor(written["lift"], dtype=torch.float64), found.lift)
     assert written["flow"]["node"] != written["null_flow"]["node"]
@@ -121,23 +121,23 @@ def test_maximal_runs_are_those_of_the_definition(scores: list[int]) -> None:
     assert maximal_runs(scores) == largest
 
 
-def test_even_attention_is_even() -> None:
+def test_uniform_attention_is_uniform() -> None:
     attention = UniformAttention(5, 2, torch.float64)
     rows = attention.rows(1, 4)
     assert rows.shape == (2, 3, 5)
     assert torch.allclose(rows.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     assert rows[1, 1].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0])
     assert UniformAttention(5, 2, device="meta").rows(0, 2).device.type == "meta"
-    with pytest.raises(InputError, match="expected 0 ≤ start < stop ≤ 5, got rows 3:6"):
+    with pytest.raises(InputError, match="expected 0 ≤ start < stop ≤ 5, the number of positions, got rows 3:6"):
         attention.rows(3, 6)
 
 
-def test_the_real_model_hears_as_many_tokens_as_measured(smollm2: object) -> None:
+def test_the_real_model_has_as_many_effective_tokens_as_measured(smollm2: object) -> None:
     """Measured once with 32 probes on another occasion: 30.7 of the prompt `meeting`'s 47 tokens."""
     from benchmarks.prompts import seven_prompts
 
     found = osl.squashing(osl.record(smollm2, seven_prompts()["meeting"]))
-    assert found.heard == pytest.approx(30.7, rel=0.05)
-    assert found.null_heard < 0.9 * found.heard
+    assert found.effective_tokens == pytest.approx(30.7, rel=0.05)
+    assert found.null_effective_tokens < 0.9 * found.effective_tokens
     assert 20 <= found.narrowest <= 26
     assert found.spans[0].start == 0

@@ -75,7 +75,7 @@ def test_rows_are_what_each_prompt_gives_by_itself(tiny: Any, out: Path) -> None
             "calibrated_full_log_value": osl.path_bound(trace, "calibrated_full").log_values.tolist(),
             "flow_width": flow.effective_width.tolist(),
             "flow_residual": flow.residual.tolist(),
-            "squashing_heard": squashing.heard,
+            "squashing_heard": squashing.effective_tokens,
             "squashing_index": squashing.index,
             "squashing_narrowest": squashing.narrowest,
             "truth_share": truth.share.tolist(),

@@ -18,7 +18,7 @@ from small_models import CASES, case
 import oversquash_lens as osl
 from oversquash_lens.capture.trace import FORMAT, FORMAT_VERSION
 from oversquash_lens.errors import InputError, OversquashError, TraceFileError
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.paths.kinds import VARIANTS
 
 NAME = "prompt.safetensors"
 

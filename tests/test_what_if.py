@@ -20,8 +20,8 @@ from oversquash_lens.capture.activations import ACTIVATIONS
 from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.recorder import record
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.bounds import CALIBRATED, VARIANTS, path_bound
-from oversquash_lens.paths.mean_field import mean_field_sensitivity
+from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
+from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound
 
 # Its norms, softmax and rotations are float32 inside.
 ROUNDING = {"bridge-llama": 2e-5}

@@ -18,8 +18,9 @@ from torch import Tensor
 from oversquash_lens.analyses.audit import Comparison, Truths, compare
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
-from oversquash_lens.paths.mean_field import mean_field_sensitivity
-from oversquash_lens.paths.paths import PathProfile, json_numbers
+from oversquash_lens.numerics import json_numbers
+from oversquash_lens.paths.profiles import mean_field_sensitivity
+from oversquash_lens.paths.recursion import PathProfile
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,11 @@ from oversquash_lens.jacobian.measured import (
     frobenius_estimate,
     probe_rows,
 )
-from oversquash_lens.paths.bounds import CALIBRATED, PRINTED, VARIANTS
-from oversquash_lens.paths.expected_error import ExpectedError, foretold
-from oversquash_lens.paths.mean_field import mean_field_weighing
-from oversquash_lens.paths.paths import PathProfile, json_numbers
-from oversquash_lens.paths.profiles import path_weighing
-from oversquash_lens.paths.weighing import weigh
+from oversquash_lens.numerics import json_numbers
+from oversquash_lens.paths.expected_error import ExpectedError, predicted_error
+from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
+from oversquash_lens.paths.profiles import paths_of_trace, profiles_in_one_sweep
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import Result
 
 Profile = PathProfile | MeasuredSensitivity
@@ -72,7 +71,7 @@ class Audit(Result):
     bounds: dict[str, PathProfile]
     mean_field: PathProfile
     rows: tuple[AuditRow, ...]
-    expected: ExpectedError
+    expected: ExpectedError  # of the estimate, predicted without the truth
 
     @property
     def sentence(self) -> str:
@@ -216,12 +215,12 @@ def check_effort(probes: int | None, node_probes: int | None) -> None:
 def audit_trace(trace: Trace, truths: Truths, beta: float | str = "measured") -> Audit:
     """The audit of a recorded prompt whose truth is measured already; variants that the model refuses are left out."""
     known = [name for name in VARIANTS if name not in CALIBRATED or trace.support[name].state != "refused"]
-    weighings = {name: path_weighing(trace, name, beta if name in PRINTED else "measured") for name in known}
+    weighings = {name: paths_of_trace(trace, name, beta if name in PRINTED else "measured") for name in known}
     if beta == "measured":
-        weighings[UNIT_BETA] = path_weighing(trace, "proof", 1.0)
-    weighings["mean_field"] = path_weighing(trace, "mean_field")
-    weighings["attention fixed"] = mean_field_weighing(trace, attention_fixed=True)
-    bounds = dict(zip(weighings, weigh(list(weighings.values())), strict=True))
+        weighings[UNIT_BETA] = paths_of_trace(trace, "proof", 1.0)
+    weighings["mean_field"] = paths_of_trace(trace, "mean_field")
+    weighings["attention fixed"] = paths_of_trace(trace, MEAN_FIELD_FIXED)
+    bounds = dict(zip(weighings, profiles_in_one_sweep(list(weighings.values())), strict=True))
     estimate, fixed = bounds.pop("mean_field"), bounds.pop("attention fixed")
     rows = [_row("mean_field", estimate, truths.frobenius, truths, "‖J‖_F")]
     for name, bound in bounds.items():
@@ -230,7 +229,9 @@ def audit_trace(trace: Trace, truths: Truths, beta: float | str = "measured") ->
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
         label = label if truth is None or truth.exact else f"{label}, from below"
         rows.append(_row(name, bound, truth, truths, label))
-    return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), foretold(estimate, fixed))
+    return Audit(
+        trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), predicted_error(estimate, fixed)
+    )
 
 
 def recorded_truths(

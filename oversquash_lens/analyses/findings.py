@@ -16,9 +16,9 @@ from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.jacobian.costs import MOST_FROZEN
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
+from oversquash_lens.numerics import effective_number
 from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
-from oversquash_lens.paths.paths import effective_number
 from oversquash_lens.paths.squashing import Squashing, squashing
 from oversquash_lens.results import Result
 

@@ -27,7 +27,7 @@ from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.jacobian import costs
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.memory import available_bytes, in_words, resident_bytes
-from oversquash_lens.paths.block import ENTRIES, MOST_ROWS
+from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
 from oversquash_lens.results import Result
 
 Bytes = dict[str, int]

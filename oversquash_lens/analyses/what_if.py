@@ -23,9 +23,10 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
-from oversquash_lens.paths.bounds import VARIANTS, path_bound
-from oversquash_lens.paths.mean_field import mean_field_sensitivity
-from oversquash_lens.paths.paths import PathProfile, effective_number, json_numbers
+from oversquash_lens.numerics import effective_number, json_numbers
+from oversquash_lens.paths.kinds import VARIANTS
+from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import Result
 
 UNEDITED = "as it is"

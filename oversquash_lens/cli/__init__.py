@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from oversquash_lens.cli import many_prompts, one_prompt, paper
-from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
+from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.errors import OversquashError, nearest, one_line
 
-__all__ = ["DEFAULT_PROMPT", "VARIANT_NAMES", "build_parser", "main"]
+__all__ = ["DEFAULT_PROMPT", "build_parser", "main"]
 
 
 class _Parser(argparse.ArgumentParser):

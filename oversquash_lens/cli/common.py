@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from oversquash_lens.storage import check_place, check_writable, write_atomicall
 from oversquash_lens.sweeps.prompts import read_prompt
 
 # Names of registries whose modules need torch, which a command's help must not wait for; a test holds them equal.
-VARIANT_NAMES = (
-    *("proof", "theorem_5_1", "theorem_b5", "multi_head", "rollout"),
-    *("calibrated", "calibrated_full"),
-)
 FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
 TASK_NAMES = (
     *("sum", "ones", "bernoulli", "word", "copy_last", "copy_first", "copy_last_hint"),
@@ -125,20 +120,6 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
     if not options.prompt:
         raise InputError("expected a text of at least two tokens, got an empty --prompt")
     return options.prompt
-
-
-def position_of(text: str, tokens: tuple[str, ...]) -> int | slice:
-    """The position that an option means: a number, START:END, or the text of a token that stands there once."""
-    texts = {token.strip() for token in tokens}
-    if text not in texts and (found := re.fullmatch(r"([0-9]*):([0-9]*)", text)):
-        return slice(*(int(end) if end else None for end in found.groups()))
-    if text not in texts and re.fullmatch(r"[0-9]+", text):
-        return int(text)
-    places = [i for i, token in enumerate(tokens) if text in (token, token.strip()) or text.strip() == token.strip()]
-    if len(places) == 1:
-        return places[0]
-    said = f"it is at positions {', '.join(map(str, places[:20]))}: give one of them" if places else "no token is that"
-    raise InputError(f"expected a position 0 … {len(tokens) - 1} or one token's text, got --source {text!r}; {said}")
 
 
 def checked(name: str, came: int | None, least: int = 1) -> None:

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 from oversquash_lens.cli.common import (
-    VARIANT_NAMES,
     attention_option,
     check_out,
     checked,
     deliver,
     load,
     planned,
-    position_of,
     prompt_command,
     prompt_of,
     recording_options,
     verify_option,
 )
 from oversquash_lens.errors import InputError, one_line, one_of
+from oversquash_lens.paths.kinds import KINDS, VARIANTS
 
 LEADING = 4  # heads named for each layer
 FORMS = (
@@ -32,13 +31,13 @@ FORMS = (
 
 def add_commands(commands: Any) -> None:
     bound = prompt_command(commands, "bound", run_bound, "the paper's bound or another variant, token by token")
-    bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANT_NAMES)}, or mean_field")
+    bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANTS)}, or mean_field")
     bound.add_argument("--beta", default="measured", help="'measured' or a number (printed variants only)")
     bound.add_argument("--top", type=int, default=20, metavar="K", help="rows of the table (default 20)")
     audit = prompt_command(commands, "audit", run_audit, "every measure beside the measured truth")
     audit.add_argument("--probes", type=int, metavar="K", help="estimate the truth from K probes, not exactly")
     flow = prompt_command(commands, "flow", run_flow, "where the paths run: widths, heads, heaviest edges and paths")
-    flow.add_argument("--variant", default="mean_field", help=f"mean_field (default), {', '.join(VARIANT_NAMES)}")
+    flow.add_argument("--variant", default="mean_field", help=f"one of {', '.join(KINDS)} (default mean_field)")
     flow.add_argument(
         "--source", metavar="TOKEN", help="the route of one token: its position, its text, or START:END for a span"
     )
@@ -46,7 +45,7 @@ def add_commands(commands: Any) -> None:
     flow.add_argument("--figures", metavar="FOLDER", help="write the figures as PDF, SVG and PNG")
     edited = prompt_command(commands, "what-if", run_what_if, "measure again under edits of prompt or attention")
     edited.add_argument("--edit", action="append", required=True, metavar="EDIT", help=f"repeatable; one of {FORMS}")
-    edited.add_argument("--variant", default="proof", help=f"the bound beside: {', '.join(VARIANT_NAMES)}")
+    edited.add_argument("--variant", default="proof", help=f"the bound beside: {', '.join(VARIANTS)}")
     edited.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
     edited.add_argument("--exact", action="store_true", help="exact truth, d_model backward products each")
     for command in (bound, audit, flow, edited):
@@ -60,13 +59,13 @@ def run_bound(options: argparse.Namespace) -> None:
     beta = _number_or_word(options.beta)
     if options.variant == "mean_field" and beta != "measured":
         raise InputError(f"expected no beta, got --beta {options.beta} with mean_field: it uses none")
-    one_of("variant", options.variant, (*VARIANT_NAMES, "mean_field"))
+    one_of("variant", options.variant, KINDS)
     checked("top", options.top)
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
-    from oversquash_lens.paths.bounds import path_bound
     from oversquash_lens.paths.expected_error import estimate_and_error
+    from oversquash_lens.paths.profiles import path_bound
 
     model = load(options)
     if planned(options, model, prompt, "bound"):
@@ -95,7 +94,7 @@ def run_audit(options: argparse.Namespace) -> None:
 
 
 def run_flow(options: argparse.Namespace) -> None:
-    one_of("variant", options.variant, ("mean_field", *VARIANT_NAMES))
+    one_of("variant", options.variant, KINDS)
     checked("top", options.top)
     check_out(options)
     figures = _places(options.figures)
@@ -109,9 +108,8 @@ def run_flow(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "flow"):
         return
     trace = record(model, prompt, **recording_options(options))
-    source = None if options.source is None else position_of(options.source, trace.tokens)
-    squashed = squashing(trace, options.variant) if source is None else None
-    found = squashed.flow if squashed else flow(trace, options.variant, source)
+    squashed = squashing(trace, options.variant) if options.source is None else None
+    found = squashed.flow if squashed else flow(trace, options.variant, options.source)
     edges, paths = heaviest_edges(found, options.top), heaviest_paths(found, options.top)
     result = squashed.to_dict() if squashed else found.to_dict()
     result |= {"edges": [edge.to_dict() for edge in edges], "paths": [path.to_dict() for path in paths]}
@@ -215,8 +213,7 @@ def _draw(flow: Any, squashed: Any, folder: str) -> None:
 
 def _title(flow: Any, squashed: Any) -> list[str]:
     n, kind = len(flow.tokens), flow.kind
-    where = "all tokens" if flow.source is None else f"token {flow.source}, {flow.tokens[flow.source]!r}"
-    lines = [f"{flow.about}, {n} tokens", f"{kind}: paths from {where} to the last one"]
+    lines = [f"{flow.about}, {n} tokens", f"{kind}: paths from {flow.source_text} to the last one"]
     return lines + ([squashed.sentence] if squashed else [])
 
 

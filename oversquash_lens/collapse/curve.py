@@ -23,7 +23,7 @@ from oversquash_lens.collapse.family import Family, as_family
 from oversquash_lens.collapse.pairs import PairRun
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.paths.paths import json_numbers
+from oversquash_lens.numerics import json_numbers
 
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")

@@ -20,9 +20,10 @@ from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.tokens import Prompt, tokenize
 from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, differentiate, probe_rows
+from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.expected_error import LEVEL, deviations
-from oversquash_lens.paths.mean_field import mean_field_sensitivity
-from oversquash_lens.paths.paths import PathProfile, json_numbers
+from oversquash_lens.paths.profiles import mean_field_sensitivity
+from oversquash_lens.paths.recursion import PathProfile
 
 # Measured on one half of 96 prompts on three models: python -m benchmarks.estimate_calibration
 RANK = 6.0  # ‖ωJ‖²/‖J‖_F² scatters as a mean of so many squares of normal numbers

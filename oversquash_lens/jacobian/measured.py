@@ -29,7 +29,7 @@ from oversquash_lens.errors import InputError, ModelError, whole_number
 from oversquash_lens.jacobian.costs import fitting_memory, product_bytes, truth_route
 from oversquash_lens.jacobian.relay import Relay, relayed
 from oversquash_lens.jacobian.tape import Tape, taped
-from oversquash_lens.paths.paths import json_numbers
+from oversquash_lens.numerics import json_numbers
 
 NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")

@@ -14,7 +14,7 @@ from oversquash_lens.capture.tokens import text_ids
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper.run_config import RunConfig
-from oversquash_lens.paths.mean_field import mean_field_sensitivity
+from oversquash_lens.paths.profiles import mean_field_sensitivity
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 FACT = " The code of the blue locker is 7."

@@ -1,9 +1,9 @@
 """Where the paths run: the sum over causal paths, split by layer, position, head and residual stream.
 
 With u⁽ˡ⁾ the row from the last token down to layer l and f⁽ˡ⁾ the column from the prompt up to it, u⁽ˡ⁾·f⁽ˡ⁾ is the
-whole sum at every layer, so u_k f_k / (u·f) is a distribution over positions: the part of the paths that pass
-through position k on entering layer l (docs/theory.md, section 9). What enters a position is split by the heads
-that bring it and the residual stream that keeps it.
+total at every layer, so u_k f_k / (u·f) is a distribution over positions: the part of the paths that pass through
+position k on entering layer l (docs/theory.md, section 9). What enters a position is split by the heads that move it
+there and the residual stream that keeps it.
 """
 
 from __future__ import annotations
@@ -18,54 +18,75 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.trace import Trace, check_trace
-from oversquash_lens.errors import InputError
-from oversquash_lens.paths.block import Block
-from oversquash_lens.paths.edges import Edges, Parts
-from oversquash_lens.paths.paths import FAINT, PathProfile, effective_number, json_numbers, without_autocast
-from oversquash_lens.paths.profiles import path_weighing
-from oversquash_lens.paths.weighing import Weighing, layer_blocks
+from oversquash_lens.capture.trace import Trace
+from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.numerics import effective_number, json_numbers, without_autocast
+from oversquash_lens.paths.blocks import AttentionBlock, EdgeBlock, HeadEdges
+from oversquash_lens.paths.edges import EdgeRule
+from oversquash_lens.paths.profiles import TracePaths, blocks_of, checked_trace, paths_of_trace
+from oversquash_lens.paths.recursion import FAINT, ROWS, PathProfile
+from oversquash_lens.results import Result
 
-ROWS = 256  # rows of a layer's edges looked at together
+Source = int | str | slice  # a position, a token's text, or a span of positions
 
 
 @runtime_checkable
-class LayerEdges(Protocol):
+class EdgesByLayer(Protocol):
     """Any layer's edges into positions start … stop-1 from positions 0 … stop-1."""
 
-    def rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]: ...
-
-    def parts(self, layer: int, start: int, stop: int) -> Parts: ...
+    def edge_block(self, layer: int, start: int, stop: int) -> EdgeBlock: ...
 
 
 @dataclass(frozen=True, repr=False)
-class Flow:
+class Flow(Result):
     """How the paths that reach the last token are spread over positions and heads, layer by layer.
 
     `node[l, k]` is the share of them that pass through position k on entering layer l (row n_layers: on leaving
-    the last layer); every row sums to 1. `head_at[l, h, j]` is the share that head h of layer l brings to position
+    the last layer); every row sums to 1. `head_at[l, h, j]` is the share that head h of layer l moves to position
     j, `residual_at[l, j]` what stays there; both together sum to 1 in each layer. `source` None counts the paths
-    from all input positions, i those from position i alone.
+    from all input positions, i those from position i alone, a slice those from its positions.
 
     Shares are of the kind's own path sum: for the mean-field estimate of squared sensitivity.
     """
 
     kind: str
     tokens: tuple[str, ...]
-    source: int | None
+    source: int | slice | None
     node: Float[Tensor, "layer_plus_1 pos"]
     head_at: Float[Tensor, "layer head pos"]
     residual_at: Float[Tensor, "layer pos"]
     log_above: Float[Tensor, "layer_plus_1 pos"]  # u, natural log
     log_below: Float[Tensor, "layer_plus_1 pos"]  # f, natural log
-    edges: LayerEdges = field(compare=False)
+    edges: EdgesByLayer = field(compare=False)
     about: About
     power: float = 1.0  # the sensitivity that the kind speaks of is the path sum to this power
     notes: tuple[str, ...] = ()
 
-    def __repr__(self) -> str:
-        where = "all tokens" if self.source is None else f"token {self.source}"
-        return f"<Flow of {self.kind} paths from {where}: {len(self.tokens)} tokens, {self.n_layers} layers>"
+    def _title(self) -> str:
+        total = self.log_total / math.log(10)
+        return f"{self.kind} paths from {self.source_text} to the last of {len(self.tokens)}: log₁₀ total {total:.3f}"
+
+    def _table(self) -> dict[str, Any]:
+        """One row a layer, the lowest first."""
+        head = self.head
+        return {
+            "layer": range(self.n_layers),
+            "effective_width": self.effective_width[:-1],
+            "receptive_field": self.receptive_field[:-1],
+            "residual": self.residual,
+            "largest_head": head.argmax(-1),
+            "its_share": head.amax(-1),
+        }
+
+    @property
+    def source_text(self) -> str:
+        """The source in words, with the tokens' text."""
+        if self.source is None:
+            return "all tokens"
+        if isinstance(self.source, int):
+            return f"token {self.source}, {self.tokens[self.source]!r}"
+        start, stop = self.source.start, self.source.stop
+        return f"tokens {start} … {stop - 1}, {one_line(repr(''.join(self.tokens[start:stop])), 60)}"
 
     @property
     def n_layers(self) -> int:
@@ -82,17 +103,17 @@ class Flow:
         return self.residual_at.sum(-1)
 
     @property
-    def effective_width(self) -> Float[Tensor, layer_plus_1]:
+    def effective_width(self) -> Float[Tensor, " layer_plus_1"]:
         """Number of positions that the paths pass through at each layer: exp of the shares' entropy, 1 … n."""
         return effective_number(self.node)
 
     @property
-    def receptive_field(self) -> Float[Tensor, layer_plus_1]:
+    def receptive_field(self) -> Float[Tensor, " layer_plus_1"]:
         """Number of positions that any path passes through at each layer, by the causal mask and by zero weights."""
         return (torch.isfinite(self.log_above) & torch.isfinite(self.log_below)).sum(-1).double()
 
     @property
-    def relative_width(self) -> Float[Tensor, layer_plus_1]:
+    def relative_width(self) -> Float[Tensor, " layer_plus_1"]:
         """Effective width over receptive field, in (0, 1]: 1 where every position that could is used alike."""
         return self.effective_width / self.receptive_field
 
@@ -107,8 +128,8 @@ class Flow:
         totals = (self.log_above + self.log_below).logsumexp(-1)
         return torch.expm1(totals - totals[-1]).abs().max().item()
 
-    def edge(self, layer: int) -> Parts:
-        """Share that runs over every edge of one layer: heads [head, dest, src] and own [dest]; sums to 1."""
+    def edge(self, layer: int) -> HeadEdges:
+        """Share that runs over every edge of one layer: heads [head, dest, src] and residual [dest]; sums to 1."""
         if not 0 <= layer < self.n_layers:
             raise InputError(f"expected 0 … {self.n_layers - 1}, the layers of this flow, got layer {layer}")
         n = len(self.tokens)
@@ -116,29 +137,30 @@ class Flow:
         for start in range(0, n, ROWS):
             stop = min(start + ROWS, n)
             heads[:, start:stop, :stop] = self.edge_rows(layer, start, stop)
-        return Parts(heads, self.residual_at[layer])
+        return HeadEdges(heads, self.residual_at[layer])
 
     def edge_rows(self, layer: int, start: int, stop: int) -> Float[Tensor, "head dest src"]:
         """As `edge`, the heads' part into positions start … stop-1 from positions 0 … stop-1."""
-        heads = self.edges.parts(layer, start, stop).heads.cpu().double()
+        heads = self.edges.edge_block(layer, start, stop).by_head().heads.cpu().double()
         below = self.log_below[layer, :stop]
         # Below the source nothing is reached, all of `below` is -inf: no share, and no NaN.
         weights = heads * (below - below.max().clamp(min=torch.finfo(below.dtype).min)).exp()
-        brought = self.head_at[layer, :, start:stop]
+        moved = self.head_at[layer, :, start:stop]
         total = weights.sum(-1)
-        faint = (total < FAINT) & (brought > 0)
-        shares = weights * (brought / total.clamp(min=FAINT))[..., None]
+        faint = (total < FAINT) & (moved > 0)
+        shares = weights * (moved / total.clamp(min=FAINT))[..., None]
         for head, dest in faint.nonzero().tolist():  # rare, as in the row recursion
-            shares[head, dest] = brought[head, dest] * (heads[head, dest].log() + below).softmax(-1)
+            shares[head, dest] = moved[head, dest] * (heads[head, dest].log() + below).softmax(-1)
         return shares
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-able: shares by node and by head, widths. `head_at` is left out: megabytes on a long prompt."""
         tensors = ("node", "head", "residual", "effective_width", "receptive_field")
+        source = [self.source.start, self.source.stop] if isinstance(self.source, slice) else self.source
         return {
             "kind": "flow",
             "paths": self.kind,
-            "source": self.source,
+            "source": source,
             "tokens": list(self.tokens),
             **{name: json_numbers(getattr(self, name)) for name in tensors},
             "log_total": json_numbers(self.log_total),
@@ -147,18 +169,34 @@ class Flow:
         }
 
 
-def flow(trace: Trace | object, kind: str = "mean_field", source: Any = None, beta: float | str = "measured") -> Flow:
-    """Where the paths from the prompt, or from position `source` alone, run on their way to the last token.
+def flow(
+    trace: Trace | object,
+    kind: str = "mean_field",
+    source: Source | object | None = None,
+    beta: float | str = "measured",
+) -> Flow:
+    """Where the paths from the prompt, or from `source` alone, run on their way to the last token.
 
-    `kind` is "mean_field" or a variant of `path_bound` (`beta` as there). O(layer·pos²), two sweeps over the same
-    edges. Raises InputError for a position that the prompt has not, or from which no path has any weight.
+    Args:
+        trace: what `record` gave.
+        kind: "mean_field" or a variant of `path_bound`.
+        source: None for all positions together, a position, the text of a token or of some that follow one another
+            ("Alice", with or without its leading space), or a slice of positions.
+        beta: as in `path_bound`.
+
+    Returns:
+        A `Flow`, shares in 0 … 1. O(layer·pos²), two sweeps over the same edges.
+
+    Raises:
+        InputError: a source that the prompt has not or has several times, or from which no path has any weight.
+        ModelError: a kind that does not hold on this architecture.
     """
     return flows(trace, (source,), kind, beta)[0]
 
 
 def flows(
     trace: Trace | object,
-    sources: Sequence[Any],
+    sources: Sequence[Any] | object,
     kind: str = "mean_field",
     beta: float | str = "measured",
     profile: PathProfile | None = None,
@@ -167,114 +205,165 @@ def flows(
 
     `profile`: this kind's own, where it is known already, as from `profiles`; it saves the sweep from above.
     """
-    check_trace(trace)
+    trace = checked_trace(trace)
     if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
         came = "no source" if isinstance(sources, Sequence) else f"a {type(sources).__name__}"
         raise InputError(
             f"expected a list of positions of the prompt, or of None for all of them together, got {came}: give at "
             "least one, such as [None]"
         )
-    n = trace.n_positions
-    for source in sources:
-        if source is not None and (type(source) is not int or not 0 <= source < n):
-            raise InputError(f"expected a position 0 … {n - 1} of this prompt, or None for all, got source={source!r}")
-    weighing = path_weighing(trace, kind, beta)
-    log_above = (profile or weighing.profile()).log_by_layer / weighing.power
+    places = [None if source is None else position_of(trace.tokens, source) for source in sources]
+    paths = paths_of_trace(trace, kind, beta)
+    log_above = (profile or paths.profile()).log_by_layer / paths.power
     with without_autocast():
-        log_below, head_part, own_part = _columns(weighing, sources)
+        log_below, head_part, residual_part = _columns(paths, places)
     found = []
-    for i, source in enumerate(sources):
+    for i, place in enumerate(places):
         logs = log_above + log_below[i]
         if torch.isneginf(logs[-1]).all():
             raise InputError(
-                f"expected one that the last token can hear, got source={source}, from which no path has any weight "
-                "(its attention was cut off, or is too faint for this dtype): choose another position"
+                f"expected one that has a path to the last token, got source={sources[i]!r}, from which no path has "
+                "any weight (its attention was cut off, or is too faint for this dtype): choose another position"
             )
         node = logs.softmax(-1)
         entered = node[1:, None]
-        shares = entered * head_part[i], entered[:, 0] * own_part[i]
         found.append(
             Flow(
-                weighing.kind,
-                trace.tokens,
-                source,
-                node,
-                *shares,
-                log_above,
-                log_below[i],
-                weighing,
-                trace.about,
-                weighing.power,
-                weighing.notes,
+                kind=paths.kind,
+                tokens=trace.tokens,
+                source=place,
+                node=node,
+                head_at=entered * head_part[i],
+                residual_at=entered[:, 0] * residual_part[i],
+                log_above=log_above,
+                log_below=log_below[i],
+                edges=paths,
+                about=trace.about,
+                power=paths.power,
+                notes=paths.notes,
             )
         )
     return tuple(found)
 
 
+def position_of(tokens: Sequence[str], source: Source | object) -> int | slice:
+    """The position, or the slice of positions, that an index, a text or a slice means in a prompt.
+
+    A text is that of one token, with or without the space around it, or of several that follow one another; digits
+    that are no token's text are an index, "3:7" a slice. Raises InputError with the places where a text occurs more
+    than once.
+
+    >>> position_of(("The", " cat", " sat"), "cat"), position_of(("The", " cat", " sat"), "cat sat")
+    (1, slice(1, 3, None))
+    """
+    n = len(tokens)
+    expected = f"expected a position 0 … {n - 1}, the text of a token or a slice of positions"
+    place = _place_of_text(tokens, source, expected) if isinstance(source, str) else source
+    if isinstance(place, slice):
+        start, stop = 0 if place.start is None else place.start, n if place.stop is None else place.stop
+        if type(start) is int and type(stop) is int and place.step in (None, 1) and 0 <= start < stop <= n:
+            return slice(start, stop)
+    elif type(place) is int and 0 <= place < n:
+        return place
+    raise InputError(f"{expected}, got source={one_line(repr(source), 60)}")
+
+
+def _place_of_text(tokens: Sequence[str], text: str, expected: str) -> int | slice:
+    wanted = text.strip()
+    places: list[int | slice] = [i for i, token in enumerate(tokens) if text == token or text == token.strip() != ""]
+    if not places and wanted:
+        places = [i for i, token in enumerate(tokens) if token.strip() == wanted]
+    if not places and wanted.replace(":", "", 1).isdecimal() and wanted.isascii():
+        ends = [int(part) if part else None for part in wanted.split(":")]
+        return ends[0] if len(ends) == 1 and ends[0] is not None else slice(*ends)
+    if not places and wanted:
+        places = list(_runs_of_text(tokens, wanted))
+    if len(places) == 1:
+        return places[0]
+    at = ", ".join(str(place.start if isinstance(place, slice) else place) for place in places[:20])
+    said = f"which is at positions {at}: give one of them" if places else "but no token is that"
+    raise InputError(f"{expected}, got source={one_line(repr(text), 60)}, {said}")
+
+
+def _runs_of_text(tokens: Sequence[str], wanted: str) -> Iterable[slice]:
+    """Tokens that follow one another and together are this text."""
+    for start, first in enumerate(tokens):
+        text = first.lstrip()
+        if not text or not wanted.startswith(text):
+            continue
+        for stop in range(start + 2, len(tokens) + 1):
+            text += tokens[stop - 1]
+            if text.rstrip() == wanted and tokens[stop - 1].strip():
+                yield slice(start, stop)
+            if not wanted.startswith(text):
+                break
+
+
 def _columns(
-    weighing: Weighing, sources: Sequence[int | None]
+    paths: TracePaths, sources: Sequence[int | slice | None]
 ) -> tuple[
     Float[Tensor, "source layer_plus_1 pos"],
     Float[Tensor, "source layer head pos"],
     Float[Tensor, "source layer pos"],
 ]:
-    """From the prompt upwards: log of the paths that reach each position, and who brought them there."""
-    trace, blocks = weighing.trace, layer_blocks(weighing.trace)
+    """From the prompt upwards: log of the paths that reach each position, and what part each head moved there."""
+    trace, blocks = paths.trace, blocks_of(paths.trace)
     column = torch.full((trace.n_positions, len(sources)), -math.inf, dtype=torch.float64, device="cpu")
     for i, source in enumerate(sources):
         column[source if source is not None else slice(None), i] = 0.0
-    columns, heads, own = [column], [], []
+    columns, heads, residual = [column], [], []
     for layer in range(trace.n_layers):
-        stayed = torch.isfinite(column)  # where nothing was, nothing stays: the heads brought it all
-        column, head_part = _log_received(weighing.edges, blocks(layer), column)
-        if weighing.log_node_gain is not None:
-            column = column + weighing.log_node_gain[layer].cpu().double()[:, None]
-        brought = head_part.sum(0)
-        head_part = torch.where(stayed | (brought == 0), head_part, head_part / brought)
+        stayed = torch.isfinite(column)  # where nothing was, nothing stays: the heads moved it all
+        column, head_part = _log_column_product(paths.edges, blocks(layer), column)
+        if paths.log_node_gain is not None:
+            column = column + paths.log_node_gain[layer].cpu().double()[:, None]
+        moved = head_part.sum(0)
+        head_part = torch.where(stayed | (moved == 0), head_part, head_part / moved)
         columns.append(column)
         heads.append(head_part)
-        own.append(torch.where(stayed, 1 - brought, 0.0).clamp(min=0))
+        residual.append(torch.where(stayed, 1 - moved, 0.0).clamp(min=0))
     return (
         torch.stack(columns).permute(2, 0, 1),
         torch.stack(heads).permute(3, 0, 1, 2),
-        torch.stack(own).permute(2, 0, 1),
+        torch.stack(residual).permute(2, 0, 1),
     )
 
 
-def _log_received(
-    edges: Edges, blocks: Iterable[Block], log_column: Float[Tensor, "pos source"]
+def _log_column_product(
+    rule: EdgeRule, blocks: Iterable[AttentionBlock], log_column: Float[Tensor, "pos source"]
 ) -> tuple[Float[Tensor, "pos source"], Float[Tensor, "head pos source"]]:
     """log(edges · exp(log_column)), no entry lost to underflow, and each head's part of it."""
     shift = log_column.amax(0)
     column = (log_column - shift).exp()
     reached = torch.isfinite(log_column.cummax(0).values)
-    received, heads = [], []
+    logs, parts = [], []
     for block in blocks:
-        at, whole = slice(block.start, block.stop), edges.factored(block).receive(column)
-        times = edges.brought(block, column[: block.stop])
-        log_whole, part = whole.log() + shift, times.cpu().double() / whole.clamp(min=FAINT)
-        # What the mask lets nobody hear is truly 0; what merely fell below the range is computed again.
-        faint = (whole < _faintest(times)) & reached[at]
+        edges = rule(block)
+        total = edges.column_product(column)
+        products = edges.head_products(column[: block.stop])
+        log_total, part = total.log() + shift, products.cpu().double() / total.clamp(min=FAINT)
+        # What no path reaches is truly 0; what merely fell below the range is computed again.
+        faint = (total < _faintest(products)) & reached[block.start : block.stop]
         if faint.any():
-            parts = edges.parts(block)
+            split = edges.by_head()
             for dest in faint.any(1).nonzero()[:, 0].tolist():
-                one = Parts(parts.heads[:, dest].cpu().double(), parts.own[dest].cpu().double())
-                log_whole[dest], part[:, dest] = _in_logarithms(one, block.start + dest, log_column[: block.stop])
-        received.append(log_whole)
-        heads.append(part / part.sum(0).clamp(min=1.0))  # rounding must not make more of the parts than of the whole
-    return torch.cat(received), torch.cat(heads, dim=1)
+                one = HeadEdges(split.heads[:, dest].cpu().double(), split.residual[dest].cpu().double())
+                log_total[dest], part[:, dest] = _in_logarithms(one, block.start + dest, log_column[: block.stop])
+        logs.append(log_total)
+        parts.append(part / part.sum(0).clamp(min=1.0))  # rounding must not make the parts more than their sum
+    return torch.cat(logs), torch.cat(parts, dim=1)
 
 
-def _faintest(times: Tensor) -> float:
+def _faintest(products: Tensor) -> float:
     """Products below this share of the largest entry have lost digits in the dtype that the heads are computed in."""
-    return FAINT if times.dtype == torch.float64 else 1e-30
+    return FAINT if products.dtype == torch.float64 else 1e-30
 
 
 def _in_logarithms(
-    parts: Parts, dest: int, log_column: Float[Tensor, "src source"]
+    edges: HeadEdges, dest: int, log_column: Float[Tensor, "src source"]
 ) -> tuple[Float[Tensor, " source"], Float[Tensor, "head source"]]:
     """The same for one position: rare, where one source is fainter than 1e-30 of another."""
-    brought = (parts.heads.log()[:, :, None] + log_column).logsumexp(1)
-    own = parts.own.log() + log_column[dest]
-    whole = torch.cat([brought, own[None]]).logsumexp(0)
-    return whole, torch.where(torch.isneginf(whole), 0.0, (brought - whole).exp())
+    moved = (edges.heads.log()[:, :, None] + log_column).logsumexp(1)
+    stayed = edges.residual.log() + log_column[dest]
+    total = torch.cat([moved, stayed[None]]).logsumexp(0)
+    return total, torch.where(torch.isneginf(total), 0.0, (moved - total).exp())

@@ -1,17 +1,21 @@
-"""The edges and the whole paths of a flow that carry most."""
+"""The edges and the paths of a flow that carry most."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.paths.flow import ROWS, Flow
+from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.recursion import ROWS
+from oversquash_lens.results import Result
 
 BLOCK = 64  # positions whose edges are looked through at a time
 
@@ -26,7 +30,7 @@ class HeavyEdge:
     src: int
     share: float
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -35,7 +39,7 @@ class HeavyPath:
     """One causal path and its share of the flow.
 
     `positions[l]` is where it enters layer l (the last one: where it leaves the last layer). `heads[l]` is the head
-    that brings most of that step where it goes to another position, None where the path stays; the share counts all
+    that moves most of that step where it goes to another position, None where the path stays; the share counts all
     heads between the same two positions.
     """
 
@@ -49,32 +53,105 @@ class HeavyPath:
         steps = zip(self.heads, self.positions, self.positions[1:], strict=False)
         return tuple((layer, head, src, dest) for layer, (head, src, dest) in enumerate(steps) if head is not None)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"positions": list(self.positions), "heads": list(self.heads), "share": self.share}
 
 
-def heaviest_edges(flow: Flow | object, k: int = 20, *, moving: bool = True) -> tuple[HeavyEdge, ...]:
+class HeavyEdges(Result, tuple[HeavyEdge, ...]):
+    """Edges, the largest share first: a tuple that shows itself as a table."""
+
+    flow: Flow | None
+
+    def __new__(cls, edges: Iterable[HeavyEdge], flow: Flow | None = None) -> HeavyEdges:
+        made = super().__new__(cls, edges)
+        made.flow = flow
+        return made
+
+    def _title(self) -> str:
+        return f"{len(self)} heaviest edges{_of(self.flow)}"
+
+    def _table(self) -> dict[str, Any]:
+        return {
+            "layer": [edge.layer for edge in self],
+            "head": [edge.head for edge in self],
+            "src": [edge.src for edge in self],
+            "dest": [edge.dest for edge in self],
+            **_texts(self.flow, src=[edge.src for edge in self], dest=[edge.dest for edge in self]),
+            "share": [edge.share for edge in self],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "heaviest edges", "edges": [edge.to_dict() for edge in self]}
+
+
+class HeavyPaths(Result, tuple[HeavyPath, ...]):
+    """Paths, the largest share first: a tuple that shows itself as a table."""
+
+    flow: Flow | None
+
+    def __new__(cls, paths: Iterable[HeavyPath], flow: Flow | None = None) -> HeavyPaths:
+        made = super().__new__(cls, paths)
+        made.flow = flow
+        return made
+
+    def _title(self) -> str:
+        return f"{len(self)} heaviest paths{_of(self.flow)}"
+
+    def _table(self) -> dict[str, Any]:
+        starts = [path.positions[0] for path in self]
+        return {
+            "start": starts,
+            **_texts(self.flow, start=starts),
+            "moves": ["; ".join(f"{layer}.{head} → {dest}" for layer, head, _, dest in path.moves) for path in self],
+            "share": [path.share for path in self],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "heaviest paths", "paths": [path.to_dict() for path in self]}
+
+
+def _of(flow: Flow | None) -> str:
+    return "" if flow is None else f" of {flow.kind} paths from {flow.source_text}"
+
+
+def _texts(flow: Flow | None, **positions: Sequence[int]) -> dict[str, list[str]]:
+    """The tokens at these positions, as further columns."""
+    if flow is None:
+        return {}
+    return {f"{name}_token": [flow.tokens[i] for i in places] for name, places in positions.items()}
+
+
+def heaviest_edges(flow: Flow | object, k: int = 20, *, moving: bool = True) -> HeavyEdges:
     """The k edges that carry the largest shares of the flow, the largest first; fewer where fewer carry any.
 
-    `moving` leaves out all that stays at its position: the residual stream, and heads that look at themselves.
+    Args:
+        flow: what `flow` gave.
+        k: how many, at least 1.
+        moving: leave out all that stays at its position: the residual stream, and heads that attend to their own.
+
+    Returns:
+        A tuple of `HeavyEdge`, each with layer, head, dest, src and its share of the flow, 0 … 1.
+
+    Raises:
+        InputError: no flow, or a k that is no whole number of at least 1.
     """
-    _check(flow, k)
+    flow = _checked(flow, k)
     found: list[HeavyEdge] = []
     for layer in range(flow.n_layers):
         found = _largest(found + _edges_of(flow, layer, k, moving, _least(found, k)), k)
-    return tuple(found)
+    return HeavyEdges(found, flow)
 
 
 def heaviest_by_layer(flow: Flow | object, k: int) -> tuple[tuple[HeavyEdge, ...], ...]:
     """Of each layer the k edges by which heads move most to another position, the largest first."""
-    _check(flow, k)
+    flow = _checked(flow, k)
     return tuple(tuple(_edges_of(flow, layer, k, moving=True, least=0.0)) for layer in range(flow.n_layers))
 
 
 def _edges_of(flow: Flow, layer: int, k: int, moving: bool, least: float) -> list[HeavyEdge]:
     """The k largest edges of one layer that pass `least`.
 
-    Exact, and quick where few positions receive most: no edge outweighs what its head brings to that position in all,
+    Exact, and quick where few positions receive most: no edge outweighs what its head moves to that position in all,
     so blocks of positions come in the order of that bound, until no other can hold one of the k heaviest.
     """
     n = len(flow.tokens)
@@ -110,18 +187,27 @@ def _least(found: list[HeavyEdge], k: int) -> float:
     return found[-1].share if len(found) == k else 0.0
 
 
-def heaviest_paths(flow: Flow | object, k: int = 10) -> tuple[HeavyPath, ...]:
+def heaviest_paths(flow: Flow | object, k: int = 10) -> HeavyPaths:
     """The k causal paths with the largest shares of the flow, exactly, the largest first; fewer where fewer exist.
 
     A path is a position per layer; heads and residual stream between the same two positions count as one step.
     Dynamic programming from the last token down: a share is a product over layers of the part of what reaches
     `dest` that comes from `src`. O(layer·pos²·k).
+
+    Args:
+        flow: what `flow` gave.
+        k: how many, at least 1.
+
+    Returns:
+        A tuple of `HeavyPath`, each with a position per layer, the heads that move it, and its share of the flow.
+
+    Raises:
+        InputError: no flow, or a k that is no whole number of at least 1.
     """
-    _check(flow, k)
+    flow = _checked(flow, k)
     n = len(flow.tokens)
-    best = torch.full(
-        (n, k), -math.inf, dtype=torch.float64, device="cpu"
-    )  # log share of the k best from here to the last token
+    # log share of the k best paths from here to the last token
+    best = torch.full((n, k), -math.inf, dtype=torch.float64, device="cpu")
     best[-1, 0] = 0.0
     choices: list[tuple[Tensor, Tensor]] = []
     for layer in reversed(range(flow.n_layers)):
@@ -136,10 +222,10 @@ def heaviest_paths(flow: Flow | object, k: int = 10) -> tuple[HeavyPath, ...]:
         position, rank = divmod(place, k)
         positions = [position]
         for dests, ranks in choices:
-            position, rank = dests[position, rank].item(), ranks[position, rank].item()
+            position, rank = int(dests[position, rank]), int(ranks[position, rank])
             positions.append(position)
         found.append(HeavyPath(tuple(positions), _leading_heads(flow, positions), math.exp(log_share)))
-    return tuple(found)
+    return HeavyPaths(found, flow)
 
 
 def _one_layer_down(
@@ -151,7 +237,8 @@ def _one_layer_down(
     dests, ranks = torch.zeros(n, k, dtype=torch.long, device="cpu"), torch.zeros(n, k, dtype=torch.long, device="cpu")
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        log_part = (flow.edges.rows(layer, start, stop).log() + flow.log_below[layer, :stop]).log_softmax(-1)
+        edges = flow.edges.edge_block(layer, start, stop).dense()
+        log_part = (edges.log() + flow.log_below[layer, :stop]).log_softmax(-1)
         log_part = log_part.masked_fill(log_part.isnan(), -math.inf)  # rows that nothing reaches
         # Whoever goes on with one of the k best goes on to one of the k dests that are best in the first rank.
         few = min(k, stop - start)
@@ -168,12 +255,13 @@ def _one_layer_down(
 def _leading_heads(flow: Flow, positions: list[int]) -> tuple[int | None, ...]:
     steps = enumerate(pairwise(positions))
     return tuple(
-        None if src == dest else int(flow.edges.parts(layer, dest, dest + 1).heads[:, 0, src].argmax())
+        None if src == dest else int(flow.edges.edge_block(layer, dest, dest + 1).by_head().heads[:, 0, src].argmax())
         for layer, (src, dest) in steps
     )
 
 
-def _check(flow: Flow | object, k: int) -> None:
+def _checked(flow: Flow | object, k: int) -> Flow:
     if not isinstance(flow, Flow):
         raise InputError(f"expected a Flow, got a {type(flow).__name__}: call flow(trace) first")
     whole_number("k", k)
+    return flow

@@ -1,28 +1,32 @@
-"""How much less the last token hears than the causal mask alone would let it, and where it is lost.
+"""Over how many fewer tokens the sensitivity is spread than the causal mask alone would spread it, and where.
 
-Causal attention favours early tokens whatever a model has learned: they have more paths. So every number stands
-against a null model, the same weights, norms and MLPs with attention spread evenly over all earlier positions.
+Causal attention favours early tokens whatever a model has learned: they have more paths. So every number is compared
+with a null model, the same weights, norms and MLPs with attention uniform over all earlier positions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.attention import UniformAttention
 from oversquash_lens.capture.trace import Trace
+from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Flow, flow, flows
-from oversquash_lens.paths.paths import PathProfile, effective_number, json_numbers
+from oversquash_lens.paths.null import with_uniform_attention
+from oversquash_lens.paths.profiles import checked_trace
+from oversquash_lens.paths.recursion import PathProfile
+from oversquash_lens.results import Result
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start … stop-1: what part of all that is heard is theirs, and what the null model would give them."""
+    """Tokens start … stop-1: their share of the sensitivity, and what the null model would give them."""
 
     start: int
     stop: int
@@ -31,11 +35,11 @@ class Span:
 
 
 @dataclass(frozen=True, repr=False)
-class Squashing:
-    """What is heard of each token beside what mask geometry alone would give it.
+class Squashing(Result):
+    """Each token's share of the sensitivity beside what mask geometry alone would give it.
 
     `share`, `null_share`: of the sensitivity (as `PathProfile.share`; each sums to 1). `flow`, `null`: where the
-    paths run with the model's attention, and with even attention (of every head, to all earlier positions: also of
+    paths run with the model's attention, and with uniform attention (of every head, to all earlier positions: also of
     one that an edit had switched off, and beyond any window).
     """
 
@@ -44,8 +48,19 @@ class Squashing:
     share: Float[Tensor, " pos"]
     null_share: Float[Tensor, " pos"]
 
-    def __repr__(self) -> str:
-        return f"<Squashing: {self.sentence}>"
+    _ranked_by = "share"
+
+    def _title(self) -> str:
+        return self.sentence
+
+    def _table(self) -> dict[str, Any]:
+        return {
+            "position": range(len(self.tokens)),
+            "token": self.tokens,
+            "share": self.share,
+            "null_share": self.null_share,
+            "lift": self.lift,
+        }
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -56,41 +71,41 @@ class Squashing:
         return self.flow.about
 
     @property
-    def heard(self) -> float:
-        """Effective number of tokens heard, from 1 to n: exp of the share's entropy."""
+    def effective_tokens(self) -> float:
+        """Effective number of tokens that the sensitivity is spread over, from 1 to n: exp of the share's entropy."""
         return effective_number(self.share).item()
 
     @property
-    def null_heard(self) -> float:
-        """The same with even attention."""
+    def null_effective_tokens(self) -> float:
+        """The same with uniform attention."""
         return effective_number(self.null_share).item()
 
     @property
     def index(self) -> float:
-        """Squashing index, at most 1: the part of the null model's entropy that is lost. 0 as with even attention,
-        1 if one token alone is heard, below 0 if more is heard than with even attention; nan for a single token.
+        """Squashing index, at most 1: the part of the null model's entropy that is lost. 0 as with uniform attention,
+        1 if all sensitivity is to one token, below 0 if it is spread over more; nan for a single token.
         """
-        most = math.log(self.null_heard)
-        return 1 - math.log(self.heard) / most if most > 0 else math.nan
+        most = math.log(self.null_effective_tokens)
+        return 1 - math.log(self.effective_tokens) / most if most > 0 else math.nan
 
     @property
     def lift(self) -> Float[Tensor, " pos"]:
-        """How many times as much of each token is heard as with even attention."""
+        """How many times each token's share is what it is with uniform attention."""
         return self.share / self.null_share
 
     @property
-    def relative_width(self) -> Float[Tensor, layer_plus_1]:
+    def relative_width(self) -> Float[Tensor, " layer_plus_1"]:
         """Effective width at each layer over that of the null model."""
         return self.flow.effective_width / self.null.effective_width
 
     @property
     def narrowest(self) -> int:
-        """The layer at whose entry the paths are narrowest against the null model (leaving the last layer apart)."""
+        """The layer at whose entry the paths are narrowest compared with the null (leaving the last layer apart)."""
         return int(self.relative_width[:-1].argmin())
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Runs of tokens that lose most against the null model, the greatest loss first."""
+        """Runs of tokens that lose most compared with the null model, the greatest loss first."""
         loss = (self.null_share - self.share).tolist()
         spans = [
             Span(start, stop, self.share[start:stop].sum().item(), self.null_share[start:stop].sum().item())
@@ -102,19 +117,20 @@ class Squashing:
     def sentence(self) -> str:
         n, layer = len(self.tokens), self.narrowest
         width = self.flow.effective_width[layer].item()
-        even = self.null.effective_width[layer].item()
+        uniform = self.null.effective_width[layer].item()
         return (
-            f"Of {n} tokens the last one hears about {self.heard:.1f}, where even attention would let it hear "
-            f"{self.null_heard:.1f} (squashing index {self.index:.2f}). Against even attention the paths are "
-            f"narrowest on entering layer {layer}: through {width:.1f} positions instead of {even:.1f}."
+            f"Of {n} tokens the last one is sensitive to about {self.effective_tokens:.1f} (effective number), with "
+            f"uniform attention to {self.null_effective_tokens:.1f} (squashing index {self.index:.2f}). Compared with "
+            f"uniform attention the paths are narrowest on entering layer {layer}: through {width:.1f} positions "
+            f"instead of {uniform:.1f}."
         )
 
-    def to_dict(self) -> dict:
-        numbers = ("share", "null_share", "heard", "null_heard", "index", "lift", "relative_width")
+    def to_dict(self) -> dict[str, Any]:
+        numbers = ("share", "null_share", "effective_tokens", "null_effective_tokens", "index", "lift")
         return {
             "kind": "squashing",
             "tokens": list(self.tokens),
-            **{name: json_numbers(getattr(self, name)) for name in numbers},
+            **{name: json_numbers(getattr(self, name)) for name in (*numbers, "relative_width")},
             "narrowest": self.narrowest,
             "spans": [vars(span) for span in self.spans],
             "flow": self.flow.to_dict(),
@@ -124,10 +140,20 @@ class Squashing:
 
 
 def squashing(trace: Trace | object, kind: str = "mean_field", profile: PathProfile | None = None) -> Squashing:
-    """Flow and shares of a trace beside those of even attention; `kind` and `profile` as for `flows`. Two flows."""
+    """Flow and shares of a trace beside those of uniform attention. Two flows.
+
+    Args:
+        trace: what `record` gave; anything else raises InputError.
+        kind: "mean_field" or a variant of `path_bound`.
+        profile: this kind's own, where it is known already, as from `profiles`; it saves a sweep.
+
+    Returns:
+        Shares [pos] that sum to 1, the squashing index (at most 1), effective numbers of tokens (1 … n), the layer
+        where the paths are narrowest, and the spans of tokens that lose most. docs/theory.md, section 9.
+    """
+    trace = checked_trace(trace)
     (real,) = flows(trace, (None,), kind, profile=profile)
-    even = UniformAttention(trace.n_positions, trace.about.n_heads, trace.gains.value.dtype, trace.gains.value.device)
-    null = flow(replace(trace, attention=(even,) * trace.n_layers), kind)
+    null = flow(with_uniform_attention(trace), kind)
     return Squashing(real, null, _share(real), _share(null))
 
 

@@ -13,10 +13,11 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, one_line, one_of
 from oversquash_lens.jacobian.measured import measured_sensitivity
-from oversquash_lens.paths.bounds import VARIANTS
+from oversquash_lens.numerics import effective_number
 from oversquash_lens.paths.flow import Flow, flow
-from oversquash_lens.paths.paths import PathProfile, effective_number
+from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import profiles
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import squashing
 
 Values = dict[str, Any]
@@ -145,7 +146,8 @@ def flow_values(measured: Measured) -> Values:
 
 def squashing_values(measured: Measured) -> Values:
     found = squashing(measured.trace)
-    numbers = {name: getattr(found, name) for name in ("heard", "null_heard", "index", "narrowest")}
+    numbers = {name: getattr(found, name) for name in ("index", "narrowest")}
+    numbers |= {"heard": found.effective_tokens, "null_heard": found.null_effective_tokens}
     return numbers | {"relative_width": found.relative_width.tolist()}
 
 

@@ -21,7 +21,7 @@ from oversquash_lens.collapse.curve import CollapseCurve
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.storage import check_place, write_atomically
 from oversquash_lens.sweeps.result import SweepResult

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.flow import ROWS, Flow
+from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import HeavyEdge, heaviest_by_layer
+from oversquash_lens.paths.recursion import ROWS
 from oversquash_lens.viz.html import View
 from oversquash_lens.viz.tokens import Bins, bins_for, check_shares, kind_of, layer_rows, millionths, strip_view
 from oversquash_lens.viz.words import colour_key, guide, named, percent, rounded, title_and_gloss

@@ -112,7 +112,7 @@ def _entry(found: Findings, name: str, beginning: str, file: str) -> Entry:
         file=file,
         n=len(found.tokens),
         heard=found.effective_tokens,
-        null_heard=squashing.null_heard,
+        null_heard=squashing.null_effective_tokens,
         index=squashing.index,
         narrowest=squashing.narrowest,
         spearman=estimate_row(found).spearman,

@@ -14,7 +14,7 @@ from oversquash_lens.collapse.curve import CollapseCurve
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import ROWS
+from oversquash_lens.paths.recursion import ROWS
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.sweeps.result import Bands, SweepResult
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route, Series, Verdict

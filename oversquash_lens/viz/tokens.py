@@ -14,7 +14,7 @@ from torch import Tensor
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.viz.html import View, inert
 from oversquash_lens.viz.words import colour_key, guide, place, rounded, visible_token
 

@@ -12,7 +12,7 @@ from oversquash_lens.analyses.what_if import MEASURES, Change, Outcome, WhatIf
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.viz.flow_views import activations, heads, route
 from oversquash_lens.viz.html import View, Views
 from oversquash_lens.viz.tokens import SHARE, Bins, bins_for, input_rows, kind_of, layer_rows, strip_view

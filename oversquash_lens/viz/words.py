@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
-from oversquash_lens.paths.paths import PathProfile
+from oversquash_lens.paths.recursion import PathProfile
 
 DASH = "–"  # stands for a number that is not known
 LONGEST_TOKEN = 64  # characters shown of one token

@@ -1,6 +1,6 @@
 """The one row recursion that every measure of this package is: u ← (u · node gain) · edge, in log space.
 
-A measure says what one layer's edges (from position `src` to position `dest`) and node gains (the MLP's, at one
+A kind of path says what one layer's edges (from position `src` to position `dest`) and node gains (the MLP's, at one
 position) are; this module multiplies them along all causal paths that end at the last token. Only that one row
 of the product is wanted, so it costs O(layer·pos²) time, and the edges come as blocks of rows.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,21 +18,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.about import About
-from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.numerics import to_float64
-from oversquash_lens.paths.factored import Factored
+from oversquash_lens.errors import InputError
+from oversquash_lens.numerics import json_numbers, to_float64, without_autocast
+from oversquash_lens.paths.blocks import EdgeBlock
+from oversquash_lens.results import Result
 
 ROWS = 256  # rows of an edge matrix that are in memory at a time
-FAINT = 1e-250  # below this share of the largest entry, sums are redone with logsumexp: no far token underflows
+FAINT = 1e-250  # below this share of the largest entry, sums are redone with logsumexp: no distant token underflows
 
 # (layer, start, stop) -> the edges into positions start … stop-1 from positions 0 … stop-1 (later ones are zero
 # anyway and may be left out); none negative.
 EdgeRows = Callable[[int, int, int], Float[Tensor, "dest src"]]
 
 
-@dataclass(frozen=True)
-class PathProfile:
-    """How much of each position the last token hears, summed over all causal paths, at every layer.
+@dataclass(frozen=True, repr=False)
+class PathProfile(Result):
+    """How sensitive the last token is to each position, summed over all causal paths, at every layer.
 
     `log_by_layer[l, i]` is the natural log of the sum over paths from position i entering layer l to the last
     position leaving the last layer (row `n_layers` is the last token alone), the constant left out. -inf means
@@ -47,6 +47,8 @@ class PathProfile:
     about: About | None = None
     notes: tuple[str, ...] = ()
 
+    _ranked_by = "share"
+
     def __post_init__(self) -> None:
         if self.log_by_layer.ndim != 2 or self.log_by_layer.shape[1] != len(self.tokens):
             raise InputError(
@@ -55,9 +57,20 @@ class PathProfile:
             )
         if torch.isnan(self.log_by_layer).any():
             raise InputError(
-                f"the {self.kind} profile has NaN path products; expected finite logs or -inf: "
+                f"expected finite logs or -inf, got NaN path products in the {self.kind} profile: "
                 "check the model's weights and activations for NaN"
             )
+
+    def _title(self) -> str:
+        total = self.log_values.logsumexp(-1).item() / math.log(10)
+        size = f"log₁₀ of the total {total:.3f}" if math.isfinite(total) else "shares only"
+        model = f", {self.about.model}" if self.about else ""
+        return f"{self.kind} profile of {len(self.tokens)} tokens, {self.n_layers} layers{model}: {size}"
+
+    def _table(self) -> dict[str, Any]:
+        table: dict[str, Any] = {"position": range(len(self.tokens)), "token": self.tokens, "share": self.share}
+        sized = not math.isnan(self.log_constant)
+        return table | ({"log10_value": self.log_values / math.log(10)} if sized else {})
 
     @property
     def n_layers(self) -> int:
@@ -73,8 +86,8 @@ class PathProfile:
         """Sensitivity to each input position; inf where it passes float64 (a warning says so)."""
         if math.isnan(self.log_constant):
             raise InputError(
-                f"variant {self.kind!r} has no values: the paper leaves its constant C unspecified; expected one that "
-                "has it: use .share, which needs no constant, or another variant"
+                f"expected a kind that has values, got {self.kind!r}, whose constant C the paper leaves unspecified: "
+                "use .share, which needs no constant, or another kind"
             )
         values = self.log_values.exp()
         if torch.isinf(values).any():
@@ -87,7 +100,7 @@ class PathProfile:
 
     @property
     def share(self) -> Float[Tensor, " pos"]:
-        """Each input position's part of all that the last token hears; sums to 1."""
+        """Each input position's part of the sum over all positions; sums to 1."""
         return self.log_by_layer[0].softmax(-1)
 
     @property
@@ -95,7 +108,7 @@ class PathProfile:
         """As `share`, counted from every layer on; each row sums to 1, the last is the last token alone."""
         return self.log_by_layer.softmax(-1)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The profile as JSON-able values; -inf and nan become null, as JSON has neither."""
         return {
             "kind": self.kind,
@@ -108,37 +121,16 @@ class PathProfile:
         }
 
 
-def json_numbers(value: Tensor | list | float) -> list | float | None:
-    """Nested lists of floats with None in place of what JSON cannot hold.
+class PathFactors(NamedTuple):
+    """What a path's weight is the product of: edges, made of a block (whatever the caller's blocks are), and the log
+    of the nodes' gains."""
 
-    >>> json_numbers(torch.tensor([1.0, -math.inf]))
-    [1.0, None]
-    """
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [json_numbers(item) for item in value]
-    return value if math.isfinite(value) else None
-
-
-def effective_number(share: Float[Tensor, "*rows pos"]) -> Float[Tensor, "*rows"]:
-    """How many positions a share is spread over: exp of its entropy, from 1 (all on one) to n (even).
-
-    >>> effective_number(torch.tensor([0.25, 0.25, 0.25, 0.25])).item()
-    4.0
-    """
-    return torch.special.entr(share).sum(-1).exp()
-
-
-class PathKind(NamedTuple):
-    """What of a block (whatever the caller's blocks are) is one kind of path's edges, and its nodes' log gains."""
-
-    edges: Callable[[Any], Factored]
+    edges: Callable[[Any], EdgeBlock]
     log_node_gain: Float[Tensor, "layer pos"] | None = None
 
 
 def log_path_sums(
-    blocks: Callable[[int], Iterator[Any]], kinds: Sequence[PathKind], n: int, n_layers: int
+    blocks: Callable[[int], Iterator[Any]], kinds: Sequence[PathFactors], n: int, n_layers: int
 ) -> list[Float[Tensor, "layer_plus_1 pos"]]:
     """`log_path_products` of several kinds of path in one sweep, each layer's `blocks` gone through once for all."""
     row = torch.full((n,), -math.inf, dtype=torch.float64, device="cpu")
@@ -160,7 +152,7 @@ def _log_below(
     log_rows: Sequence[Float[Tensor, " pos"]],
     blocks: Callable[[int], Iterator[Any]],
     layer: int,
-    kinds: Sequence[PathKind],
+    kinds: Sequence[PathFactors],
 ) -> list[Float[Tensor, " pos"]]:
     """log(exp(log_row) · edges) for each kind, no entry lost to underflow."""
     shifts = [row.max() for row in log_rows]
@@ -168,18 +160,18 @@ def _log_below(
     products = [torch.zeros_like(row) for row in log_rows]
     for block in blocks(layer):
         for kind, row, product in zip(kinds, scaled, products, strict=True):
-            pushed = kind.edges(block).push(row)
-            product[: len(pushed)] += pushed
+            below = kind.edges(block).row_product(row)
+            product[: len(below)] += below
     for i, kind in enumerate(kinds):
         faint = (products[i] < FAINT).nonzero()[:, 0]
         products[i] = products[i].log() + shifts[i]
-        if len(faint):  # rare: only where one position hears another less than 1e-250 times the loudest
+        if len(faint):  # rare: only where one position's sum is less than 1e-250 of the largest
             edges = (kind.edges(block) for block in blocks(layer))
             products[i][faint] = _log_faint(log_rows[i], edges, faint)
     return products
 
 
-def _log_faint(log_row: Float[Tensor, " pos"], blocks: Iterator[Factored], faint: Tensor) -> Float[Tensor, " faint"]:
+def _log_faint(log_row: Float[Tensor, " pos"], blocks: Iterator[EdgeBlock], faint: Tensor) -> Float[Tensor, " faint"]:
     """The same in logarithms throughout, for the positions `faint`."""
     parts = []
     for edges in blocks:
@@ -205,70 +197,8 @@ def log_path_products(
     tensor([3., 2., 1.], dtype=torch.float64)
     """
 
-    def blocks(layer: int) -> Iterator[Factored]:
+    def blocks(layer: int) -> Iterator[EdgeBlock]:
         for start in range(0, n, ROWS):
-            yield Factored(edge_rows(layer, start, min(start + ROWS, n)), start)
+            yield EdgeBlock(edge_rows(layer, start, min(start + ROWS, n)), start)
 
-    return log_path_sums(blocks, [PathKind(lambda block: block, log_node_gain)], n, n_layers)[0]
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """What a caller lets the model do, round products to half precision, is not for the measures."""
-    with ExitStack() as stack:
-        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-def count_paths(n: int, n_layers: int, tokens: Sequence[str] | None = None) -> PathProfile:
-    """Number of causal paths from each of n positions to the last through `n_layers` layers.
-
-    Null model: every edge of the causal mask counts 1, so `values` is binomial(n-i+L-1, L-1), i = 1 … n
-    (exact to float64 rounding, in log space beyond). `tokens` name the positions, to set it against a prompt's profile.
-
-    >>> count_paths(4, 2).values.round()
-    tensor([4., 3., 2., 1.], dtype=torch.float64)
-    """
-    return _null_model("count_paths", n, n_layers, torch.ones_like, "every causal edge is 1", tokens)
-
-
-def uniform_causal(n: int, n_layers: int, residual: float = 0.0, tokens: Sequence[str] | None = None) -> PathProfile:
-    """Null model of pure mask geometry: every position attends evenly to itself and all earlier ones.
-
-    `residual` in [0, 1) is the share of the residual stream in each layer: 0 is α_jk = 1/j alone, 0.5 is what
-    attention rollout assumes. `values` sums to 1.
-
-    >>> uniform_causal(4, 1).values
-    tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
-    """
-    if not 0.0 <= residual < 1.0:
-        raise InputError(f"expected 0 ≤ residual < 1, got residual={residual}")
-    note = f"uniform causal attention, residual share {residual:g}"
-
-    def weight(dest: Tensor) -> Tensor:
-        return (1 - residual) / (dest + 1)
-
-    return _null_model("uniform_causal", n, n_layers, weight, note, tokens, residual)
-
-
-def _null_model(
-    kind: str,
-    n: int,
-    n_layers: int,
-    weight: Callable[[Tensor], Tensor],
-    note: str,
-    tokens: Sequence[str] | None,
-    residual: float = 0.0,
-) -> PathProfile:
-    """Every causal edge into a position weighs the same, `residual` more on the diagonal."""
-    whole_number("n", n)
-    whole_number("n_layers", n_layers)
-
-    def edge_rows(layer: int, start: int, stop: int) -> Float[Tensor, "dest src"]:
-        dest = torch.arange(start, stop, dtype=torch.float64, device="cpu")[:, None]
-        src = torch.arange(n, dtype=torch.float64, device="cpu")
-        return weight(dest) * (src <= dest) + residual * (src == dest)
-
-    names = tuple(str(i) for i in range(1, n + 1)) if tokens is None else tuple(tokens)
-    return PathProfile(kind, names, log_path_products(edge_rows, n, n_layers), 0.0, None, (note,))
+    return log_path_sums(blocks, [PathFactors(lambda block: block, log_node_gain)], n, n_layers)[0]
