@@ -19,10 +19,12 @@ from oversquash_lens.analyses.plan import MEASURES, duration
 from oversquash_lens.analyses.speed import Speed, measure_speed
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.size import BASE, Size, check_recording, kept_bytes, size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian import costs
-from oversquash_lens.jacobian.measured import MEMORY, differentiate
+from oversquash_lens.jacobian.measured import MEMORY
+from oversquash_lens.jacobian.products import differentiate
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
 
 SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")
@@ -173,7 +175,7 @@ def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
         architecture = read_architecture(model)
         widest = max(4 * architecture.n_heads * 9 * 9, 4 * 9 * architecture.d_mlp)
         expected = (widest + 6 * 9 * architecture.d_model) * architecture.dtype.itemsize
-        tape = differentiate(model, architecture, tokenize(model, tokens_for(5, 9)))
+        tape = differentiate(Subject.of(model), tokenize(model, tokens_for(5, 9)))
         assert costs.product_bytes(size_of(model), 9) == tape.bytes_per_product == expected
 
 
@@ -307,7 +309,7 @@ def test_a_truth_without_room_for_one_product_is_refused(memory: Callable) -> No
         with pytest.raises(
             InputError, match=r"the truth of 12 tokens needs at least .* for the graph, and 1 MB are there"
         ):
-            costs.fitting_memory(model, 12, MEMORY)
+            costs.fitting_memory(Subject.of(model), 12, MEMORY)
 
 
 def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Callable) -> None:
@@ -315,10 +317,10 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
         size, ids = size_of(model), tokens_for(5, 12)
         memory("10GB")
         enough = osl.measured_sensitivity(model, ids, probes=9).values
-        assert costs.fitting_memory(model, 12, MEMORY) == MEMORY
+        assert costs.fitting_memory(Subject.of(model), 12, MEMORY) == MEMORY
         one = costs.product_bytes(size, 12)
         memory(sum(costs.tape_bytes(size, 12, "blocks").values()) + 3 * one)
-        lean = costs.fitting_memory(model, 12, MEMORY)
+        lean = costs.fitting_memory(Subject.of(model), 12, MEMORY)
         assert one <= lean <= 7 * one
         assert osl.forecast(model, 12, "truth", probes=64).verdict == "fits, leaner"
         few = osl.measured_sensitivity(model, ids, probes=9, memory=lean).values
@@ -338,19 +340,17 @@ def test_the_leaner_the_route_the_less_it_holds(n: int) -> None:
 
 def test_a_truth_takes_the_route_that_the_memory_allows(memory: Callable) -> None:
     for model in both_kinds():
-        architecture, size = read_architecture(model), size_of(model)
+        size = size_of(model)
         most = sum(costs.tape_bytes(size, 400).values()) + costs.product_bytes(size, 400)
         for amount, route in ((costs.COMFORT * most, "whole"), (costs.COMFORT * most - 1, "blocks")):
             memory(amount)
-            assert costs.truth_route(model, architecture, 400) == route
+            assert costs.truth_route(Subject.of(model), 400) == route
         can_fuse = size.kind == "bridge"
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM) == ("fused" if can_fuse else "blocks")
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM, ("norms",)) == (
-            "fused" if can_fuse else "blocks"
-        )
-        assert costs.truth_route(model, architecture, costs.FUSED_FROM, ("attention",)) == "blocks"
+        assert costs.truth_route(Subject.of(model), costs.FUSED_FROM) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(Subject.of(model), costs.FUSED_FROM, ("norms",)) == ("fused" if can_fuse else "blocks")
+        assert costs.truth_route(Subject.of(model), costs.FUSED_FROM, ("attention",)) == "blocks"
         with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: None)]):
-            assert costs.truth_route(model, architecture, costs.FUSED_FROM) == "blocks"
+            assert costs.truth_route(Subject.of(model), costs.FUSED_FROM) == "blocks"
 
 
 def test_leaner_never_means_more() -> None:

@@ -12,9 +12,9 @@ from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.capture import branches, readings
-from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.prefixes import plan
 from oversquash_lens.capture.readings import Readings, read, read_alone, unembedded
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError
 
 Model = Any
@@ -128,10 +128,10 @@ def test_each_last_token_is_that_of_a_pass_of_its_own(name: str, watch: Watch) -
     model, sequences = made(name), endings()
     truth = own_passes(model, sequences, watch)
     compared = asked(sequences)
-    found = read(model, read_architecture(model), sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert found.shared == (name in SHARING)
     assert off(found, truth, compared) <= ALL[name]
-    apart = read(model, read_architecture(model), sequences, compared=compared, share=False)
+    apart = read(Subject.of(model), sequences, compared=compared, share=False)
     assert (apart.shared, apart.passes, apart.tokens) == (False, len(sequences), sum(map(len, sequences)))
     assert off(apart, truth, compared) <= 1e-15
 
@@ -139,7 +139,7 @@ def test_each_last_token_is_that_of_a_pass_of_its_own(name: str, watch: Watch) -
 @pytest.mark.parametrize("name", SHARING)
 def test_a_trunk_and_its_endings_are_few_passes(name: str) -> None:
     model, sequences = made(name), endings()
-    found, whole = read(model, read_architecture(model), sequences), plan(sequences)
+    found, whole = read(Subject.of(model), sequences), plan(sequences)
     assert found.tokens == whole.tokens < sum(map(len, sequences)) / 3
     sizes = [{len(branch.suffix) for branch in trunk.branches} for trunk in whole.trunks]
     # A bridge runs all endings of a trunk at once, a HookedTransformer those of one length.
@@ -151,7 +151,7 @@ def test_a_trunk_and_its_endings_are_few_passes(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_SHARING)
 def test_where_endings_cannot_be_shared_prefixes_still_are(name: str) -> None:
     model, sequences = made(name), endings()
-    found = read(model, read_architecture(model), sequences)
+    found = read(Subject.of(model), sequences)
     leaves = len(plan(sequences, branching=False).trunks)
     assert found.passes == leaves < len(sequences)
 
@@ -162,7 +162,7 @@ def test_a_chain_is_one_pass_on_every_model(name: str, watch: Watch) -> None:
     model = made(name)
     whole = tuple(tokens_for(2, N_CTX)[0].tolist())
     chain = [whole[:k] for k in range(2, N_CTX + 1)]
-    found = read(model, read_architecture(model), chain, compared=[True] * len(chain))
+    found = read(Subject.of(model), chain, compared=[True] * len(chain))
     assert (found.shared, found.passes, found.tokens) == (True, 1, N_CTX)
     assert off(found, own_passes(model, chain, watch), [True] * len(chain)) <= ALL[name]
 
@@ -173,7 +173,7 @@ def test_many_endings_go_through_in_chunks(name: str, watch: Watch, monkeypatch:
     monkeypatch.setattr(branches, "TOKENS", 5)
     model, sequences = made(name), endings()
     compared = asked(sequences)
-    found = read(model, read_architecture(model), sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert found.shared
     assert found.passes > 4
     assert off(found, own_passes(model, sequences, watch), compared) <= ALL[name]
@@ -185,14 +185,14 @@ def test_rows_are_compared_in_pieces(name: str, watch: Watch, monkeypatch: pytes
     model = made(name)
     whole = tuple(tokens_for(2, N_CTX)[0].tolist())
     chain = [whole[:k] for k in (2, 3, 4, 5, 6, 11, 12, 15, 16)]
-    found = read(model, read_architecture(model), chain, compared=[True] * len(chain))
+    found = read(Subject.of(model), chain, compared=[True] * len(chain))
     assert off(found, own_passes(model, chain, watch), [True] * len(chain)) <= ALL[name]
 
 
 @pytest.mark.parametrize("name", ["hooked-ln-learned", "bridge-gpt2", "bridge-llama"])
 def test_it_meets_what_record_gives(name: str) -> None:
     model, sequences = made(name), endings()
-    found = read(model, read_architecture(model), sequences, compared=[True] * len(sequences))
+    found = read(Subject.of(model), sequences, compared=[True] * len(sequences))
     for i in (0, 3, 7, len(sequences) - 1):
         trace = osl.record(model, list(sequences[i]))
         n = trace.n_positions
@@ -211,7 +211,7 @@ def test_a_pair_beside_a_longer_trunk_has_its_attention_row_before(watch: Watch)
     lead = tuple(tokens_for(4, 8)[0].tolist())
     sequences = [(*lead, 9), (*lead, 9, 9), (*lead, 9, 3, 4, 5), (*lead, 8), (*lead, 8, 8)]
     compared = [False, True, False, False, True]
-    found = read(model, read_architecture(model), sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert found.shared
     assert off(found, own_passes(model, sequences, watch), compared) <= EXACT
 
@@ -219,7 +219,7 @@ def test_a_pair_beside_a_longer_trunk_has_its_attention_row_before(watch: Watch)
 def test_the_same_sequence_twice_is_read_twice() -> None:
     model = made("bridge-gpt2")
     sequences = [(5, 6, 7), (5, 6), (5, 6, 7)]
-    found = read(model, read_architecture(model), sequences, compared=[True] * 3)
+    found = read(Subject.of(model), sequences, compared=[True] * 3)
     assert torch.equal(found.prediction_input[0], found.prediction_input[2])
     assert torch.equal(found.attention_shift[:, 0], found.attention_shift[:, 2])
     assert not found.attention_shift.isnan().any()
@@ -229,8 +229,8 @@ def test_the_same_sequence_twice_is_read_twice() -> None:
 def test_bfloat16_shares_too(name: str) -> None:
     model = made(name).to(torch.bfloat16)
     sequences = endings()
-    shared = read(model, read_architecture(model), sequences, compared=[True] * len(sequences))
-    alone = read(model, read_architecture(model), sequences, compared=[True] * len(sequences), share=False)
+    shared = read(Subject.of(model), sequences, compared=[True] * len(sequences))
+    alone = read(Subject.of(model), sequences, compared=[True] * len(sequences), share=False)
     assert shared.shared
     assert shared.prediction_input.dtype == shared.residuals.dtype == torch.bfloat16
     gap = (shared.prediction_input.double() - alone.prediction_input.double()).norm(dim=1)
@@ -241,15 +241,14 @@ def test_bfloat16_shares_too(name: str) -> None:
 @pytest.mark.parametrize("name", ["hooked-ln-learned", "bridge-gpt2"])
 def test_a_batch_and_the_model_s_own_logits(name: str, watch: Watch) -> None:
     model, ids = made(name), (5, 9, 7, 7)
-    architecture = read_architecture(model)
     truth = own_passes(model, [ids], watch)
     for batch in (1, 3):
-        y, heads = read_alone(model, architecture, ids, batch=batch)
+        y, heads = read_alone(Subject.of(model), ids, batch=batch)
         assert torch.allclose(y, truth["prediction_input"][0], rtol=0, atol=1e-12)
         assert torch.allclose(heads, truth["heads"][0], rtol=0, atol=1e-12)
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1]
-    assert torch.allclose(unembedded(model, architecture, y[None])[0], logits, rtol=0, atol=1e-12)
+    assert torch.allclose(unembedded(Subject.of(model), y[None])[0], logits, rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- when the cache lies
@@ -273,7 +272,7 @@ def test_a_cache_that_lies_is_found_out(name: str, layer: int, watch: Watch, mon
 
     monkeypatch.setattr(readings, "run_trunk", lying)
     compared = asked(sequences)
-    found = read(model, read_architecture(model), sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert not found.shared
     assert off(found, own_passes(model, sequences, watch), compared) <= EXACT
 
@@ -283,7 +282,7 @@ def test_positions_that_are_off_are_found_out(wrong: int, watch: Watch, monkeypa
     model, sequences = made("bridge-llama"), endings()
     positions = branches.tree_positions
     monkeypatch.setattr(branches, "tree_positions", lambda forks, sizes: positions(forks, sizes) + wrong)
-    found = read(model, read_architecture(model), sequences)
+    found = read(Subject.of(model), sequences)
     assert not found.shared
     truth = own_passes(model, sequences, watch)
     assert torch.allclose(found.prediction_input, truth["prediction_input"], rtol=0, atol=1e-5)
@@ -295,9 +294,9 @@ def test_an_error_with_the_cache_only_does_not_stop_the_reading(monkeypatch: pyt
 
     model, sequences = made("bridge-gpt2"), endings()
     monkeypatch.setattr(readings, "run_branches", refuses)
-    found = read(model, read_architecture(model), sequences)
+    found = read(Subject.of(model), sequences)
     assert not found.shared
-    alone = read(model, read_architecture(model), sequences, share=False)
+    alone = read(Subject.of(model), sequences, share=False)
     assert torch.allclose(found.prediction_input, alone.prediction_input, rtol=0, atol=1e-12)
 
 
@@ -308,8 +307,7 @@ def test_an_error_with_the_cache_only_does_not_stop_the_reading(monkeypatch: pyt
 def test_what_is_read_is_what_the_user_s_edits_make(name: str, watch: Watch) -> None:
     """Edits that every position gets alike, in the residual stream, the heads and the final norm, leave sharing be."""
     model, sequences = made(name), endings()
-    architecture = read_architecture(model)
-    plain = read(model, architecture, sequences)
+    plain = read(Subject.of(model), sequences)
     edits = {
         "blocks.1.hook_resid_pre": lambda value, hook: 1.5 * value,
         "blocks.1.attn.hook_z": lambda value, hook: value + 0.25,
@@ -319,7 +317,7 @@ def test_what_is_read_is_what_the_user_s_edits_make(name: str, watch: Watch) -> 
         if point in model.hook_dict:  # a model without norms has no final one
             model.hook_dict[point].add_hook(edit)
     compared = asked(sequences)
-    found = read(model, architecture, sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert found.shared
     assert off(found, own_passes(model, sequences, watch), compared) <= ALL[name]
     assert (found.prediction_input - plain.prediction_input).abs().max() > 0.1
@@ -336,7 +334,7 @@ def test_an_edit_of_one_position_is_not_shared(name: str, watch: Watch) -> None:
         return value
 
     model.hook_dict["blocks.1.hook_resid_pre"].add_hook(louder)
-    found = read(model, read_architecture(model), sequences)
+    found = read(Subject.of(model), sequences)
     assert not found.shared
     truth = own_passes(model, sequences, watch)
     assert torch.allclose(found.prediction_input, truth["prediction_input"], rtol=0, atol=1e-5)
@@ -355,7 +353,7 @@ def test_an_edited_pattern_is_the_one_compared(name: str, watch: Watch) -> None:
     for layer in range(len(model.blocks)):
         model.hook_dict[f"blocks.{layer}.attn.hook_pattern"].add_hook(halfway)
     compared = asked(sequences)
-    found = read(model, read_architecture(model), sequences, compared=compared)
+    found = read(Subject.of(model), sequences, compared=compared)
     assert found.shared
     assert (found.self_attention[:, compared] >= 0.5).all()
     assert off(found, own_passes(model, sequences, watch), compared) <= ALL[name]
@@ -370,10 +368,9 @@ def test_no_hook_of_ours_is_left_and_the_user_s_are(name: str, count_hooks: Call
     with torch.no_grad():
         model(tokens_for(1, 4))  # a bridge's first pass installs hooks of its own
     before = count_hooks(model)
-    architecture = read_architecture(model)
-    read(model, architecture, sequences, compared=asked(sequences))
-    read(model, architecture, sequences, share=False)
-    read_alone(model, architecture, sequences[0], batch=2)
+    read(Subject.of(model), sequences, compared=asked(sequences))
+    read(Subject.of(model), sequences, share=False)
+    read_alone(Subject.of(model), sequences[0], batch=2)
     assert count_hooks(model) == before
     fired.clear()
     with torch.no_grad():
@@ -395,15 +392,14 @@ def test_nor_after_an_exception(name: str, only_branches: bool, count_hooks: Cal
         model(tokens_for(1, 4))
     model.hook_dict["blocks.1.attn.hook_pattern"].add_hook(fail)
     before = count_hooks(model)
-    architecture = read_architecture(model)
     if only_branches:
-        assert not read(model, architecture, sequences, compared=asked(sequences)).shared
+        assert not read(Subject.of(model), sequences, compared=asked(sequences)).shared
     else:
         for share in (True, False):
             with pytest.raises(ZeroDivisionError, match="the user's own"):
-                read(model, architecture, sequences, compared=asked(sequences), share=share)
+                read(Subject.of(model), sequences, compared=asked(sequences), share=share)
         with pytest.raises(ZeroDivisionError, match="the user's own"):
-            read_alone(model, architecture, sequences[0])
+            read_alone(Subject.of(model), sequences[0])
     assert count_hooks(model) == before
 
 
@@ -415,7 +411,7 @@ def test_weights_that_are_no_numbers_are_told() -> None:
     with torch.no_grad():
         model.blocks[1].mlp.out.bias[0] = torch.nan
     with pytest.raises(HookMismatchError, match="NaN or infinite"):
-        read(model, read_architecture(model), endings())
+        read(Subject.of(model), endings())
 
 
 @pytest.mark.parametrize("silent", ["attn.hook_pattern", "hook_resid_pre", "attn.hook_z"])
@@ -428,11 +424,11 @@ def test_a_hook_that_does_not_fire_is_told(silent: str, monkeypatch: pytest.Monk
         lambda model, hooks: attached(model, [(n, h) for n, h in hooks if n != f"blocks.1.{silent}"]),
     )
     with pytest.raises(HookMismatchError, match="hook did not fire"):
-        read(model, read_architecture(model), sequences, compared=[True] * len(sequences))
+        read(Subject.of(model), sequences, compared=[True] * len(sequences))
 
 
 def test_a_pattern_that_is_no_softmax_is_told() -> None:
     model, sequences = made("bridge-gpt2"), endings()
     model.hook_dict["blocks.1.attn.hook_pattern"].add_hook(lambda value, hook: 2 * value)
     with pytest.raises(HookMismatchError, match="sums to 1 ± 1"):
-        read(model, read_architecture(model), sequences, compared=[True] * len(sequences))
+        read(Subject.of(model), sequences, compared=[True] * len(sequences))

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from oversquash_lens.analyses.compare import compare
 from oversquash_lens.capture.about import About
-from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
-from oversquash_lens.capture.support import architecture_support
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.costs import MOST_FROZEN, check_audit, fitting_memory
-from oversquash_lens.jacobian.measured import (
-    MEMORY,
-    MeasuredSensitivity,
-    differentiate,
-    exact_norms,
-    frobenius_estimate,
-    probe_rows,
-)
+from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
+from oversquash_lens.jacobian.products import differentiate
 from oversquash_lens.paths.bounds import CALIBRATED, PRINTED, VARIANTS
 from oversquash_lens.paths.expected_error import ExpectedError, foretold
 from oversquash_lens.paths.mean_field import mean_field_weighing
@@ -222,12 +215,12 @@ def measure_truths(
     progress: bool = False,
 ) -> Truths:
     """Full and, if asked, frozen-attention Jacobian of a tokenized prompt: both norms from the same products."""
-    architecture = read_architecture(model)
+    subject = Subject.of(model)
     dearest = ("attention",) if frozen else ()
-    memory = fitting_memory(model, len(tokenized.ids), memory, spectral=probes is None, freeze=dearest)
+    memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=probes is None, freeze=dearest)
 
     def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
-        tape = differentiate(model, architecture, tokenized, freeze)  # let go before the next: one graph at a time
+        tape = differentiate(subject, tokenized, freeze)  # let go before the next: one graph at a time
         if probes is None:
             exact = exact_norms(tape, ("fro", "spectral"), memory, progress)
             found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
@@ -241,7 +234,7 @@ def measure_truths(
                 tokenized.tokens, values, error, probes is None, norm, freeze, probes, own_seed, about
             )
 
-    frozen = frozen and architecture_support(architecture)["attention frozen"].state != "refused"
+    frozen = frozen and subject.support["attention frozen"].state != "refused"
     return Truths(*both_norms(()), *(both_norms(("attention",)) if frozen else (None, None)))
 
 

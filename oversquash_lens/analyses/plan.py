@@ -16,6 +16,7 @@ from oversquash_lens.analyses.speed import measure_speed
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.route import choose_route
 from oversquash_lens.capture.size import BASE, Size, device_of, kept_bytes, logits_bytes, record_bytes, size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, tokenize
 from oversquash_lens.capture.weights import weights_known
 from oversquash_lens.errors import InputError, one_line
@@ -168,7 +169,7 @@ def forecast(
 
 def _asked(model: Any, size: Size, n: int, probes: int | None, memory: int) -> Asked:
     architecture = read_architecture(model)
-    routes = (costs.truth_route(model, architecture, n, freeze) for freeze in ((), ("attention",)))
+    routes = (costs.truth_route(Subject.of(model), n, freeze) for freeze in ((), ("attention",)))
     return Asked(size, n, probes, memory, choose_route(model, architecture, n), *routes)
 
 

@@ -20,6 +20,7 @@ from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
 from oversquash_lens.capture.readings import read_alone
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, tokenize
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
@@ -223,7 +224,7 @@ def what_if(
         with edited_attention(model, edit if edit is not None and edit.attend is not None else None):
             trace = record_tokens(model, tokens, node_probes=node_probes, seed=seed, verify=verify)
             truth = measured_sensitivity(model, tokens.ids, probes=probes, seed=seed, memory=memory)
-            repeated, _ = read_alone(model, architecture, (*tokens.ids.tolist(), int(tokens.ids[-1])))
+            repeated, _ = read_alone(Subject.of(model), (*tokens.ids.tolist(), int(tokens.ids[-1])))
         trace = trace if edit is None else edited_trace(trace, edit)
         y = trace.prediction_input
         moved = repeated.to(y) - y

@@ -17,7 +17,7 @@ from torch.nn import Module
 from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, HookedModel, read_architecture
 from oversquash_lens.errors import HookMismatchError
 
-Hook = Callable[..., None]
+Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what the hook saw
 NamedHook = tuple[str, Hook]
 Store = dict[str, Any]
 

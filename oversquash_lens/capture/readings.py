@@ -17,6 +17,7 @@ from oversquash_lens.capture.branches import Start, run_branches, run_trunk
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached
 from oversquash_lens.capture.prefixes import Ids, Plan, apart, plan
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError
 
 ROWS = 64  # attention rows compared at a time: [head, ROWS, pos] stays in the processor's cache
@@ -47,8 +48,7 @@ class Readings:
 
 
 def read(
-    model: HookedModel,
-    architecture: Architecture,
+    subject: Subject,
     sequences: Sequence[Ids],
     *,
     compared: Sequence[bool] = (),
@@ -64,7 +64,9 @@ def read(
     """
 
     def reading(way: Plan, shared: bool) -> Readings:
-        return _Reader(model, architecture, sequences, compared or [False] * len(sequences)).run(way, shared)
+        return _Reader(subject.model, subject.architecture, sequences, compared or [False] * len(sequences)).run(
+            way, shared
+        )
 
     if not share:
         return reading(apart(sequences), False)
@@ -73,15 +75,16 @@ def read(
         return reading(way, True)
     with suppress(Exception):  # what is wrong with more than the cache will be raised by the whole passes
         found = reading(way, True)
-        if _as_alone(model, architecture, sequences, way, found):
+        if _as_alone(subject, sequences, way, found):
             return found
     return reading(plan(sequences, branching=False), False)
 
 
 def read_alone(
-    model: HookedModel, architecture: Architecture, ids: Ids, batch: int = 1
+    subject: Subject, ids: Ids, batch: int = 1
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
     """The prediction's input and the last layer's heads of one prompt, `batch` times over in a pass of its own."""
+    model, architecture = subject.model, subject.architecture
     kept: dict[str, Tensor] = {}
 
     def keep_heads(z: Tensor, hook: Any = None) -> None:
@@ -96,12 +99,10 @@ def read_alone(
     return kept["y"], kept["heads"]
 
 
-def unembedded(
-    model: HookedModel, architecture: Architecture, y: Float[Tensor, "sequence d_model"]
-) -> Float[Tensor, "sequence d_vocab"]:
+def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
     """The model's own logits of these prediction inputs."""
     with torch.no_grad():
-        return model.unembed(_restored(y, architecture, undo=True)[None])[0]
+        return subject.model.unembed(_restored(y, subject.architecture, undo=True)[None])[0]
 
 
 def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> Tensor:
@@ -112,9 +113,7 @@ def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> T
     return torch.where(gain == 0, 0, y / gain).to(y) if undo else (y * gain).to(y)
 
 
-def _as_alone(
-    model: HookedModel, architecture: Architecture, sequences: Sequence[Ids], way: Plan, found: Readings
-) -> bool:
+def _as_alone(subject: Subject, sequences: Sequence[Ids], way: Plan, found: Readings) -> bool:
     """Whether branches say what passes of their own say: the longest one, and the one that hides most of its trunk."""
     places = {i: place for i, place in enumerate(way.places) if place.branch is not None}
 
@@ -123,9 +122,9 @@ def _as_alone(
         return len(trunk.ids) - trunk.branches[places[i].branch].fork
 
     for i in {max(places, key=lambda i: len(sequences[i])), max(places, key=hidden)}:
-        own = read_alone(model, architecture, sequences[i])[0].cpu().double()
+        own = read_alone(subject, sequences[i])[0].cpu().double()
         cached = found.prediction_input[i].to(own)
-        epsilon = max(torch.finfo(architecture.dtype).eps, torch.finfo(torch.float32).eps)
+        epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
         if not bool((cached - own).norm() <= min(MISMATCH * epsilon, WORST) * own.norm()):
             return False
     return True

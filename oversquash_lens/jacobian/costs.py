@@ -11,10 +11,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from oversquash_lens.analyses.speed import Speed
-from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.route import foreign_hooks, planned_route
 from oversquash_lens.capture.size import BASE, Size, device_of, kept_bytes, record_bytes, size_of
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, check_room, in_words
 from oversquash_lens.paths.block import ENTRIES, MOST_ROWS
@@ -47,14 +47,14 @@ EIGENVALUES = 3  # of a matrix, in products of it with itself
 LAYER = 0.006  # seconds of Python per layer gone through: hooks, checks, one call after another
 
 
-def truth_route(model: Any, architecture: Architecture, n: int, freeze: Iterable[str] = ()) -> str:
+def truth_route(subject: Subject, n: int, freeze: Iterable[str] = ()) -> str:
     """One of `TRUTH_ROUTES`: how the truth of n tokens is measured with the memory that is there now."""
-    size = size_of(model)
+    model, size = subject.model, subject.size
     frozen = "attention" in freeze or next(foreign_hooks(model), None) is not None
-    if n >= FUSED_FROM and not frozen and why_not_fused(model, architecture) is None:
+    if n >= FUSED_FROM and not frozen and why_not_fused(model, subject.architecture) is None:
         return "fused"
     whole = sum(tape_bytes(size, n).values()) + product_bytes(size, n)
-    return "whole" if COMFORT * whole <= available_bytes(device_of(model)) else "blocks"
+    return "whole" if COMFORT * whole <= available_bytes(subject.device) else "blocks"
 
 
 def products_at_once(n: int, memory: int, one: int) -> int:
@@ -108,8 +108,8 @@ def edge_bytes(size: Size, n: int) -> dict[str, int]:
 
 def check_audit(model: Any, n: int, probes: int | None) -> None:
     """Refuse what would not fit even with one backward product at a time, before the recording that comes first."""
-    size, architecture, recorded = size_of(model), read_architecture(model), planned_route(model, n)
-    route = truth_route(model, architecture, n, ("attention",) if n <= MOST_FROZEN else ())
+    size, recorded = size_of(model), planned_route(model, n)
+    route = truth_route(Subject.of(model), n, ("attention",) if n <= MOST_FROZEN else ())
     needed = kept_bytes(size, n, recorded) | truth_bytes(size, n, 1, 0, probes is None, route)
     name = getattr(model.cfg, "model_name", None) or "this model"
     for parts in (record_bytes(size, n, recorded), needed):
@@ -117,14 +117,14 @@ def check_audit(model: Any, n: int, probes: int | None) -> None:
 
 
 def fitting_memory(
-    model: Any, n: int, memory: int, *, spectral: bool = False, freeze: Iterable[str] = ("attention",)
+    subject: Subject, n: int, memory: int, *, spectral: bool = False, freeze: Iterable[str] = ("attention",)
 ) -> int:
     """`memory` for backward products, or what of it there is room for: fewer products at a time are a little slower.
 
     Raises InputError where not even one fits beside the graph. Frozen attention needs most.
     """
-    size, there = size_of(model), available_bytes(device_of(model))
-    route = truth_route(model, read_architecture(model), n, freeze)
+    size, there = subject.size, available_bytes(subject.device)
+    route = truth_route(subject, n, freeze)
     fixed = sum(tape_bytes(size, n, route).values())
     least = sum(truth_bytes(size, n, 1, 0, spectral, route).values())
     if least > there:
