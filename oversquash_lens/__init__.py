@@ -13,7 +13,7 @@ _HOME = {
     "CorrectedSensitivity": "jacobian.correction",
     "Edit": "capture.edits",
     "ExpectedError": "paths.expected_error",
-    "Family": "collapse.family",
+    "Family": "collapse.families",
     "Findings": "analyses.findings",
     "Flow": "paths.flow",
     "HookMismatchError": "errors",

@@ -17,7 +17,7 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
-from oversquash_lens.collapse.family import Family, as_family, repeats_last
+from oversquash_lens.collapse.families import Family, as_family, repeats_last
 from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
 
@@ -198,9 +198,10 @@ def test_storing_is_not_computing() -> None:
     assert not torch.equal(stored, curve.l1["float32"])
     assert torch.equal(curve.self_attention["float32:store=bfloat16"], curve.self_attention["float32"])
     assert not torch.equal(curve.self_attention["bfloat16"], curve.self_attention["float32"])
-    # Rounding twice by half a spacing moves y's L1 by no more than that.
-    bound = 2 * 2.0**-8 * torch.stack([osl.record(model, ones(k)).prediction_input.abs().sum() for k in LENGTHS])
-    assert ((stored - curve.l1["float32"]).abs() <= 1.5 * bound).all()
+    # Rounding both y by half a spacing moves their L1 by no more than that; float32 itself by far less.
+    size = {k: osl.record(model, ones(k)).prediction_input.abs().sum() for n in LENGTHS for k in (n, n + 1)}
+    bound = 1.01 * torch.stack([size[k] + size[k + 1] for k in LENGTHS]) * number_format("bfloat16").epsilon / 2
+    assert ((stored - curve.l1["float32"]).abs() <= bound).all()
 
 
 def test_quantised_weights_are_another_model_s(watch: Watch) -> None:
@@ -229,10 +230,9 @@ def test_the_noise_floor_is_the_same_prompt_in_another_batch(watch: Watch) -> No
     curve = collapse_curve(model, Family("turning", turning), (1, 2, 3, 4, 5, 6, 7), ("float32",), noise_floor=True)
     for at in range(7):
         ids = turning(at + 1)[0]
-        twice = watch(model, torch.tensor([ids, ids]), "unembed.hook_in")["unembed.hook_in"][0, -1].double()
-        alone = watch(model, torch.tensor([ids]), "unembed.hook_in")["unembed.hook_in"][0, -1].double()
+        y = watch(model, torch.tensor([ids, ids]), "unembed.hook_in")["unembed.hook_in"][0, -1].double()
         floor = curve.noise_floor["float32"][at].item()
-        assert floor <= (twice - alone).abs().sum().item() + 1e-4
+        assert floor <= 1000 * number_format("float32").epsilon * y.abs().sum().item()
         assert floor < 1e-3 * curve.l1["float32"][at].item()
         assert curve.head_floor["float32"][at].item() < 1e-3 * curve.per_head["float32"][at].mean().item()
     without = collapse_curve(model, ones, LENGTHS, ("float32",))
@@ -291,9 +291,9 @@ def test_some_lengths_of_a_curve_are_that_curve_there() -> None:
 
 
 def test_lengths_that_a_curve_has_not_are_refused() -> None:
-    with pytest.raises(InputError, match=r"lengths \[11\] came"):
+    with pytest.raises(InputError, match=r"got lengths \[11\]"):
         collapse_curve(made("gpt2"), ones, range(1, 11), ("float64",), noise_floor=(11, 2))
-    with pytest.raises(InputError, match=r"lengths \[3\] came"):
+    with pytest.raises(InputError, match=r"got lengths \[3\]"):
         collapse_curve(made("gpt2"), ones, (1, 2), ("float64",)).at((1, 3))
 
 
@@ -307,11 +307,11 @@ def test_folded_weights_give_the_same_distances() -> None:
             model.unembed.W_U.copy_(model.embed.W_E.T)
             model.unembed.b_U.zero_()
     folded.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
-    one, other = (collapse_curve(model, ones, LENGTHS, ("float64", "bfloat16")) for model in (plain, folded))
+    one, other = (collapse_curve(model, ones, LENGTHS, ("float64", "float32")) for model in (plain, folded))
     assert (other.about.folded, other.about.final_gain) == (True, "restored")
     for key in ("l1", "relative", "logits"):
         assert torch.allclose(getattr(one, key)["float64"], getattr(other, key)["float64"], rtol=1e-4), key
-        assert torch.allclose(getattr(one, key)["bfloat16"], getattr(other, key)["bfloat16"], rtol=0.2), key
+        assert torch.allclose(getattr(one, key)["float32"], getattr(other, key)["float32"], rtol=1e-3), key
 
 
 # ---------------------------------------------------------------- the family
@@ -390,9 +390,15 @@ def test_every_architecture_of_a_hub_goes_through(name: str) -> None:
     for key in ("l1", "l2", "linf", "relative", "per_head", "by_layer", "logits", "attention_shift", "self_attention"):
         for values in getattr(curve, key).values():
             assert torch.isfinite(values).all(), key
-    # The two formats tell the same story: bfloat16 keeps two to three digits.
-    assert torch.allclose(curve.l1["bfloat16"], curve.l1["float32"], rtol=0.25)
-    assert torch.allclose(curve.self_attention["bfloat16"], curve.self_attention["float32"], atol=0.05)
+    # What a format computes is the exact number up to its roundings; seen are 12 and, of y's own size, 0.4 epsilons.
+    exact = collapse_curve(model, ones, LENGTHS, ("float64",))
+    size = {k: osl.record(model, ones(k)).prediction_input.abs().sum() for n in LENGTHS for k in (n, n + 1)}
+    sizes = torch.stack([size[k] + size[k + 1] for k in LENGTHS]).double()
+    few, half = (number_format(name).epsilon for name in ("float32", "bfloat16"))
+    assert torch.allclose(curve.l1["float32"], exact.l1["float64"], rtol=1000 * few)
+    assert torch.allclose(curve.self_attention["float32"], exact.self_attention["float64"], atol=1000 * few)
+    assert ((curve.l1["bfloat16"] - exact.l1["float64"]).abs() <= 4 * half * sizes).all()
+    assert torch.allclose(curve.self_attention["bfloat16"], exact.self_attention["float64"], atol=8 * half)
     branching = collapse_curve(model, Family("turning", turning), LENGTHS)
     assert not any("cache" in note for note in branching.notes)
 
@@ -492,11 +498,11 @@ def test_the_layer_where_two_prompts_merge() -> None:
 
 def test_what_the_curve_does_not_hold_is_told() -> None:
     curve = drawn([1.0, 0.0])
-    for wrong, says in (("bfloat16", "this curve holds float32"), ("float31", "float31")):
+    for wrong, says in (("bfloat16", r"this curve holds, float32, got dtype 'bfloat16'"), ("float31", "float31")):
         for ask in (curve.first_collapsed, curve.merging_layer):
             with pytest.raises(InputError, match=says):
                 ask(wrong)
-    with pytest.raises(InputError, match="expected one of epsilon, bits, top1, got 'bytes'"):
+    with pytest.raises(InputError, match="expected one of epsilon, bits, top1, got criterion 'bytes'"):
         curve.first_collapsed("float32", "bytes")
 
 
@@ -536,23 +542,26 @@ def test_bit_equal_prompts_are_found_so() -> None:
 
 
 BAD = {
-    "no family": ({"family": None}, "got NoneType as the family"),
-    "a name": ({"family": "counting"}, "got str as the family"),
+    "no family": ({"family": None}, "got a NoneType as the family"),
+    "a name": ({"family": "counting"}, "got a str as the family"),
     "equal prompts": ({"family": Family("same", lambda k: ([1, 2], [1, 2]))}, "two prompts of length 1 are equal"),
     "a constant function": ({"family": lambda k: [5, 6, 7]}, r"are equal \(3 tokens\)"),
-    "one token": ({"family": lambda k: [5] * k}, "expected at least 2, got 1 tokens for length 1"),
+    "one token": ({"family": lambda k: [5] * k}, "expected at least 2, got .*: a prompt of 1 tokens for length 1"),
     "no pair": ({"family": Family("one", lambda k: [1, 2, 3])}, r"pair\(1\) gave a list"),
     "three prompts": ({"family": Family("three", lambda k: ([1, 2], [1, 3], [1, 4]))}, "expected two token lists"),
-    "texts": ({"family": lambda k: "1" * (k + 1)}, "expected token ids, got str as a prompt of length 1"),
+    "texts": (
+        {"family": lambda k: "1" * (k + 1)},
+        "expected token ids, .*: a str as a prompt of length 1",
+    ),
     "fractions": ({"family": lambda k: [1.5, 2.5, *[3] * k]}, "expected token ids, whole numbers"),
-    "a number": ({"family": lambda k: k}, "got int as a prompt"),
+    "a number": ({"family": lambda k: k}, "a int as a prompt"),
     "beyond n_ctx": (
         {"lengths": (1, 5, 12, 200)},
-        r"length 12 makes 18 tokens; .* n_ctx = 16: 5 is the longest that fits",
+        r"at most n_ctx = 16 tokens, .*: length 12 makes 18 tokens: 5 is the longest that fits",
     ),
-    "all beyond n_ctx": ({"lengths": (200,)}, "got none that fits"),
-    "beyond the vocabulary": ({"family": lambda k: [5, *[50] * k]}, r"token id 50 came; expected ids in 0 … 49"),
-    "below the vocabulary": ({"family": lambda k: [5, *[-1] * k]}, "got token id -1"),
+    "all beyond n_ctx": ({"lengths": (200,)}, "no length that fits came before it"),
+    "beyond the vocabulary": ({"family": lambda k: [5, *[50] * k]}, r"expected ids in 0 … 49, .*: token id 50"),
+    "below the vocabulary": ({"family": lambda k: [5, *[-1] * k]}, "expected ids in 0 … 49, .*: token id -1"),
     "no lengths": ({"lengths": ()}, "expected increasing whole numbers"),
     "length 0": ({"lengths": (0, 1)}, "expected increasing whole numbers"),
     "falling": ({"lengths": (3, 2)}, "expected increasing whole numbers"),
@@ -643,3 +652,31 @@ def test_shared_and_apart_meet_on_the_real_model(smollm2: Any) -> None:
     curves = [collapse_curve(smollm2, family, (1, 9, 40), ("float64",), share=share) for share in (True, False)]
     assert not any("cache" in note for note in curves[0].notes)
     assert furthest(*curves, "float64") <= 1e-9
+
+
+# ---------------------------------------------------------------- a curve shown
+
+
+def test_a_curve_shows_itself_in_a_few_lines() -> None:
+    curve = collapse_curve(made("gpt2"), ones, range(1, 11), ("float32", "bfloat16"), noise_floor=True)
+    lines = repr(curve).splitlines()
+    assert len(lines) <= 12
+    assert "'ones' at 10 lengths" in lines[0]
+    assert {line.split()[0] for line in lines[2:-1]} == {"1", "4", "7", "10"}, "lengths spread over all"
+    assert lines[-1] == "… 12 more rows: to_frame()"
+    frame = curve.to_frame()
+    assert len(frame) == 20
+    assert frame["l1"][frame["format"] == "bfloat16"].tolist() == curve.l1["bfloat16"].tolist()
+    assert "<td><bdi>&#x27;bfloat16&#x27;</bdi></td>" in curve._repr_html_()
+
+
+def test_families_and_formats_show_themselves_in_a_line() -> None:
+    family = Family("turning", turning, "digits", "a question")
+    assert repr(family) == "Family('turning', k in digits, 'a question')"
+    assert family.to_dict() == {"kind": "family", "name": "turning", "unit": "digits", "note": "a question"}
+    frame = family.to_frame((1, 2))
+    assert frame["first"].tolist() == [turning(1)[0], turning(2)[0]]
+    assert frame["repeats_last"].tolist() == [True, True]
+    fmt = number_format("float32:store=float8_e4m3")
+    assert repr(fmt) == "NumberFormat('float32:store=float8_e4m3')"
+    assert json.loads(json.dumps(fmt.to_dict()))["largest"] == 448.0

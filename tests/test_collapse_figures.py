@@ -13,7 +13,7 @@ from small_generators import KINDS, N_CTX, loaded
 
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
-from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper import collapse_figures as recipe
 from oversquash_lens.paper import prompts, published

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import CASES, case
+from small_results import about
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
@@ -40,11 +41,12 @@ def by_matrices(
     return prior + gain @ (seen - prior), ((eye - gain) @ covariance).diagonal()
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), n=st.integers(1, 12), probes=st.integers(1, 3))
 def test_is_the_posterior_of_jointly_normal_logs(seed: int, n: int, probes: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     prior, probed = torch.randn(2, n, generator=generator, dtype=torch.float64)
-    found = corrected(profile(prior), probed.exp(), probes)
+    found = corrected(profile(prior), probed.exp(), about(), probes)
     variance, bias = scatter(RANK * probes)
     own, shared = APART * variance, (1 - APART) * variance
     spread = own * found.weight / (1 - found.weight)
@@ -68,21 +70,21 @@ def test_intervals_hold_what_they_promise_where_the_model_of_errors_is_true() ->
         truth = prior + OFFSET_SPREAD * numbers[0, 0] + 0.3 * numbers[0, 1:]
         seen = truth + shared**0.5 * numbers[1, 0] + own**0.5 * numbers[1, 1:]
         for level in inside:
-            found = corrected(profile(prior), (seen + bias).exp(), 1, level)
+            found = corrected(profile(prior), (seen + bias).exp(), about(), 1, level)
             inside[level] += int(((found.low.log() <= truth) & (truth <= found.high.log())).sum())
     for level, count in inside.items():
         assert count / (rounds * n) == pytest.approx(level, abs=0.03)
 
 
-def test_positions_that_nothing_is_known_of_keep_the_word_of_the_probes() -> None:
+def test_positions_that_nothing_is_known_of_keep_what_the_probes_say() -> None:
     prior = torch.tensor([-math.inf, 0.0, 0.5, -math.inf], dtype=torch.float64)
-    found = corrected(profile(prior), torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64), 1)
+    found = corrected(profile(prior), torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64), about(), 1)
     assert found.values[0] == found.low[0] == found.high[0] == 0
     assert found.values[3].item() == pytest.approx(3.0)
     assert torch.isfinite(found.values).all()
     assert 1.0 < found.values[2].item() < 2.5
-    unheard = corrected(profile(prior.new_full((3,), -math.inf)), prior.new_ones(3), 1)
-    assert torch.equal(unheard.values, torch.ones(3, dtype=torch.float64))
+    unknown = corrected(profile(prior.new_full((3,), -math.inf)), prior.new_ones(3), about(), 1)
+    assert torch.equal(unknown.values, torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +121,7 @@ def test_is_a_measured_sensitivity_for_all_that_take_one() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"probes": 0}, "expected at least 1, got probes=0"),
+        ({"probes": 0}, "expected at least 1, as a whole number, got probes=0"),
         ({"level": 1.0}, "expected a share between 0 and 1, got level=1.0"),
     ],
 )
@@ -127,3 +129,22 @@ def test_bad_input(options: dict, said: str) -> None:
     model, tokens = case(CASES[0])
     with pytest.raises(InputError, match=said):
         osl.probe_corrected_sensitivity(model, tokens, **options)
+
+
+def test_shows_itself_in_a_few_lines() -> None:
+    model, tokens = case(CASES[0])
+    for found in (osl.probe_corrected_sensitivity(model, tokens), osl.measured_sensitivity(model, tokens, 4)):
+        lines = repr(found).splitlines()
+        assert len(lines) <= 12
+        assert str(found.about) in lines[0]
+        frame = found.to_frame()
+        assert frame["value"].tolist() == found.values.tolist()
+        assert frame["share"].tolist() == found.share.tolist()
+        assert lines[2].split()[0] == str(int(found.share.argmax())), "the largest share first"
+        assert found._repr_html_().count("<tr>") == 1 + len(found.tokens)
+    assert list(osl.probe_corrected_sensitivity(model, tokens).to_frame().columns[-4:]) == [
+        "low",
+        "high",
+        "probed",
+        "estimate",
+    ]

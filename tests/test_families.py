@@ -13,16 +13,17 @@ from small_readers import Reader
 
 from oversquash_lens.collapse.curve import collapse_curve
 from oversquash_lens.collapse.families import (
+    Family,
     alternating,
     copying,
     counting,
     followed_by,
+    repeats_last,
     sampled_digits,
     separated,
     two_prompts,
     word_list,
 )
-from oversquash_lens.collapse.family import Family, repeats_last
 from oversquash_lens.errors import InputError
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 30, 100, 999)

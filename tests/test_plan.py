@@ -23,7 +23,8 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian import costs
-from oversquash_lens.jacobian.measured import MEMORY, differentiate
+from oversquash_lens.jacobian.measured import MEMORY
+from oversquash_lens.jacobian.products import differentiate
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
 
 SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")
@@ -176,7 +177,7 @@ def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
         architecture = read_architecture(model)
         widest = max(4 * architecture.n_heads * 9 * 9, 4 * 9 * architecture.d_mlp)
         expected = (widest + 6 * 9 * architecture.d_model) * architecture.dtype.itemsize
-        tape = differentiate(model, architecture, tokenize(model, tokens_for(5, 9)))
+        tape = differentiate(Subject.of(model), tokenize(model, tokens_for(5, 9)))
         assert costs.product_bytes(size_of(model), 9) == tape.bytes_per_product == expected
 
 

@@ -50,7 +50,7 @@ def refused(trace: osl.Trace, name: str) -> str | None:
 @pytest.mark.parametrize("route", ["whole", "blocks"])
 def test_every_measure_is_what_it_is_on_one_device(spread: Any, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens, there = spread
-    monkeypatch.setattr("oversquash_lens.jacobian.measured.truth_route", lambda *_: route)
+    monkeypatch.setattr("oversquash_lens.jacobian.products.truth_route", lambda *_: route)
     apart = all_measures(model, tokens)
     assert there.mixed == set()
     for tensor in (*model.blocks[1].parameters(), *model.blocks[1].buffers()):

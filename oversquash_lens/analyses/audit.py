@@ -263,14 +263,12 @@ def measure_truths(
     memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=probes is None, freeze=largest)
 
     def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
-        tape = differentiate(
-            subject.model, subject.architecture, tokenized, freeze
-        )  # let go before the next: one graph at a time
+        differentiated = differentiate(subject, tokenized, freeze)  # let go before the next: one graph at a time
         if probes is None:
-            exact = exact_norms(tape, ("fro", "spectral"), memory, progress)
+            exact = exact_norms(differentiated, ("fro", "spectral"), memory, progress)
             found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
         else:
-            rows, covectors = probe_rows(tape, probes, seed, memory, progress)
+            rows, covectors = probe_rows(differentiated, probes, seed, memory, progress)
             from_below = _spectral_from_below(rows, covectors)
             found = {"fro": frobenius_estimate(rows), "spectral": (from_below, torch.zeros_like(from_below))}
         own_seed = None if probes is None else seed

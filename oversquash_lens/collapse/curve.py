@@ -7,7 +7,7 @@ repeated end in representations whose distance goes to 0. docs/theory.md, sectio
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +15,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.capture.about import About, describe
-from oversquash_lens.capture.architecture import read_architecture
+from oversquash_lens.capture.about import About
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.prefixes import Ids
-from oversquash_lens.collapse.family import Family, as_family
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.collapse.families import Family, as_family
 from oversquash_lens.collapse.pairs import PairRun
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import json_numbers
+from oversquash_lens.results import Result
 
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")
@@ -34,21 +35,11 @@ FLOOR_POINTS = 9  # lengths at which the noise floor is measured where none are 
 Curves = dict[str, Float[Tensor, " length"]]
 
 
-@dataclass(frozen=True)
-class CollapseCurve:
+@dataclass(frozen=True, repr=False)
+class CollapseCurve(Result):
     """Distances between the two prompts of each length, one entry per number format (the dicts' key: its name).
 
-    `l1`, `l2`, `linf`: of y, what the unembedding reads, in y's own units; `relative`: l2 over the first one's norm.
-    `per_head` [length, head]: L∞ of the last layer's heads, each taken as z = Σ α v, before W_O: the paper does not
-    say which per-head vector it draws; z is what a head itself has read, in coordinates of its own, and needs no
-    weights to be told apart. `by_layer` [layer+1, length]: relative L2 of the residual entering each layer (last row:
-    leaving the last one). `logits`: largest change of a logit. `bit_equal`, `top1_agree`: y equal to the last bit, the
-    same next token. `margin_shift`: how much the margin of the best token over the second moved, in spacings of the
-    format at the best logit. `attention_shift`, `self_attention` [layer, length]: B.3's own assumption, the total
-    variation δ(α_n, α*_{n+1}) (no ½) of the last attention rows and α*_{n+1,n+1}, mean over heads, nan where the
-    second prompt is not the first with its last token repeated (`covered` False: outside B.3). `noise_floor`: l1
-    between the same prompt read from the shared pass and from a batch of two, `head_floor` the mean over heads of
-    `per_head` likewise; nan where not measured.
+    Distances are of y, what the unembedding reads, in y's own units, where nothing else is said; from 0 on.
     """
 
     family: str
@@ -59,19 +50,61 @@ class CollapseCurve:
     l2: Curves
     linf: Curves
     relative: Curves
+    """`l2` over the norm of the first prompt's y."""
     per_head: dict[str, Float[Tensor, "length head"]]
+    """L∞ of the last layer's heads, each taken as z = Σ α v, before W_O: the paper does not say which per-head vector
+    it draws; z is what a head itself has read, in coordinates of its own, and needs no weights to be told apart."""
     by_layer: dict[str, Float[Tensor, "layer_plus_1 length"]]
+    """Relative L2 of the residual entering each layer (last row: leaving the last one)."""
     logits: Curves
+    """Largest change of a logit."""
     bit_equal: dict[str, Bool[Tensor, " length"]]
+    """Whether both y are equal to the last bit."""
     top1_agree: dict[str, Bool[Tensor, " length"]]
+    """Whether both have the same most likely next token."""
     margin_shift: Curves
+    """How much the margin of the best token over the second moved, in spacings of the format at the best logit."""
     attention_shift: dict[str, Float[Tensor, "layer length"]]
+    """B.3's own assumption: the total variation δ(α_n, α*_{n+1}) (no ½) of the last attention rows, mean over heads;
+    nan where the pair is not `covered`."""
     self_attention: dict[str, Float[Tensor, "layer length"]]
+    """α*_{n+1,n+1}, mean over heads; nan as above."""
     noise_floor: Curves
+    """`l1` between the same prompt read from the shared pass and from a batch of two; nan where not measured."""
     head_floor: Curves
+    """The mean over heads of `per_head`, likewise."""
     covered: Bool[Tensor, " length"]
+    """Whether the second prompt is the first with its last token repeated, as B.3 has it."""
     about: About
     notes: tuple[str, ...] = ()
+
+    def _title(self) -> str:
+        collapsed = ", ".join(
+            f"{name} {'never' if first is None else f'from {first} on'}"
+            for name, first in ((name, self.first_collapsed(name)) for name in self.l1)
+        )
+        return (
+            f"Collapse of {self.family!r} at {len(self.lengths)} lengths ({self.unit}), relative distance below "
+            f"machine epsilon: {collapsed}. {self.about}"
+        )
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        """A row for each length and format."""
+        columns = ("l1", "l2", "linf", "relative", "logits", "margin_shift", "bit_equal", "top1_agree", "noise_floor")
+        table: dict[str, list[Any]] = {name: [] for name in ("length", "format", *columns, "covered")}
+        for i, length in enumerate(self.lengths):
+            for name in self.l1:
+                row = {"length": length, "format": name, "covered": bool(self.covered[i])}
+                row |= {key: getattr(self, key)[name][i].item() for key in columns}
+                for key, value in row.items():
+                    table[key].append(value)
+        return table
+
+    def _shown(self, most: int) -> tuple[list[str], list[list[str]], int]:
+        """Lengths spread over all."""
+        some = self.at([self.lengths[i] for i in _spread(len(self.lengths), max(1, most // len(self.formats)))])
+        head, rows, _ = super(CollapseCurve, some)._shown(most)
+        return head, rows, len(self.lengths) * len(self.formats)
 
     def first_collapsed(self, dtype: Any, criterion: str = "epsilon") -> int | None:
         """The length from which on every measured pair is the same to this format; None if the last is not.
@@ -81,7 +114,7 @@ class CollapseCurve:
         """
         if criterion not in CRITERIA:
             raise InputError(f"expected one of {', '.join(CRITERIA)}, got criterion {criterion!r}")
-        fmt = self._held(dtype)
+        fmt = self._format(dtype)
         same = {
             "epsilon": self.relative[fmt.name] < fmt.epsilon,
             "bits": self.bit_equal[fmt.name],
@@ -93,7 +126,7 @@ class CollapseCurve:
 
     def merging_layer(self, dtype: Any) -> tuple[int | None, ...]:
         """Per length, the first layer from which on the residuals' relative distance stays below machine epsilon."""
-        fmt = self._held(dtype)
+        fmt = self._format(dtype)
         same = self.by_layer[fmt.name] < fmt.epsilon
         stays = same.flip(0).long().cumprod(0).sum(0)
         layers = len(same)
@@ -102,23 +135,24 @@ class CollapseCurve:
     def at(self, lengths: Sequence[int]) -> CollapseCurve:
         """The same curve at some of its lengths."""
         at = [self.lengths.index(k) for k in _among(self.lengths, lengths)]
-        fields = {
+        fields: dict[str, Any] = {
             key: {name: values[:, at] if key in LAYERED else values[at] for name, values in curve.items()}
             for key, curve in vars(self).items()
             if isinstance(curve, dict)
         }
         return replace(self, lengths=tuple(lengths), covered=self.covered[at], **fields)
 
-    def _held(self, dtype: Any) -> NumberFormat:
+    def _format(self, dtype: Any) -> NumberFormat:
         fmt = number_format(dtype)
         if fmt not in self.formats:
             raise InputError(
-                f"dtype {fmt.name!r} came; this curve holds {', '.join(self.l1)}, expected one of these: measure the "
-                "other one too (dtypes=)"
+                f"expected one of the formats that this curve holds, {', '.join(self.l1)}, got dtype {fmt.name!r}: "
+                "measure this one too (dtypes=)"
             )
         return fmt
 
     def to_dict(self) -> dict:
+        """Every field, and from which length on each format has collapsed by each of `CRITERIA`, as JSON takes them."""
         plain = {"family": self.family, "unit": self.unit, "lengths": list(self.lengths), "notes": list(self.notes)}
         named = {
             key: {
@@ -145,20 +179,28 @@ def collapse_curve(
 ) -> CollapseCurve:
     """Measure how far apart a family's two prompts end, at every length and in every number format.
 
-    `family`: a `Family` (see `oversquash_lens.families`), any function length -> token ids, then paired with itself
-    one further on, or a tuple of two prompts' token ids. `dtypes`: what computes, and what is only stored or
-    quantised: "float32", "bfloat16", "float32:store=float8_e4m3", "float32:weights=int4"; "float64" is float64 all
-    through, where a model class asks for float32 too. Prompts that begin one another are read off one forward pass,
-    endings that differ run against its key/value cache; `share=False` runs each prompt by itself.
-    `noise_floor` measures what rounding alone makes, at a few lengths or at those named; each costs a pass.
+    - `model`: a HookedTransformer or TransformerBridge; it is as it was afterwards.
+    - `family`: a `Family` (see `oversquash_lens.families`), any function length -> token ids, then paired with itself
+      one further on, or a tuple of two prompts' token ids.
+    - `lengths`: increasing whole numbers from 1 on.
+    - `dtypes`: what computes, and what is only stored or quantised: "float32", "bfloat16",
+      "float32:store=float8_e4m3", "float32:weights=int4"; "float64" is float64 all through, where a model class asks
+      for float32 too.
+    - `noise_floor`: measure what rounding alone makes, at a few lengths or at those named; each costs a pass.
+    - `share`: read prompts that begin one another off one forward pass, and run endings that differ against its
+      key/value cache; False runs each prompt by itself.
+    - `progress`: show a bar.
+
+    Raises InputError for a family, lengths or formats that cannot be used with this model, HookMismatchError where a
+    format overflows.
     """
-    architecture = read_architecture(model)
+    subject = Subject.of(model)
     formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
     if not formats:
         raise InputError("expected at least one, such as 'float32', got no dtypes")
     chosen = as_family(family)
     lengths = _check_lengths(lengths)
-    pairs = readable_pairs(model, chosen, lengths)
+    pairs = readable_pairs(subject, chosen, lengths)
     floor_at = _floor_lengths(noise_floor, lengths)
     runs: dict[NumberFormat, list[NumberFormat]] = {}
     for one in formats:
@@ -166,23 +208,30 @@ def collapse_curve(
     found: dict[str, dict[str, Tensor]] = {}
     shared = True
     for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
-        with computing_in(model, computing):
-            run = PairRun(model, replace(architecture, dtype=computing.dtype), pairs, share)
-            again = run.again([lengths.index(k) for k in floor_at])
+        with computing_in(subject.model, computing):
+            run = PairRun(_computing(subject, computing), pairs, share)
+            repeated = run.repeat([lengths.index(k) for k in floor_at])
             for one in stores:
-                found[one.name] = {**run.distances(one), **run.floors(one, again)}
+                found[one.name] = {**run.distances(one), **run.floors(one, repeated)}
             shared &= run.readings.shared or not share
-    fields = {key: {one.name: found[one.name][key] for one in formats} for key in found[formats[0].name]}
+    fields: dict[str, Any] = {
+        key: {one.name: found[one.name][key] for one in formats} for key in found[formats[0].name]
+    }
     return CollapseCurve(
         family=chosen.name,
         unit=chosen.unit,
         lengths=lengths,
         formats=formats,
         covered=run.covered,
-        about=describe(model, architecture).with_prompt(bos=_begins(model, pairs), chat=False),
+        about=subject.about.with_prompt(bos=_begins_with_bos(subject.model, pairs), chat=False),
         notes=_notes(chosen.note, run.covered, shared),
         **fields,
     )
+
+
+def _computing(subject: Subject, fmt: NumberFormat) -> Subject:
+    """The subject while its model computes in another format; what was proven of it stays."""
+    return replace(subject, architecture=replace(subject.architecture, dtype=fmt.dtype))
 
 
 def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:
@@ -201,9 +250,17 @@ def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:
 def _floor_lengths(noise_floor: bool | Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
     if not isinstance(noise_floor, bool):
         return _among(lengths, noise_floor)
-    last = len(lengths) - 1
-    some = min(FLOOR_POINTS, len(lengths)) if noise_floor else 0
-    return [lengths[i] for i in sorted({round(step * last / max(some - 1, 1)) for step in range(some)})]
+    return [lengths[i] for i in _spread(len(lengths), FLOOR_POINTS if noise_floor else 0)]
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """At most so many indices below `total`, the first and the last among them, spread evenly.
+
+    >>> _spread(10, 4), _spread(2, 4), _spread(10, 0)
+    ([0, 3, 6, 9], [0, 1], [])
+    """
+    some = min(most, total)
+    return sorted({round(step * (total - 1) / max(some - 1, 1)) for step in range(some)})
 
 
 def _among(lengths: Sequence[int], asked: Sequence[int]) -> Sequence[int]:
@@ -212,32 +269,33 @@ def _among(lengths: Sequence[int], asked: Sequence[int]) -> Sequence[int]:
     return asked
 
 
-def readable_pairs(model: HookedModel, family: Family, lengths: Sequence[int]) -> list[tuple[Ids, Ids]]:
+def readable_pairs(model: Any, family: Family, lengths: Sequence[int]) -> list[tuple[Ids, Ids]]:
     """The family's pairs; made one by one, so that the first that this model cannot read is also the last made."""
-    n_ctx = read_architecture(model).n_ctx
+    subject = Subject.of(model)
+    n_ctx, d_vocab = subject.architecture.n_ctx, subject.model.cfg.d_vocab
     pairs: list[tuple[Ids, Ids]] = []
     for k in lengths:
         (pair,) = family.pairs([k])
-        reach = max(map(len, pair))
-        if reach > n_ctx:
-            fits = "none came that fits, give shorter ones"
+        longest = max(map(len, pair))
+        if longest > n_ctx:
+            fits = "no length that fits came before it, give shorter ones"
             if pairs:
                 fits = f"{lengths[len(pairs) - 1]} is the longest that fits, leave out those beyond"
             raise InputError(
-                f"family {family.name!r}: length {k} makes {reach} tokens; this model reads at most n_ctx = "
-                f"{n_ctx}: {fits}"
+                f"expected at most n_ctx = {n_ctx} tokens, this model's, got family {family.name!r}: length {k} makes "
+                f"{longest} tokens: {fits}"
             )
         for odd in {min(map(min, pair)), max(map(max, pair))}:
-            if not 0 <= odd < model.cfg.d_vocab:
+            if not 0 <= odd < d_vocab:
                 raise InputError(
-                    f"expected ids in 0 … {model.cfg.d_vocab - 1}, this model's vocabulary, got family "
+                    f"expected ids in 0 … {d_vocab - 1}, this model's vocabulary, got family "
                     f"{family.name!r}: token id {odd}"
                 )
         pairs.append(pair)
     return pairs
 
 
-def _begins(model: HookedModel, pairs: Sequence[tuple[Ids, Ids]]) -> bool:
+def _begins_with_bos(model: HookedModel, pairs: Sequence[tuple[Ids, Ids]]) -> bool:
     begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     return begin is not None and all(first[0] == begin for first, _ in pairs)
 

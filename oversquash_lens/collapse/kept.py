@@ -15,7 +15,7 @@ from torch import Tensor
 from oversquash_lens.capture.about import About
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve, readable_pairs
-from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import NumberFormat, number_format
 from oversquash_lens.parts import Parts
 

@@ -10,27 +10,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import Architecture
-from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.readings import read, read_alone, unembedded
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.collapse.family import repeats_last
+from oversquash_lens.collapse.families import repeats_last
 from oversquash_lens.collapse.precision import NumberFormat, stored
-from oversquash_lens.jacobian.double import InDouble
+from oversquash_lens.numerics import InDouble
 
 LOGITS = 64  # pairs whose logits are held at a time
 
-Again = dict[int, tuple[Tensor, Tensor]]  # pair -> its first prompt's y and heads
+Repeated = dict[int, tuple[Tensor, Tensor]]  # pair -> its first prompt's y and heads, from a batch of two
 
 
 class PairRun:
-    """What one model in one compute format makes of all pairs, in as few passes as they allow."""
+    """What one model in one compute format makes of all pairs, in as few passes as they allow.
 
-    def __init__(
-        self, model: HookedModel, architecture: Architecture, pairs: Sequence[tuple[Ids, Ids]], share: bool
-    ) -> None:
-        self.model, self.architecture = model, architecture
+    `subject`: its architecture names the format that the model computes in now.
+    """
+
+    def __init__(self, subject: Subject, pairs: Sequence[tuple[Ids, Ids]], share: bool) -> None:
+        self.subject = subject
         self.sequences = list(dict.fromkeys(ids for pair in pairs for ids in pair))
         index = {ids: i for i, ids in enumerate(self.sequences)}
         self.first = torch.tensor([index[a] for a, _ in pairs], device="cpu")
@@ -39,12 +38,12 @@ class PairRun:
         repeated = {b for (_, b), asked in zip(pairs, covered, strict=True) if asked}
         compared = [ids in repeated for ids in self.sequences]
         with self._passing():
-            self.readings = read(Subject(model, architecture), self.sequences, compared=compared, share=share)
+            self.readings = read(subject, self.sequences, compared=compared, share=share)
         self.covered = torch.tensor(covered, device="cpu")
 
     def _passing(self) -> AbstractContextManager[Any]:
         """Around every pass: a format that computes in float64 does so all through."""
-        return InDouble() if self.architecture.dtype == torch.float64 else nullcontext()
+        return InDouble() if self.subject.architecture.dtype == torch.float64 else nullcontext()
 
     def distances(self, fmt: NumberFormat) -> dict[str, Tensor]:
         """The fields of a CollapseCurve, by name, of what was computed rounded to this format's storage."""
@@ -81,7 +80,7 @@ class PairRun:
         wide = torch.promote_types(inputs.dtype, torch.float32)
         for first, second in zip(self.first.split(LOGITS), self.second.split(LOGITS), strict=True):
             both, place = torch.cat([first, second]).unique(return_inverse=True)
-            logits = unembedded(Subject(self.model, self.architecture), inputs[both]).to(wide)
+            logits = unembedded(self.subject, inputs[both]).to(wide)
             best = logits.topk(2)
             a, b = place.tensor_split(2)
             top, runner_up = best.values.double().unbind(1)
@@ -96,18 +95,15 @@ class PairRun:
             "margin_shift": torch.cat(shift).cpu().masked_fill(same, 0),
         }
 
-    def again(self, some: Sequence[int]) -> Again:
+    def repeat(self, some: Sequence[int]) -> Repeated:
         """The first prompts of these pairs once more, from a batch of two."""
         with self._passing():
-            return {
-                at: read_alone(Subject(self.model, self.architecture), self.sequences[int(self.first[at])], batch=2)
-                for at in some
-            }
+            return {at: read_alone(self.subject, self.sequences[int(self.first[at])], batch=2) for at in some}
 
-    def floors(self, fmt: NumberFormat, again: Again) -> dict[str, Float[Tensor, " length"]]:
-        """What rounding alone makes of the distances: nan where a prompt was not read again."""
+    def floors(self, fmt: NumberFormat, repeated: Repeated) -> dict[str, Float[Tensor, " length"]]:
+        """What rounding alone makes of the distances: nan where a prompt was not repeated."""
         y_floor, head_floor = torch.full((2, len(self.first)), torch.nan, dtype=torch.float64, device="cpu")
-        for at, (y, heads) in again.items():
+        for at, (y, heads) in repeated.items():
             one = int(self.first[at])
             y_before, heads_before = self.readings.prediction_input[one], self.readings.heads[one]
             y_floor[at] = (stored(y, fmt) - stored(y_before.to(y), fmt)).abs().sum()

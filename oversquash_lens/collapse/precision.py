@@ -27,7 +27,7 @@ WEIGHTS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 32)
 PARTS = {"store": "storage", "weights": "weights"}  # as the text has them -> as the fields are called
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NumberFormat:
     """What a model computes in, what its results are stored as, what its weights are quantised to.
 
@@ -38,6 +38,9 @@ class NumberFormat:
     compute: str
     storage: str | None = None
     weights: str | None = None
+
+    def __repr__(self) -> str:
+        return f"NumberFormat({self.name!r})"
 
     def __post_init__(self) -> None:
         if str(self.compute).startswith("float8_"):
@@ -56,6 +59,11 @@ class NumberFormat:
                     f"expected one of {', '.join(known)}, as in 'float32', 'float32:store=float8_e4m3' or "
                     f"'bfloat16:weights=int4', got {one_line(repr(came), 60)} as the format {part}"
                 )
+
+    def to_dict(self) -> dict:
+        """The format's parts, its machine epsilon and its largest number, as JSON takes them."""
+        numbers = {"epsilon": self.epsilon, "largest": self.largest}
+        return {"kind": "number_format", "name": self.name, **vars(self), **numbers}
 
     @property
     def name(self) -> str:
@@ -199,7 +207,9 @@ def computing_in(model: Any, fmt: Any) -> Iterator[None]:
             afterwards.callback(buffers.__setitem__, name, buffers[name])
             buffers[name] = buffers[name].to(fmt.dtype)
         config = getattr(model, "cfg", None)
-        if hasattr(config, "dtype"):  # one object that HookedTransformer's components read while they compute
+        if config is not None and hasattr(
+            config, "dtype"
+        ):  # one object that HookedTransformer's components read while they compute
             afterwards.callback(setattr, config, "dtype", config.dtype)
             config.dtype = fmt.dtype
         yield
@@ -215,7 +225,7 @@ def _recast_parameters(model: torch.nn.Module, fmt: NumberFormat) -> Iterator[tu
         )
     for parameter in weight_holder(model).parameters():
         data = parameter.data
-        if id(parameter) in axes:
+        if fmt.weights and id(parameter) in axes:
             yield parameter, _quantised(data, axes[id(parameter)], *WEIGHTS[fmt.weights]).to(fmt.dtype)
         elif data.is_floating_point() and data.dtype != fmt.dtype:
             yield parameter, data.to(fmt.dtype)

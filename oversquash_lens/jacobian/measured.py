@@ -1,101 +1,129 @@
-"""The truth: how much y_n, what the unembedding reads, really moves with each position's embedding.
+"""The truth: how much y_n, what the unembedding reads, moves with each position's embedding.
 
-‖∂y_n/∂v_i⁽⁰⁾‖ by autograd from `unembed.hook_in` at the last position to `blocks.0.hook_resid_pre`. One backward pass
-gives every position at once, so the exact norm costs d_model products whatever the prompt's length, and a few
-Gaussian probes estimate the Frobenius norm with a standard error.
+‖∂y_n/∂v_i⁽⁰⁾‖ by autograd from the unembedding's input at the last position to the residual that enters the first
+block. One backward product gives every position at once, so the exact norm costs d_model products whatever the prompt's
+length, and a few Gaussian probes estimate the Frobenius norm with a standard error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.about import About, describe
-from oversquash_lens.capture.architecture import Architecture, read_architecture
-from oversquash_lens.capture.checks import patterns_are_used
-from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.about import About
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.capture.size import size_of
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.capture.support import architecture_support, refuse_unsupported
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize
-from oversquash_lens.errors import InputError, ModelError, whole_number
-from oversquash_lens.jacobian.costs import fitting_memory, product_bytes, truth_route
-from oversquash_lens.jacobian.relay import Relay, relayed
-from oversquash_lens.jacobian.tape import Tape, taped
+from oversquash_lens.capture.tokens import Prompt
+from oversquash_lens.errors import InputError, whole_number
+from oversquash_lens.jacobian.costs import fitting_memory
+from oversquash_lens.jacobian.products import Differentiated, differentiate
 from oversquash_lens.numerics import json_numbers
+from oversquash_lens.results import Result
 
 NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")
-ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
 MEMORY = 1 << 30  # bytes that one batch of backward products may take
 
 
-@dataclass(frozen=True)
-class MeasuredSensitivity:
-    """‖∂y_n/∂v_i‖ for every position i, measured. `standard_error` is 0 where `exact`."""
+@dataclass(frozen=True, repr=False)
+class MeasuredSensitivity(Result):
+    """‖∂y_n/∂v_i‖ for every position i, measured: in units of y per unit of the residual stream."""
 
     tokens: tuple[str, ...]
     values: Float[Tensor, " pos"]
     standard_error: Float[Tensor, " pos"]
+    """Of `values`; 0 where `exact`."""
     exact: bool
     norm: str
+    """One of `NORMS`."""
     freeze: tuple[str, ...]
+    """What was held fixed, of `FREEZABLE`."""
     probes: int | None
+    """How many Gaussian probes; None where `exact`."""
     seed: int | None
     about: About
+
+    _ranked_by: ClassVar[str | None] = "share"
 
     @property
     def share(self) -> Float[Tensor, " pos"]:
         """Each position's part of the sum of sensitivities; sums to 1."""
         return self.values / self.values.sum()
 
+    def _title(self) -> str:
+        how = "exact" if self.exact else f"{self.probes} probes, seed {self.seed}"
+        frozen = f", {' and '.join(self.freeze)} frozen" if self.freeze else ""
+        return f"‖∂y_n/∂v_i‖ ({self.norm}), measured over {len(self.tokens)} tokens ({how}{frozen}): {self.about}"
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        return {
+            "position": range(len(self.tokens)),
+            "token": self.tokens,
+            "value": self.values.tolist(),
+            "standard_error": self.standard_error.tolist(),
+            "share": self.share.tolist(),
+        }
+
     def to_dict(self) -> dict:
+        """Every field and the shares, as JSON takes them."""
         tensors = {name: json_numbers(getattr(self, name)) for name in ("values", "standard_error", "share")}
         rest = {name: value for name, value in vars(self).items() if name not in tensors and name != "about"}
-        return {"kind": "measured", **rest, **tensors, "about": asdict(self.about)}
+        return {"kind": "measured", **rest, **tensors, "about": self.about.to_dict()}
 
 
 def measured_sensitivity(
     model: Any,
     prompt: Prompt,
-    *,
     probes: int | None = 16,
+    *,
     norm: str = "fro",
     freeze: Sequence[str] = (),
-    seed: int = 0,
     chat: bool = False,
     bos: bool | None = None,
+    seed: int = 0,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> MeasuredSensitivity:
-    """Measure how much the prediction's input moves with each position's embedding, in its own units.
+    """Measure how much the prediction's input y_n moves with each position's embedding: ‖∂y_n/∂v_i‖.
 
-    `probes=None` is exact (d_model vector-Jacobian products, batched within `memory` bytes), norm "fro" or
-    "spectral"; `probes=K` estimates the Frobenius norm from K Gaussian probes (K = 16: about 6 %). `freeze`
-    detaches the attention weights and/or the norms' divisors, as the paper's assumptions do.
+    In units of y per unit of the residual stream, from 0 on.
+
+    - `model`: a HookedTransformer or TransformerBridge; hooks of your own stay on.
+    - `prompt`: a text or token ids [pos]; `chat` puts a text through the chat template, `bos` forces or forbids BOS.
+    - `probes`: Gaussian probes for an estimate of the Frobenius norm (16: about 6 %), or None for the exact norm from
+      d_model products.
+    - `norm`: "fro" or, exact only, "spectral".
+    - `freeze`: "attention" and/or "norms": attention weights or the norms' divisors are held fixed, as the paper's
+      assumptions do.
+    - `seed`: draws the probes; the global random state is left alone.
+    - `memory`: bytes that a batch of backward products may take.
+    - `progress`: show a bar.
 
     A graph that would take more than a quarter of the memory there is, is made one block at a time, each block being
     run twice: hooks of your own must do the same thing both times, which is checked. From 512 tokens on a bridge whose
     attention can be fused (and is not frozen, or hooked by you) makes no patterns, in memory that grows as n; the
     result then differs by float32 rounding.
+
+    Raises InputError for options and prompts that cannot be used or do not fit into memory, ModelError where attention
+    cannot be frozen, HookMismatchError for a pass that is not finite or not repeatable.
     """
     _check_options(probes, norm, freeze)
-    tokenized = tokenize(model, prompt, chat=chat, bos=bos)
-    architecture = read_architecture(model)
-    memory = fitting_memory(Subject.of(model), len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
-    tape = differentiate(model, architecture, tokenized, freeze)
+    subject = Subject.of(model)
+    subject.require("truth")
+    tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
+    memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
+    differentiated = differentiate(subject, tokenized, freeze)
     if probes is None:
-        values = exact_norms(tape, (norm,), memory, progress)[norm]
+        values = exact_norms(differentiated, (norm,), memory, progress)[norm]
         error = torch.zeros_like(values)
     else:
-        rows, _ = probe_rows(tape, probes, seed, memory, progress)
+        rows, _ = probe_rows(differentiated, probes, seed, memory, progress)
         values, error = frobenius_estimate(rows)
     return MeasuredSensitivity(
         tokens=tokenized.tokens,
@@ -106,41 +134,28 @@ def measured_sensitivity(
         freeze=tuple(freeze),
         probes=probes,
         seed=None if probes is None else seed,
-        about=replace(describe(model, architecture), bos=tokenized.bos, chat=tokenized.chat),
+        about=subject.about.with_prompt(bos=tokenized.bos, chat=tokenized.chat),
     )
 
 
-def differentiate(
-    model: HookedModel, architecture: Architecture, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()
-) -> Tape | Relay:
-    """One forward pass that can be differentiated, the named parts held fixed, on the route of `truth_route`."""
-    n, size = len(tokenized.ids), size_of(model)
-    if "attention" in freeze:
-        _check_pattern_is_used(model, architecture, tokenized)
-    route = truth_route(Subject(model, architecture), n, freeze)
-    one = product_bytes(size, n, route)
-    if route == "whole":
-        return taped(model, architecture, tokenized, freeze, one)
-    return relayed(model, architecture, tokenized, freeze, one, fused=route == "fused")
-
-
 def exact_norms(
-    tape: Tape | Relay, norms: Sequence[str], memory: int = MEMORY, progress: bool = False
+    differentiated: Differentiated, norms: Sequence[str], memory: int = MEMORY, progress: bool = False
 ) -> dict[str, Float[Tensor, " pos"]]:
-    """The asked norms of every ∂y_n/∂v_i from d_model products; the spectral one holds whole Jacobians.
+    """The asked norms of every ∂y_n/∂v_i from d_model products; the spectral one holds the Jacobians themselves.
 
     Where these pass `memory`, positions are taken in windows and the products computed again for each.
     """
-    d_model, n = tape.output.shape[0], tape.leaf.shape[1]
+    d_model, n = differentiated.output.shape[0], differentiated.leaf.shape[1]
     window = n
     if "spectral" in norms:
-        window = max(1, min(n, memory // (d_model * d_model * tape.output.element_size())))
+        window = max(1, min(n, memory // (d_model * d_model * differentiated.output.element_size())))
     found: dict[str, list[Tensor]] = {norm: [] for norm in norms}
     eye = torch.eye(d_model, device="cpu")
     for start in range(0, n, window):
         columns = slice(start, start + window)
-        squares, jacobian = 0, []
-        for rows in tape.products(eye, memory, progress):
+        squares = torch.zeros((), dtype=torch.float64, device="cpu")
+        jacobian = []
+        for rows in differentiated.products(eye, memory, progress):
             rows = rows[:, columns]
             squares = squares + torch.linalg.vector_norm(rows.cpu(), dim=(0, 2), dtype=torch.float64).square()
             if "spectral" in norms:
@@ -153,13 +168,13 @@ def exact_norms(
 
 
 def probe_rows(
-    tape: Tape | Relay, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
+    differentiated: Differentiated, probes: int, seed: int, memory: int = MEMORY, progress: bool = False
 ) -> tuple[Float[Tensor, "probe pos d_model"], Float[Tensor, "probe d_model"]]:
     """ω ∂y_n/∂v_i for Gaussian ω, and the ω: each row's ‖·‖² is an unbiased estimate of ‖∂y_n/∂v_i‖_F²."""
     covectors = torch.randn(
-        probes, tape.output.shape[0], generator=random_source(seed), dtype=torch.float64, device="cpu"
+        probes, differentiated.output.shape[0], generator=random_source(seed), dtype=torch.float64, device="cpu"
     )
-    return torch.cat([rows.cpu() for rows in tape.products(covectors, memory, progress)]), covectors
+    return torch.cat([rows.cpu() for rows in differentiated.products(covectors, memory, progress)]), covectors
 
 
 def frobenius_estimate(
@@ -175,8 +190,8 @@ def frobenius_estimate(
     values = squares.mean(1).sqrt()
     pairs = 1 - torch.eye(len(rows), dtype=gram.dtype, device="cpu")
     parallel = (gram.square() * pairs).sum((1, 2))
-    whole = (squares[:, :, None] * squares[:, None, :] * pairs).sum((1, 2))
-    alike = torch.where(whole > 0, parallel / whole, 1.0)
+    largest = (squares[:, :, None] * squares[:, None, :] * pairs).sum((1, 2))
+    alike = torch.where(largest > 0, parallel / largest, 1.0)
     return values, values * (alike / (2 * len(rows))).sqrt()
 
 
@@ -197,13 +212,3 @@ def _check_options(probes: int | None, norm: str, freeze: Sequence[str]) -> None
         whole_number("probes", probes, otherwise=", or None for the exact norm")
     if probes is not None and norm == "spectral":
         raise InputError("expected probes=None, got norm='spectral' with probes: probes estimate 'fro' only")
-
-
-def _check_pattern_is_used(model: HookedModel, architecture: Architecture, tokenized: TokenizedPrompt) -> None:
-    """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
-    refuse_unsupported(architecture_support(architecture), "attention frozen", model.cfg.model_name or "this model")
-    if not patterns_are_used(model, architecture, tokenized.batch(model)[:, :ENOUGH]):
-        raise ModelError(
-            f"{model.cfg.model_name}: halving its attention patterns changes nothing; expected hook_pattern to be "
-            "what the model uses: freezing attention is not possible with this model class"
-        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
-from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.judging import collapses, exponent
 from oversquash_lens.paper.run_config import PAPER_MODEL, RunConfig

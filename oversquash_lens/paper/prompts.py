@@ -13,6 +13,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from oversquash_lens.collapse.families import COPY_NUMBER, HOW_MANY_ONES
 from oversquash_lens.errors import InputError
 
 PRINTED, OURS = "printed", "ours"
@@ -30,9 +31,7 @@ HINT = "*Hint* It's not necessarily a 1, check carefully"
 TYPE_1 = f"What is the last digit of the following sequence? {EXACTLY}. Here is the sequence: {{seq}}"
 TYPE_2 = f"{EXACTLY}. What is the last digit of the following sequence? {{seq}}"
 
-HOW_MANY_ONES = "How many ones are in the following sequence?"  # figure 5's prompt
 HOW_MANY_ONES_CAPTION = "How many ones are in the following sequences?"  # as the figure's captions print it
-COPY_NUMBER = "Can you copy the following number?"
 
 THINK = "Let's think step by step, showing me your reasoning."
 HERE_ARE_EXAMPLES = "Here are a few examples:"

@@ -13,7 +13,7 @@ from oversquash_lens.capture.prefixes import common
 from oversquash_lens.capture.tokens import text_ids, tokenize
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
-from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.collapse.family import Family
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.paper.generator import Generator, Sampling

@@ -1,4 +1,4 @@
-"""The truth block by block, and with fused attention, against that of the whole graph: the same numbers from less."""
+"""The truth checkpointed by block, and with fused attention, against that of the whole graph: the same numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from zoo import CELLS, lacking, zoo
 import oversquash_lens as osl
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.fused import why_not_fused
-from oversquash_lens.capture.tokens import tokenize
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, ModelError
-from oversquash_lens.jacobian import costs, relay, tape
-from oversquash_lens.jacobian.measured import MEMORY, differentiate
+from oversquash_lens.jacobian import costs, products
+from oversquash_lens.jacobian.measured import MEMORY
+from oversquash_lens.jacobian.products import differentiate, vjp
 
 FREEZES = [(), ("attention",), ("norms",), ("attention", "norms")]
 FUSED = 1e-6  # float64 weights, but most of transformers' classes take the softmax or the rotations in float32
@@ -31,7 +32,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
     """measured(route, model, tokens, …): the truth on that route."""
 
     def measured(route: str, model: Any, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        monkeypatch.setattr(jacobian, "truth_route", lambda *_: route)
+        monkeypatch.setattr(products, "truth_route", lambda *_: route)
         return osl.measured_sensitivity(model, tokens, **{"probes": None} | options).values
 
     return measured
@@ -103,11 +104,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
     def spied(output: torch.Tensor, leaf: torch.Tensor, covectors: torch.Tensor) -> torch.Tensor:
         seen["whole" if output.ndim == 1 else "blocks"].append(len(covectors))
-        return original(output, leaf, covectors)
+        return vjp(output, leaf, covectors)
 
-    original = tape.pulled_back
-    monkeypatch.setattr(tape, "pulled_back", spied)
-    monkeypatch.setattr(relay, "pulled_back", spied)
+    monkeypatch.setattr(products, "vjp", spied)
     return seen
 
 
@@ -146,11 +145,12 @@ def kept_for_backward(differentiated: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", ["rms-gated-rotary-gqa", "bridge-llama", "bridge-gpt2"])
 def test_the_pass_keeps_no_graph_of_the_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = case(name)
-    architecture, tokenized = read_architecture(model), tokenize(model, tokens)
+    subject = Subject.of(model)
+    tokenized = subject.tokenize(tokens)
     kept = {}
     for route in ("whole", "blocks"):
-        monkeypatch.setattr(jacobian, "truth_route", lambda *_, route=route: route)
-        kept[route] = kept_for_backward(lambda: differentiate(model, architecture, tokenized))
+        monkeypatch.setattr(products, "truth_route", lambda *_, route=route: route)
+        kept[route] = kept_for_backward(lambda: differentiate(subject, tokenized))
     assert kept["blocks"] < kept["whole"] / 4
 
 

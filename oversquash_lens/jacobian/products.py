@@ -1,0 +1,317 @@
+"""Vector-Jacobian products of one forward pass: covector · ∂y_n/∂v, for all positions at once.
+
+`differentiate` chooses between two ways to the same numbers. `WholeGraph` keeps the graph of the whole pass.
+`Checkpointed` keeps the residuals that enter the blocks, O(n) a layer, and runs each block again when its turn comes,
+with one block's graph at a time. Covectors go from the last block to the first, many together, so that a block is run
+again once for all of them (the usual gradient checkpointing does it once for each batch). Where attention may be fused
+no [dest, src] is made at all, and memory is O(n) throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from oversquash_lens.capture import checks
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
+from oversquash_lens.capture.checks import patterns_are_used
+from oversquash_lens.capture.fused import fused_attention
+from oversquash_lens.capture.hooks import NamedHook
+from oversquash_lens.capture.passes import attached, last_logits_only, without_cache
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import TokenizedPrompt
+from oversquash_lens.errors import HookMismatchError, ModelError
+from oversquash_lens.jacobian.costs import CARRIED, product_bytes, products_at_once, truth_route
+
+LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
+ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
+
+Rows = Float[Tensor, "row one pos d_model"]
+
+
+@dataclass(frozen=True)
+class WholeGraph:
+    """A pass whose whole graph is kept: y_n, and the residuals entering the first block that it is a function of."""
+
+    output: Float[Tensor, " d_model"]
+    leaf: Float[Tensor, "one pos d_model"]
+    bytes_per_product: int
+
+    def products(
+        self, covectors: Float[Tensor, "row d_model"], memory: int, progress: bool
+    ) -> Iterator[Float[Tensor, "chunk pos d_model"]]:
+        """covector · ∂y_n/∂v for all positions, a batch of covectors at a time; in float32 at least."""
+        parts = covectors.split(products_at_once(self.leaf.shape[1], memory, self.bytes_per_product))
+        for part in tqdm(parts, desc="backward products", unit="batch", disable=not progress, leave=False):
+            rows = vjp(self.output, self.leaf, part)[:, 0]
+            checks.check_finite("the derivative of the unembedding's input", rows)
+            yield rows
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called one of its blocks."""
+
+    block: nn.Module
+    arguments: tuple
+    named: dict[str, Any]
+
+    def residual(self) -> Float[Tensor, "one pos d_model"]:
+        return self.arguments[0] if self.arguments else self.named["hidden_states"]
+
+    def repeat(self, residual: Float[Tensor, "one pos d_model"]) -> Float[Tensor, "one pos d_model"]:
+        """Call the block once more, with this residual."""
+        if self.arguments:
+            return _residual_of(self.block(residual, *self.arguments[1:], **self.named))
+        return _residual_of(self.block(**self.named | {"hidden_states": residual}))
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A pass of which each block can be run again. `output` is y_n, a function of `top`, the last residual.
+
+    `frozen` are the hooks that hold parts of it fixed, `fused` whether attention is.
+    """
+
+    output: Float[Tensor, " d_model"]
+    top: Float[Tensor, "one pos d_model"]
+    calls: list[BlockCall]
+    bytes_per_product: int
+    subject: Subject
+    frozen: list[NamedHook]
+    fused: bool
+
+    @property
+    def leaf(self) -> Float[Tensor, "one pos d_model"]:
+        """The residual that enters the first block."""
+        return self.calls[0].residual()
+
+    def products(
+        self, covectors: Float[Tensor, "row d_model"], memory: int, progress: bool
+    ) -> Iterator[Float[Tensor, "chunk pos d_model"]]:
+        """covector · ∂y_n/∂v for all positions, as many covectors at a time as fit; in float32 at least."""
+        parts = covectors.split(max(1, memory // (CARRIED * self.leaf.numel() * max(4, self.leaf.element_size()))))
+        steps = len(parts) * len(self.calls)
+        with tqdm(total=steps, desc="backward products", unit="block", disable=not progress, leave=False) as bar:
+            for part in parts:
+                with torch.inference_mode(False):
+                    rows = vjp(self.output, self.top, part.clone())
+                    for layer in reversed(range(len(self.calls))):
+                        rows = self._through_block(layer, rows, memory)
+                        bar.update()
+                yield rows[:, 0]
+
+    def _through_block(self, layer: int, rows: Rows, memory: int) -> Rows:
+        """Covectors of the residual that leaves the block become those of the one that enters it."""
+        caught: dict[str, Tensor] = {}
+        first = [_leaf_hook(caught)] if layer == 0 else []
+        with _differentiable(self.subject, [*first, *self.frozen], self.fused):
+            leaf = self.calls[layer].residual().detach().requires_grad_()
+            leaving = self.calls[layer].repeat(leaf)
+            self._check_same(layer, leaving.detach())
+            leaf, batch = caught.get("leaf", leaf), products_at_once(leaf.shape[1], memory, self.bytes_per_product)
+            for part in rows.split(batch):  # views: each batch's rows take the place of their covectors
+                part.copy_(vjp(leaving, leaf, part))
+        checks.check_finite(f"layer {layer}, the derivative of the unembedding's input", rows)
+        return rows
+
+    def _check_same(self, layer: int, leaving: Tensor) -> None:
+        """Dropout, or a user's hook that does another thing at its second call, would make it another function."""
+        before = self.top if layer + 1 == len(self.calls) else self.calls[layer + 1].residual()
+        before = before.detach().to(leaving)
+        off = ((leaving - before).abs().max() / before.abs().max().clamp(min=1e-6)).item()
+        if not off <= checks.TOLERANCE[leaving.dtype]:
+            raise HookMismatchError(
+                f"block {layer}, run a second time for the truth of a long prompt, differs from its first run by "
+                f"{off:.2g} of its size; expected the same both times: no dropout (model.eval()), and no hook of yours "
+                "that does something else at its second call"
+            )
+
+
+Differentiated = WholeGraph | Checkpointed
+
+
+def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable[str] = ()) -> Differentiated:
+    """One forward pass of which products can be taken, on the route that `costs.truth_route` chooses.
+
+    `freeze`: "attention" and/or "norms", detached. Raises ModelError where attention cannot be, HookMismatchError for
+    a pass that is no plain one.
+    """
+    n, freeze = len(tokenized.ids), tuple(freeze)
+    if "attention" in freeze:
+        _check_patterns_are_used(subject, tokenized)
+    route = truth_route(subject, n, freeze)
+    one, frozen = product_bytes(subject.size, n, route), _freezing_hooks(subject.architecture, freeze)
+    if route == "whole":
+        return _with_whole_graph(subject, tokenized, frozen, one)
+    return _with_checkpoints(subject, tokenized, frozen, one, fused=route == "fused")
+
+
+def vjp(
+    output: Tensor, leaf: Float[Tensor, "one pos d_model"], covectors: Float[Tensor, "row ..."]
+) -> Float[Tensor, "row one pos d_model"]:
+    """Each covector · ∂output/∂leaf, in float32 at least. Several go through the graph together, one goes alone."""
+    covectors, dtype = covectors.to(output.device), output.dtype
+    if dtype != torch.float16:
+        rows = _gradients(output, leaf, covectors.to(dtype))
+        return rows.to(torch.promote_types(dtype, torch.float32))
+    # Small derivatives would be 0 in float16: there they pass through lifted.
+    size = covectors.float().flatten(1).norm(torch.inf, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    unit = covectors.float() / size.view(-1, *[1] * output.ndim)
+    for lift in LIFTS:
+        rows = _gradients(output, leaf, (unit * lift).to(dtype)).float() / lift
+        if torch.isfinite(rows).all():
+            break
+    return rows * size.view(-1, 1, 1, 1).to(rows)
+
+
+def _gradients(output: Tensor, leaf: Tensor, covectors: Float[Tensor, "row ..."]) -> Tensor:
+    if len(covectors) == 1:
+        return torch.autograd.grad(output, leaf, covectors[0], retain_graph=True)[0][None]
+    return torch.autograd.grad(output, leaf, covectors, is_grads_batched=True, retain_graph=True)[0]
+
+
+# ------------------------------------------------------------ the pass
+
+
+def _with_whole_graph(
+    subject: Subject, tokenized: TokenizedPrompt, frozen: list[NamedHook], bytes_per_product: int
+) -> WholeGraph:
+    """Run the model once with a leaf at the first residual, and keep the graph."""
+    caught: dict[str, Tensor] = {}
+    with _differentiable(subject, [_leaf_hook(caught), _output_hook(subject.architecture, caught), *frozen]):
+        _run(subject, tokenized)
+    return WholeGraph(_prediction_input(caught["output"], subject.architecture), caught["leaf"], bytes_per_product)
+
+
+def _with_checkpoints(
+    subject: Subject, tokenized: TokenizedPrompt, frozen: list[NamedHook], bytes_per_product: int, fused: bool
+) -> Checkpointed:
+    """Run the model once, keep how each block was called, and the graph of what lies behind the last of them."""
+    caught: dict[str, Tensor] = {}
+    calls: list[BlockCall] = []
+    blocks = list(subject.model.blocks)
+    hooks = [_output_hook(subject.architecture, caught), *frozen]
+    with _differentiable(subject, hooks, fused), _calls_kept(blocks, calls, caught):
+        _run(subject, tokenized)
+    if len(calls) != len(blocks) or "top" not in caught:
+        raise HookMismatchError(
+            f"{len(calls)} of {len(blocks)} blocks ran; expected each to run once: a plain forward pass"
+        )
+    output = _prediction_input(caught["output"], subject.architecture)
+    return Checkpointed(output, caught["top"], calls, bytes_per_product, subject, frozen, fused)
+
+
+@contextmanager
+def _differentiable(subject: Subject, hooks: Sequence[NamedHook], fused: bool = False) -> Iterator[None]:
+    """Hooks attached behind the user's own, gradients on whatever the caller's mode is, logits of the last token."""
+    model = subject.model
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        last_logits_only(model),
+        attached(model, hooks),
+        fused_attention(model, _ignore) if fused else nullcontext(),
+    ):
+        yield
+
+
+def _ignore(layer: int, key: str, value: Tensor) -> None:
+    """What fused attention tells a recording is of no use here."""
+
+
+def _run(subject: Subject, tokenized: TokenizedPrompt) -> None:
+    """One forward pass; ids made in inference mode cannot be differentiated behind."""
+    subject.model(tokenized.batch(subject.model).clone(), **without_cache(subject.model))
+
+
+@contextmanager
+def _calls_kept(blocks: list[nn.Module], calls: list[BlockCall], caught: dict[str, Tensor]) -> Iterator[None]:
+    """Within it blocks make no graph.
+
+    `calls` gets how each is called, `caught["top"]` the residual that leaves the last one.
+    """
+
+    def enter(block: nn.Module, arguments: tuple, named: dict) -> None:
+        calls.append(BlockCall(block, arguments, named))
+        torch.set_grad_enabled(False)
+
+    def leave(block: nn.Module, arguments: tuple, output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        if block is not blocks[-1]:
+            return None
+        caught["top"] = _residual_of(output).detach().requires_grad_()
+        return (caught["top"], *output[1:]) if isinstance(output, tuple) else caught["top"]
+
+    handles = [block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _residual_of(output: Any) -> Float[Tensor, "one pos d_model"]:
+    """The residual that leaves a block; some classes wrap it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+# ------------------------------------------------------------ where gradients begin, end and stop
+
+
+def _leaf_hook(caught: dict[str, Tensor]) -> NamedHook:
+    """Where gradients end: the residual that enters the first layer."""
+
+    def start(residual: Tensor, hook: Any = None) -> Tensor:
+        caught["leaf"] = residual.detach().clone().requires_grad_()
+        return caught["leaf"]
+
+    return f"blocks.0.{LAYER_HOOKS['residual']}", start
+
+
+def _output_hook(architecture: Architecture, caught: dict[str, Tensor]) -> NamedHook:
+    """Where gradients begin: what the unembedding reads at the last position."""
+
+    def end(y: Tensor, hook: Any = None) -> None:
+        caught["output"] = y[0, -1]
+
+    return architecture.final_hooks()["prediction_input"], end
+
+
+def _freezing_hooks(architecture: Architecture, freeze: tuple[str, ...]) -> list[NamedHook]:
+    """Detach what is to be held fixed; the same in every pass."""
+
+    def detach(value: Tensor, hook: Any = None) -> Tensor:
+        return value.detach()
+
+    keys = [LAYER_HOOKS["pattern"]] if "attention" in freeze else []
+    final: list[NamedHook] = []
+    if "norms" in freeze and architecture.normed:
+        keys += architecture.scale_hooks()
+        final = [(architecture.final_hooks()["final_scale"], detach)]
+    return [(f"blocks.{i}.{key}", detach) for i in range(architecture.n_layers) for key in keys] + final
+
+
+def _prediction_input(output: Float[Tensor, " d_model"], architecture: Architecture) -> Float[Tensor, " d_model"]:
+    """y_n, its gain put back where it was folded away."""
+    checks.check_finite("the unembedding's input", output)
+    return output if architecture.restore_gain is None else output * architecture.restore_gain.to(output)
+
+
+def _check_patterns_are_used(subject: Subject, tokenized: TokenizedPrompt) -> None:
+    """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
+    subject.require("attention frozen")
+    ids = tokenized.batch(subject.model)[:, :ENOUGH]
+    if not patterns_are_used(subject.model, subject.architecture, ids):
+        raise ModelError(
+            f"{subject.about.model}: halving its attention patterns changes nothing; expected hook_pattern to be "
+            "what the model uses: freezing attention is not possible with this model class"
+        )
