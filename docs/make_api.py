@@ -10,7 +10,8 @@ import oversquash_lens
 
 HEAD = """# Public names
 
-What `import oversquash_lens as osl` gives. Made from the docstrings by `python docs/make_api.py`; a test holds it to them.
+What `import oversquash_lens as osl` gives. Made from the docstrings by `python docs/make_api.py`; a test
+holds it to them.
 Names behind these are reached through their modules, see [architecture.md](architecture.md).
 """
 
@@ -30,7 +31,8 @@ def entry(name: str, found: object) -> str:
         ]
         return f"## `{name}`\n\nModule `{found.__name__}`.\n\n{inspect.getdoc(found)}\n\n" + "\n".join(members) + "\n"
     signature = "" if inspect.isclass(found) else inspect.signature(found)
-    return f"## `{name}`\n\n```python\n{name}{signature}\n```\n\nIn `oversquash_lens.{home}`.\n\n{inspect.getdoc(found)}\n"
+    code = f"```python\n{name}{signature}\n```"
+    return f"## `{name}`\n\n{code}\n\nIn `oversquash_lens.{home}`.\n\n{inspect.getdoc(found)}\n"
 
 
 def first_line(found: object) -> str:
