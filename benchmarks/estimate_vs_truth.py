@@ -34,13 +34,14 @@ from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
 from oversquash_lens.capture.identity import model_identity
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.storage import write_atomically
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}
 
 
-def with_average_keys(trace: osl.Trace) -> osl.PathProfile:
+def with_average_keys(trace: osl.Trace) -> PathProfile:
     """The estimate as it was: every query pulls on keys as the average direction does, and nothing on its own row."""
     gains = trace.gains
     heads, d_head = gains.query_norm.shape[1], gains.key.shape[-1]

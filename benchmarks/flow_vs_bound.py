@@ -16,6 +16,7 @@ import torch
 import oversquash_lens as osl
 from benchmarks.prompts import MEETING
 from benchmarks.timing import seconds
+from oversquash_lens.paths.flow import flows
 from oversquash_lens.paths.kinds import KINDS
 from oversquash_lens.paths.profiles import paths_of_trace
 
@@ -39,7 +40,7 @@ def main() -> None:
             steps = {
                 "bound": lambda kind=kind, trace=trace: paths_of_trace(trace, kind).profile(),
                 "flow": partial(osl.flow, trace, kind),
-                "9 sources": partial(osl.flows, trace, sources, kind),
+                "9 sources": partial(flows, trace, sources, kind),
                 "squashing": partial(osl.squashing, trace, kind),
                 "paths": partial(osl.heaviest_paths, flow),
             }
@@ -49,7 +50,7 @@ def main() -> None:
                     times[name].append(seconds(step))
             bound = times["bound"][1:]
             ratios = [statistics.median(t / b for t, b in zip(times[name][1:], bound, strict=True)) for name in columns]
-            worst = max(each.imbalance for each in osl.flows(trace, sources, kind))
+            worst = max(each.imbalance for each in flows(trace, sources, kind))
             print(
                 f"{n:5d} {kind:>16} {1e3 * statistics.median(bound):6.1f} ms"
                 + "".join(f" {ratio:9.2f}" for ratio in ratios)

@@ -19,12 +19,13 @@ import oversquash_lens as osl
 from benchmarks.facts import fact_prompts
 from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.passes import attached
+from oversquash_lens.paths.flow import Flow
 from oversquash_lens.storage import write_atomically
 
 SEED = 20261122
 
 
-def moved_by_head(flow: osl.Flow) -> torch.Tensor:
+def moved_by_head(flow: Flow) -> torch.Tensor:
     """Share that each head carries to another position than it comes from: [layer, head]."""
     edges = (flow.edge(layer).heads for layer in range(flow.n_layers))
     return torch.stack([heads.sum((1, 2)) - heads.diagonal(dim1=1, dim2=2).sum(1) for heads in edges])

@@ -16,7 +16,7 @@ from small_generators import model as speaking_model
 import oversquash_lens as osl
 from oversquash_lens.errors import ModelError, TraceFileError
 from oversquash_lens.models.sources import Weights
-from oversquash_lens.paper.generator import Sampling
+from oversquash_lens.paper.generator import Generator, Sampling
 
 Call = Callable[[World], Any]
 
@@ -150,7 +150,7 @@ MODELS = [
 
 
 def _generator(**options: Any) -> Call:
-    return lambda w: osl.Generator(Weights(speaking_model(), characters(), "small"), **options)
+    return lambda w: Generator(Weights(speaking_model(), characters(), "small"), **options)
 
 
 def _task(task: Any = "ones", lengths: Any = (3,), generator: Any = None, **options: Any) -> Call:
@@ -174,10 +174,10 @@ def _repeated(w: World) -> Any:
 
 LINE = b'{"settings": {"model": "another"}, "key": ["x"], "value": 1}\n'
 ANSWERS = [
-    Case("Generator", "no model", "NoneType", lambda w: osl.Generator(None)),
-    Case("Generator", "a model's name", "str", lambda w: osl.Generator("gpt2")),
-    Case("Generator", "no tokenizer", "GPT2LMHeadModel", lambda w: osl.Generator(w.plain)),
-    Case("Generator", "chat without a template", "chat=True", lambda w: osl.Generator(w.model, chat=True)),
+    Case("Generator", "no model", "NoneType", lambda w: Generator(None)),
+    Case("Generator", "a model's name", "str", lambda w: Generator("gpt2")),
+    Case("Generator", "no tokenizer", "GPT2LMHeadModel", lambda w: Generator(w.plain)),
+    Case("Generator", "chat without a template", "chat=True", lambda w: Generator(w.model, chat=True)),
     Case("Generator", "no batch", "batch_size=0", _generator(batch_size=0)),
     Case("Generator", "half a batch", "batch_size=1.5", _generator(batch_size=1.5)),
     Case("Generator", "no memory", "memory=-1", _generator(memory=-1)),

@@ -10,7 +10,14 @@ import torch
 from bad_days import PROMPT, Case, World
 
 import oversquash_lens as osl
+from oversquash_lens.analyses.audit import compare
+from oversquash_lens.collapse import lemmas
+from oversquash_lens.collapse.families import Family
+from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError, TraceFileError
+from oversquash_lens.paths.flow import flows
+from oversquash_lens.paths.null import count_paths, uniform_causal
+from oversquash_lens.paths.recursion import PathProfile
 
 Call = Callable[[World], Any]
 
@@ -77,7 +84,7 @@ MODELLED: dict[str, Call] = {
     "families.alternating": lambda w, model: osl.families.alternating(model),
     "families.word_list": lambda w, model: osl.families.word_list(model, ["a", "b"]),
     "families.two_prompts": lambda w, model: osl.families.two_prompts(model, "w5 w9", "w5 w8"),
-    "families.followed_by": lambda w, model: osl.families.followed_by(model, osl.Family("f", lambda k: ()), "w5"),
+    "families.followed_by": lambda w, model: osl.families.followed_by(model, Family("f", lambda k: ()), "w5"),
     "reproduce": lambda w, model: osl.reproduce("5", model, w.folder),
 }
 
@@ -101,7 +108,7 @@ TRACED: dict[str, Callable[[Any], Any]] = {
     "profiles": lambda trace: osl.profiles(trace),
     "mean_field_sensitivity": lambda trace: osl.mean_field_sensitivity(trace),
     "flow": lambda trace: osl.flow(trace),
-    "flows": lambda trace: osl.flows(trace, (0,)),
+    "flows": lambda trace: flows(trace, (0,)),
     "squashing": lambda trace: osl.squashing(trace),
     "expected_error": lambda trace: osl.expected_error(trace),
 }
@@ -126,7 +133,7 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
     "figures.sensitivity": lambda result: osl.figures.sensitivity(result),
     "figures.collapse": lambda result: osl.figures.collapse(result),
     "figures.chart": lambda result: osl.figures.chart(result),
-    "compare": lambda result: osl.compare(result, result),
+    "compare": lambda result: compare(result, result),
 }
 
 
@@ -220,7 +227,7 @@ def _curve(lengths: Any = (1, 2), dtypes: Any = ("float32",), family: Any = None
 
 
 def _computing(fmt: Any, what: Callable[[World], Any] = lambda w: w.model) -> Call:
-    return lambda w: osl.computing_in(what(w), fmt).__enter__()
+    return lambda w: computing_in(what(w), fmt).__enter__()
 
 
 def _attending(model: Callable[[World], Any], edit: Any) -> Call:
@@ -267,13 +274,13 @@ ARGUMENTS = [
         "PathProfile",
         "path products of NaN",
         "NaN",
-        lambda w: osl.PathProfile("mine", ("a", "b"), torch.full((3, 2), math.nan), 0.0),
+        lambda w: PathProfile("mine", ("a", "b"), torch.full((3, 2), math.nan), 0.0),
     ),
     Case(
         "PathProfile",
         "other tokens than products",
         "(3, 2)",
-        lambda w: osl.PathProfile("mine", ("a",), torch.zeros(3, 2), 0.0),
+        lambda w: PathProfile("mine", ("a",), torch.zeros(3, 2), 0.0),
     ),
     Case("path_products", "a store that no pass filled", "without attention", lambda w: osl.path_products({})),
     Case("path_products", "hooks that saw no pass", "without attention", _embeddings_only),
@@ -300,8 +307,8 @@ ARGUMENTS = [
     Case("flow", "a source before it", "source=-1", lambda w: osl.flow(w.trace, source=-1)),
     Case("flow", "a source between two", "source=1.5", lambda w: osl.flow(w.trace, source=1.5)),
     Case("flow", "a source that is true", "source=True", lambda w: osl.flow(w.trace, source=True)),
-    Case("flows", "no source", "no source", lambda w: osl.flows(w.trace, ())),
-    Case("flows", "one source that is no list", "int", lambda w: osl.flows(w.trace, 3)),
+    Case("flows", "no source", "no source", lambda w: flows(w.trace, ())),
+    Case("flows", "one source that is no list", "int", lambda w: flows(w.trace, 3)),
     Case("Flow", "a layer that it has not", "layer 9", lambda w: w.flow.edge(9)),
     Case("probe_corrected_sensitivity", "no probes", "probes=0", _corrected(probes=0)),
     Case("probe_corrected_sensitivity", "all probes there are", "probes=None", _corrected(probes=None)),
@@ -312,25 +319,25 @@ ARGUMENTS = [
     Case("heaviest_edges", "half an edge", "k=2.5", lambda w: osl.heaviest_edges(w.flow, 2.5)),
     Case("heaviest_paths", "less than none", "k=-1", lambda w: osl.heaviest_paths(w.flow, -1)),
     Case("heaviest_paths", "true", "k=True", lambda w: osl.heaviest_paths(w.flow, True)),
-    Case("compare", "other tokens", "5 and 4 tokens", lambda w: osl.compare(w.profile, osl.count_paths(4, 2))),
-    Case("count_paths", "no positions", "n=0", lambda w: osl.count_paths(0, 2)),
-    Case("count_paths", "half a layer", "n_layers=1.5", lambda w: osl.count_paths(3, 1.5)),
-    Case("count_paths", "other tokens than positions", "2 tokens", lambda w: osl.count_paths(3, 2, ("a", "b"))),
-    Case("uniform_causal", "no layers", "n_layers=0", lambda w: osl.uniform_causal(3, 0)),
-    Case("uniform_causal", "all residual", "residual=1.0", lambda w: osl.uniform_causal(3, 2, 1.0)),
-    Case("uniform_causal", "residual NaN", "residual=nan", lambda w: osl.uniform_causal(3, 2, math.nan)),
-    Case("number_format", "unknown format", "'float7'", lambda w: osl.number_format("float7")),
-    Case("number_format", "float8 computes nowhere", "'float8_e4m3'", lambda w: osl.number_format("float8_e4m3")),
-    Case("number_format", "an option unknown", "'save=int8'", lambda w: osl.number_format("float32:save=int8")),
+    Case("compare", "other tokens", "5 and 4 tokens", lambda w: compare(w.profile, count_paths(4, 2))),
+    Case("count_paths", "no positions", "n=0", lambda w: count_paths(0, 2)),
+    Case("count_paths", "half a layer", "n_layers=1.5", lambda w: count_paths(3, 1.5)),
+    Case("count_paths", "other tokens than positions", "2 tokens", lambda w: count_paths(3, 2, ("a", "b"))),
+    Case("uniform_causal", "no layers", "n_layers=0", lambda w: uniform_causal(3, 0)),
+    Case("uniform_causal", "all residual", "residual=1.0", lambda w: uniform_causal(3, 2, 1.0)),
+    Case("uniform_causal", "residual NaN", "residual=nan", lambda w: uniform_causal(3, 2, math.nan)),
+    Case("number_format", "unknown format", "'float7'", lambda w: number_format("float7")),
+    Case("number_format", "float8 computes nowhere", "'float8_e4m3'", lambda w: number_format("float8_e4m3")),
+    Case("number_format", "an option unknown", "'save=int8'", lambda w: number_format("float32:save=int8")),
     Case(
         "number_format",
         "an option twice",
         "'weights=int4'",
-        lambda w: osl.number_format("float32:weights=int8:weights=int4"),
+        lambda w: number_format("float32:weights=int8:weights=int4"),
     ),
-    Case("number_format", "no text", "32", lambda w: osl.number_format(32)),
-    Case("NumberFormat", "a storage unknown", "'int3'", lambda w: osl.NumberFormat("float32", storage="int3")),
-    Case("NumberFormat", "compute as a number", "16", lambda w: osl.NumberFormat(16)),
+    Case("number_format", "no text", "32", lambda w: number_format(32)),
+    Case("NumberFormat", "a storage unknown", "'int3'", lambda w: NumberFormat("float32", storage="int3")),
+    Case("NumberFormat", "compute as a number", "16", lambda w: NumberFormat(16)),
     Case("computing_in", "unknown format", "'float7'", _computing("float7")),
     Case("computing_in", "no model", "NoneType", _computing("float32", lambda w: None)),
     Case(
@@ -431,10 +438,8 @@ ARGUMENTS = [
     Case("CollapseCurve", "another format", "'bfloat16'", lambda w: w.curve.first_collapsed("bfloat16")),
     Case("CollapseCurve", "unknown criterion", "'eyes'", lambda w: w.curve.first_collapsed("float32", "eyes")),
     Case("CollapseCurve", "other lengths", "[9]", lambda w: w.curve.at((9,))),
-    Case(
-        "Family", "a pair of three", "pair(1)", lambda w: osl.Family("f", lambda k: ([5, 9], [5, 7], [5, 8])).pairs([1])
-    ),
-    Case("Family", "no function", "'w5'", lambda w: osl.Family("f", "w5").pairs([1])),
+    Case("Family", "a pair of three", "pair(1)", lambda w: Family("f", lambda k: ([5, 9], [5, 7], [5, 8])).pairs([1])),
+    Case("Family", "no function", "'w5'", lambda w: Family("f", "w5").pairs([1])),
     Case(
         "families.separated",
         "counted from the middle",
@@ -462,57 +467,55 @@ ARGUMENTS = [
     ),
     Case("families.followed_by", "no family", "NoneType", lambda w: osl.families.followed_by(w.model, None, " w5")),
     # the paper's lemmas
-    Case("lemmas.largest_weight", "no scores", "n=0", lambda w: osl.lemmas.largest_weight(0, 1.0)),
-    Case(
-        "lemmas.alternating_total_variation", "no scores", "n=-1", lambda w: osl.lemmas.alternating_total_variation(-1)
-    ),
+    Case("lemmas.largest_weight", "no scores", "n=0", lambda w: lemmas.largest_weight(0, 1.0)),
+    Case("lemmas.alternating_total_variation", "no scores", "n=-1", lambda w: lemmas.alternating_total_variation(-1)),
     Case(
         "lemmas.total_variation",
         "other sizes",
         "(3,)",
-        lambda w: osl.lemmas.total_variation(torch.ones(2), torch.ones(3)),
+        lambda w: lemmas.total_variation(torch.ones(2), torch.ones(3)),
     ),
     Case(
         "lemmas.softmax_total_variation",
         "a list",
         "got a list",
-        lambda w: osl.lemmas.softmax_total_variation([1.0], [2.0]),
+        lambda w: lemmas.softmax_total_variation([1.0], [2.0]),
     ),
     Case(
         "lemmas.total_variation_bound",
         "no scores",
         "(0,)",
-        lambda w: osl.lemmas.total_variation_bound(torch.ones(0), torch.ones(0)),
+        lambda w: lemmas.total_variation_bound(torch.ones(0), torch.ones(0)),
     ),
-    Case("lemmas.last_weights", "a list", "list", lambda w: osl.lemmas.last_weights([1.0, 2.0])),
-    Case("lemmas.ratio_representation", "letters", "'1a'", lambda w: osl.lemmas.ratio_representation("1a")),
+    Case("lemmas.last_weights", "a list", "list", lambda w: lemmas.last_weights([1.0, 2.0])),
+    Case("lemmas.ratio_representation", "letters", "'1a'", lambda w: lemmas.ratio_representation("1a")),
     Case(
         "lemmas.ratio_representation",
         "heads that do not divide",
         "n_heads=3",
-        lambda w: osl.lemmas.ratio_representation("10", n_heads=3),
+        lambda w: lemmas.ratio_representation("10", n_heads=3),
     ),
     Case(
         "lemmas.ratio_representation",
         "no heads",
         "n_heads=0",
-        lambda w: osl.lemmas.ratio_representation("10", n_heads=0),
+        lambda w: lemmas.ratio_representation("10", n_heads=0),
     ),
     Case(
         "lemmas.counting_limit",
         "unknown format",
         "'float7'",
-        lambda w: osl.lemmas.counting_limit(torch.ones(3), "float7"),
+        lambda w: lemmas.counting_limit(torch.ones(3), "float7"),
     ),
     Case(
         "lemmas.averaging_counting_limit",
         "no format",
         "None",
-        lambda w: osl.lemmas.averaging_counting_limit(torch.ones(3), torch.ones(3), None),
+        lambda w: lemmas.averaging_counting_limit(torch.ones(3), torch.ones(3), None),
     ),
     # pictures and pages
     Case("views.side_by_side", "nothing", "no result", lambda w: osl.views.side_by_side()),
-    Case("views.side_by_side", "other tokens", "4", lambda w: osl.views.side_by_side(w.profile, osl.count_paths(4, 2))),
+    Case("views.side_by_side", "other tokens", "4", lambda w: osl.views.side_by_side(w.profile, count_paths(4, 2))),
     Case("views.prompts", "two kinds", "PathProfile", lambda w: osl.views.prompts(w.profile, w.truth)),
     Case("figures.profile", "an unknown value", "'log2'", lambda w: osl.figures.profile(w.profile, "log2")),
     Case(

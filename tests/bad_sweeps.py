@@ -8,6 +8,7 @@ from typing import Any
 from bad_days import PROMPT, Case, World
 
 import oversquash_lens as osl
+from oversquash_lens.sweeps.result import SweepResult
 
 Call = Callable[[World], Any]
 
@@ -43,7 +44,7 @@ def _batched(prompts: Any, **options: Any) -> Call:
     return lambda w: osl.record_batch(w.model, prompts, **options)
 
 
-def _result(w: World) -> osl.SweepResult:
+def _result(w: World) -> SweepResult:
     return osl.sweep(w.model, [PROMPT], "flow", _out(w))
 
 
@@ -84,8 +85,8 @@ CASES = [
     Case("sweep", "a folder in the file's place", "is a folder", lambda w: osl.sweep(w.model, [PROMPT], out=w.folder)),
     Case("sweep", "somebody's file", "notes.txt", _over("notes.txt")),
     Case("sweep", "rows of another run", "seed: 0 there, 1 now", _another_run),
-    Case("SweepResult", "no path", "NoneType", lambda w: osl.SweepResult.load(None)),
-    Case("SweepResult", "no file", "nowhere", lambda w: osl.SweepResult.load("nowhere.parquet")),
+    Case("SweepResult", "no path", "NoneType", lambda w: SweepResult.load(None)),
+    Case("SweepResult", "no file", "nowhere", lambda w: SweepResult.load("nowhere.parquet")),
     Case("SweepResult", "a column that is none", "'share'", lambda w: _result(w).table(["share"])),
     Case("SweepResult", "bands of what was not measured", "'proof'", lambda w: _result(w).bands("proof")),
     Case("figures.bands", "no result", "NoneType", lambda w: osl.figures.bands(None)),

@@ -23,6 +23,7 @@ from oversquash_lens.analyses.audit import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.passes import attached
 from oversquash_lens.capture.support import MEASURES, STATES, Verdict
+from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.paths.kinds import PRINTED
 
 LENGTH = 10
@@ -92,7 +93,7 @@ class Subject:
         """‖∂y_n/∂v_i‖₂ with the attention weights held fixed, also where no hook can hold them: Float[pos]."""
         try:
             return self.truth("spectral", "attention").values
-        except osl.ModelError:  # then transformers' own softmax is the only one in the model
+        except ModelError:  # then transformers' own softmax is the only one in the model
             softmax = functional.softmax
             with mock.patch.object(functional, "softmax", lambda *args, **kwargs: softmax(*args, **kwargs).detach()):
                 return osl.measured_sensitivity(self.model, self.tokens, probes=None, norm="spectral").values
@@ -159,7 +160,7 @@ def judge(name: str, kind: str, seeds: tuple[int, ...] = (0,)) -> Cell:
 def _declared(model: Any) -> dict[str, Verdict]:
     try:
         return osl.support(model)
-    except osl.ModelError as error:
+    except ModelError as error:
         return dict.fromkeys(MEASURES, Verdict("refused", str(error)))
     except Exception as error:
         return dict.fromkeys(MEASURES, Verdict("crashed", f"osl.support: {type(error).__name__}: {error}"))
@@ -180,7 +181,7 @@ def _tried(measure: str, subjects: list[Subject]) -> Found:
     for subject in subjects:
         try:
             numbers.append(JUDGES[measure](subject))
-        except (osl.ModelError, osl.HookMismatchError) as error:
+        except (ModelError, HookMismatchError) as error:
             return Found("refused", str(error))
         except BrokenError:
             raise

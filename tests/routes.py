@@ -16,6 +16,7 @@ from oversquash_lens.capture.architecture import ROUTES, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.recorder import Recorder, record_on
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.errors import ModelError
 from oversquash_lens.paths.kinds import VARIANTS
 
 LENGTH = 12  # more than the window of the windowed ones, and none of them
@@ -60,7 +61,7 @@ def differences(kept: osl.Trace, other: osl.Trace) -> dict[str, float]:
     for variant in VARIANTS:
         try:
             one, two = (osl.path_bound(trace, variant) for trace in (kept, other))
-        except osl.ModelError:  # a mixture of experts has no rigorous bounds
+        except ModelError:  # a mixture of experts has no rigorous bounds
             continue
         found[variant] = _of_logs(one.log_by_layer, two.log_by_layer)
     one, two = (osl.mean_field_sensitivity(trace) for trace in (kept, other))
@@ -85,7 +86,7 @@ def compared(name: str, kind: str, dtype: torch.dtype) -> list[Difference]:
     model, tokens = zoo(name, kind, dtype=dtype), tokens_for(4, LENGTH)
     try:
         architecture = read_architecture(model)
-    except osl.ModelError:
+    except ModelError:
         return []
     kept, found = on_route(model, tokens, "kept"), []
     for route in ROUTES[1:]:

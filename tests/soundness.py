@@ -23,6 +23,7 @@ from random_models import Case, build
 import oversquash_lens as osl
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.errors import HookMismatchError, ModelError
+from oversquash_lens.paths.recursion import PathProfile
 
 SOUND = ("calibrated", "calibrated_full")
 ROUNDINGS = 64  # a layer
@@ -105,7 +106,7 @@ def judge(case: Case) -> list[Judged] | str:
     return found
 
 
-def hold(case: Case, profile: osl.PathProfile, truths: Iterable[torch.Tensor]) -> Judged:
+def hold(case: Case, profile: PathProfile, truths: Iterable[torch.Tensor]) -> Judged:
     """A profile against ‖∂y_n/∂v_i⁽ˡ⁾‖₂ of every layer l and position i."""
     truth = torch.stack(list(truths))  # [layer, pos]
     log_bound = profile.log_by_layer[: len(truth)] + profile.log_constant

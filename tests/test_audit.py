@@ -17,6 +17,7 @@ from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare, spearman
+from oversquash_lens.errors import ModelError
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")
@@ -173,7 +174,7 @@ def test_where_attention_cannot_be_frozen_the_rest_is_audited() -> None:
     assert row(audit, "calibrated_full").violations == 0
     assert "at least 10^" in audit.sentence
     with (
-        pytest.raises(osl.ModelError, match="drop the edit in silence"),
+        pytest.raises(ModelError, match="drop the edit in silence"),
         osl.edited_attention(zoo("gpt-j", "bridge"), osl.edits.window(2)),
     ):
         pass

@@ -18,6 +18,7 @@ from small_generators import characters
 from small_generators import model as speaking_model
 
 import oversquash_lens as osl
+from oversquash_lens.models import loading
 from oversquash_lens.models.sources import Weights
 
 CASES = [*INPUT_CASES, *FILE_CASES, *SWEEP_CASES]
@@ -53,8 +54,8 @@ def shell(cli: Callable, shared: World, monkeypatch: pytest.MonkeyPatch) -> Call
     """The command line; where no model is named, a small one stands in for the embedded default."""
 
     small = Weights(speaking_model(), characters(), "a small model")
-    monkeypatch.setattr(models, "_find_embedded", lambda loading: small)
-    monkeypatch.setattr(models, "_bridge", lambda *arguments: shared.model)
+    monkeypatch.setattr(loading, "_find_embedded", lambda loading: small)
+    monkeypatch.setattr(loading, "_bridge", lambda *arguments: shared.model)
     with as_users_run_it():
         yield cli
 

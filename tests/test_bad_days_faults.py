@@ -22,9 +22,11 @@ from bad_days import PROMPT, World, faults
 from bad_writers import KINDS
 
 import oversquash_lens as osl
+from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.kept import kept_curve
 from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.models import embedded
+from oversquash_lens.models.embedded import cached_models
 from oversquash_lens.storage import check_place, check_writable, folder_for, write_atomically
 
 KILLS = int(os.environ.get("OVERSQUASH_LENS_KILLS", "12"))
@@ -136,7 +138,7 @@ def test_a_cache_folder_that_cannot_be(place: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelError) as caught:
         osl.load_model(device="cpu")
     assert faults(str(caught.value), place) == []
-    assert osl.cached_models()[0].state == "absent"
+    assert cached_models()[0].state == "absent"
 
 
 def test_an_interrupted_download_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +351,7 @@ def test_ctrl_c_in_a_collapse_curve_keeps_the_formats_that_are_done(tmp_path: Pa
 def test_a_kept_curve_is_the_curve(noise_floor: bool, tmp_path: Path) -> None:
     """Made at once, made format by format, and read back from the file: the same to the last bit."""
     model, formats = World().model, ("float64", "float32:store=float8_e4m3", "float32")
-    family = osl.Family("mine", lambda k: ([5, 9] + [7] * k, [5, 8] + [7] * k), "sevens", "a note")
+    family = Family("mine", lambda k: ([5, 9] + [7] * k, [5, 8] + [7] * k), "sevens", "a note")
     options = {"noise_floor": noise_floor}
     at_once = osl.collapse_curve(model, family, (1, 2, 4), formats, **options)
     for out in (None, tmp_path / "c", tmp_path / "c"):

@@ -18,6 +18,7 @@ from oversquash_lens.capture.batch import batch_bytes, record_batch, unpadded
 from oversquash_lens.capture.size import record_bytes, size_of
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Gains, Trace
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 
 LENGTHS = (3, 12, 7, 12, 2)
 SAME = {torch.float64: 1e-6, torch.float32: 2e-5}  # relative; bridges of float64 weights compute norms in float32
@@ -69,8 +70,8 @@ def test_a_batch_is_each_prompt_by_itself(name: str, kind: str) -> None:
     model = cell(name, kind)
     try:
         single = [alone(model, each) for each in prompts()]
-    except osl.ModelError as refused:
-        with pytest.raises(osl.ModelError, match=str(refused)[:60]):
+    except ModelError as refused:
+        with pytest.raises(ModelError, match=str(refused)[:60]):
             record_batch(model, prompts())
         return
     for batched, expected in zip(record_batch(model, prompts()), single, strict=True):
@@ -164,7 +165,7 @@ def test_a_tokenizer_that_pads_on_the_left_changes_nothing(monkeypatch: pytest.M
     ],
 )
 def test_masks_that_say_nothing(ids: Any, mask: Any, said: str, tiny: Any) -> None:
-    with pytest.raises(osl.InputError, match=said):
+    with pytest.raises(InputError, match=said):
         record_batch(tiny, ids, attention_mask=mask)
 
 
@@ -181,7 +182,7 @@ def test_masks_that_say_nothing(ids: Any, mask: Any, said: str, tiny: Any) -> No
     ],
 )
 def test_prompts_that_are_none(rows: Any, said: str, tiny: Any) -> None:
-    with pytest.raises(osl.InputError, match=said):
+    with pytest.raises(InputError, match=said):
         record_batch(tiny, rows)
 
 
@@ -190,7 +191,7 @@ def test_other_peoples_hooks_stay_and_ours_go(fresh: tuple[Any, torch.Tensor], c
     before, calls = count_hooks(model), []
     record_batch(model, prompts())
     assert count_hooks(model) == before
-    with pytest.raises(osl.InputError, match="node_probes"):
+    with pytest.raises(InputError, match="node_probes"):
         record_batch(model, prompts(), node_probes=0)
 
     def fail(value: torch.Tensor, hook: Any = None) -> None:
@@ -215,7 +216,7 @@ def test_what_does_not_describe_the_model_is_found_out(tiny: Any) -> None:
 
     tiny.add_hook("blocks.0.hook_resid_mid", edit)
     try:
-        with pytest.raises(osl.HookMismatchError, match="layer 0"):
+        with pytest.raises(HookMismatchError, match="layer 0"):
             record_batch(tiny, prompts())
     finally:
         tiny.reset_hooks()
@@ -228,7 +229,7 @@ def test_room_is_asked_for_before_the_pass(tiny: Any, monkeypatch: pytest.Monkey
     assert one == sum(record_bytes(size, 12).values())
     assert one < five < 5 * one
     monkeypatch.setenv("OVERSQUASH_LENS_MEMORY", str(five - 1))
-    with pytest.raises(osl.InputError, match="recording 5 prompts of up to 12 tokens"):
+    with pytest.raises(InputError, match="recording 5 prompts of up to 12 tokens"):
         record_batch(tiny, prompts((12,) * 5))
     assert len(record_batch(tiny, prompts((12,) * 4))) == 4
 

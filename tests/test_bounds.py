@@ -42,7 +42,8 @@ from small_models import (
 import oversquash_lens as osl
 from oversquash_lens.capture.activations import ACTIVATIONS
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.recursion import log_path_products
+from oversquash_lens.paths.null import count_paths, uniform_causal
+from oversquash_lens.paths.recursion import PathProfile, log_path_products
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 
@@ -63,7 +64,7 @@ def worst_relative_error(logs: torch.Tensor, wanted: torch.Tensor) -> float:
     return (logs[~none].exp() / wanted[~none] - 1).abs().max().item()
 
 
-def assert_matches(profile: osl.PathProfile, paths: Paths, tolerance: float = TIGHT) -> None:
+def assert_matches(profile: PathProfile, paths: Paths, tolerance: float = TIGHT) -> None:
     """Every layer's row and the constant of `profile` equal those of `paths`, path by path."""
     n = len(paths.edges[0])
     assert profile.log_by_layer.dtype == torch.float64
@@ -262,7 +263,7 @@ def test_proposition_b8_the_last_token_hears_only_the_first(n: int) -> None:
 @given(n=st.integers(1, 40), n_layers=st.integers(1, 12))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_count_paths_is_a_binomial_coefficient(n: int, n_layers: int) -> None:
-    profile = osl.count_paths(n, n_layers)
+    profile = count_paths(n, n_layers)
     for layer in range(n_layers):
         left = n_layers - layer
         counts = torch.tensor([math.comb(n - i + left - 1, left - 1) for i in range(1, n + 1)]).double()
@@ -273,20 +274,20 @@ def test_count_paths_is_a_binomial_coefficient(n: int, n_layers: int) -> None:
 
 def test_count_paths_by_enumeration() -> None:
     ones, nodes = torch.ones(5, 5, dtype=torch.float64).tril(), torch.ones(5, dtype=torch.float64)
-    got = osl.count_paths(5, 4).log_by_layer
+    got = count_paths(5, 4).log_by_layer
     assert worst_relative_error(got, brute_force([ones] * 4, [nodes] * 4, 5)) <= TIGHT
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 600])
 def test_uniform_causal_in_one_layer_is_even(n: int) -> None:
-    assert (osl.uniform_causal(n, 1).values * n - 1).abs().max() <= 1e-12
+    assert (uniform_causal(n, 1).values * n - 1).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize(("n", "n_layers"), [(5, 2), (6, 4), (30, 9)])
 def test_uniform_causal_is_the_power_of_the_even_matrix(n: int, n_layers: int) -> None:
     even = torch.ones(n, n, dtype=torch.float64).tril() / torch.arange(1, n + 1)[:, None]
     paths = matrix_product([even] * n_layers, [torch.ones(n, dtype=torch.float64)] * n_layers)
-    profile = osl.uniform_causal(n, n_layers)
+    profile = uniform_causal(n, n_layers)
     assert worst_relative_error(profile.log_by_layer, paths) <= TIGHT
     assert profile.values.sum().item() == pytest.approx(1, abs=TIGHT)
     assert profile.values.argmax() == 0, "mask geometry alone favours the first token"
@@ -298,7 +299,7 @@ def test_uniform_causal_is_the_power_of_the_even_matrix(n: int, n_layers: int) -
 def test_two_hundred_layers_do_not_overflow() -> None:
     """512 positions, 200 layers: binomial(710, 199) and larger, beyond float64 once gains are added."""
     n, depth = 512, 200
-    logs = osl.count_paths(n, depth).log_values
+    logs = count_paths(n, depth).log_values
     i = torch.arange(1, n + 1, dtype=torch.float64)
     upper, lower = n - i + depth - 1, torch.tensor(depth - 1.0, dtype=torch.float64)
     expected = torch.lgamma(upper + 1) - torch.lgamma(lower + 1) - torch.lgamma(upper - lower + 1)

@@ -19,7 +19,7 @@ from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.families import Family, as_family, repeats_last
 from oversquash_lens.collapse.precision import computing_in, number_format
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import HookMismatchError, InputError
 
 Model = Any
 Watch = Callable[..., dict[str, torch.Tensor]]
@@ -594,7 +594,7 @@ def test_a_format_that_overflows_is_told_and_leaves_the_model_whole() -> None:
     tokens = torch.tensor([ones(2)])
     with torch.no_grad():
         before = model(tokens)
-    with pytest.raises(osl.HookMismatchError, match="use a wider dtype"):
+    with pytest.raises(HookMismatchError, match="use a wider dtype"):
         collapse_curve(model, ones, LENGTHS, ("float32", "float16"))
     with torch.no_grad():
         assert torch.equal(model(tokens), before)

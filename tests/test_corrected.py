@@ -13,8 +13,10 @@ from small_models import CASES, case
 from small_results import about
 
 import oversquash_lens as osl
+from oversquash_lens.analyses.audit import compare
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.correction import APART, OFFSET_SPREAD, RANK, corrected
+from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.recursion import PathProfile
 
 
@@ -107,10 +109,10 @@ def test_many_probes_find_the_truth_on_every_class(name: str) -> None:
 def test_is_a_measured_sensitivity_for_all_that_take_one() -> None:
     model, tokens = case(CASES[0])
     found = osl.probe_corrected_sensitivity(model, tokens)
-    assert isinstance(found, osl.MeasuredSensitivity)
+    assert isinstance(found, MeasuredSensitivity)
     assert found.probes == 1
     assert not found.exact
-    assert -1 <= osl.compare(found.estimate, found).spearman <= 1
+    assert -1 <= compare(found.estimate, found).spearman <= 1
     assert "<" in osl.views.positions(found).local_src
     written = json.loads(json.dumps(found.to_dict()))
     assert written["kind"] == "corrected"

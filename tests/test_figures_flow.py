@@ -32,6 +32,7 @@ from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route
+from oversquash_lens.viz.diagrams import GATHERED, MOST_COLUMNS, MOVES, STAYS
 from oversquash_lens.viz.gallery import write_chart, write_index
 from oversquash_lens.viz.result_charts import (
     MOST_ALONE,
@@ -63,7 +64,7 @@ def sized(name: str, **rest: object) -> Flow:
 def shares_of_edges(flow: Flow, layer: int) -> np.ndarray:
     """[head, dest, src] of one layer from the whole rows above and below it: u · edge · f / (u · f)."""
     n = len(flow.tokens)
-    heads = flow.edges.edge_block(layer, 0, n).by_head().heads
+    heads = flow.edges.parts(layer, 0, n).heads
     above, below = flow.log_above[layer + 1].exp(), flow.log_below[layer].exp()
     total = (flow.log_above + flow.log_below)[layer].exp().sum()
     return (above[:, None] * heads * below / total).numpy()

@@ -20,6 +20,7 @@ from oversquash_lens.capture.attention import KeptAttention
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths import blocks as block_module
 from oversquash_lens.paths import flow as flow_module
+from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.kinds import KINDS
 from oversquash_lens.paths.profiles import paths_of_trace
 
@@ -107,7 +108,7 @@ def assert_flow(model: object, tokens: torch.Tensor, kind: str, source: int | No
     assert_conserved(flow)
 
 
-def assert_conserved(flow: osl.Flow, tolerance: float = TIGHT) -> None:
+def assert_conserved(flow: Flow, tolerance: float = TIGHT) -> None:
     """The same whole at every layer, and everything adds up to it."""
     assert flow.imbalance <= tolerance
     assert (flow.node.sum(1) - 1).abs().max() <= tolerance
@@ -140,14 +141,14 @@ def test_equals_path_sums_on_random_architectures(seed: int, n: int, kind: str, 
 def test_is_conserved_on_longer_and_deeper_models(seed: int, kind: str) -> None:
     model = hooked(seed, **{**random_spec(seed), "n_layers": 7})
     trace = record(model, tokens_for(seed, 16))
-    for flow in osl.flows(trace, (None, 0, 7, 15), kind):
+    for flow in flows(trace, (None, 0, 7, 15), kind):
         assert_conserved(flow)
 
 
 @needs_hooked
 def test_sources_together_are_each_alone_and_add_up_to_all() -> None:
     trace = osl.record(hooked(3, n_layers=3), tokens_for(3, 6))
-    every = osl.flows(trace, range(6))
+    every = flows(trace, range(6))
     whole = osl.flow(trace)
     for source, together in enumerate(every):
         alone = osl.flow(trace, source=source)
@@ -178,8 +179,8 @@ def test_blocks_are_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_known_profile_saves_the_sweep_from_above(kind: str) -> None:
     trace = osl.record(hooked(4, n_layers=3, n_heads=4, d_model=16, kv_heads=2), tokens_for(4, 10))
-    known = osl.flows(trace, (None, 2), kind, profile=osl.profiles(trace, [kind])[kind])
-    for one, other in zip(known, osl.flows(trace, (None, 2), kind), strict=True):
+    known = flows(trace, (None, 2), kind, profile=osl.profiles(trace, [kind])[kind])
+    for one, other in zip(known, flows(trace, (None, 2), kind), strict=True):
         assert torch.allclose(one.node, other.node, rtol=1e-12)
         assert torch.allclose(one.head_at, other.head_at, rtol=1e-12)
 
@@ -298,7 +299,7 @@ def test_a_source_without_any_path_is_refused() -> None:
         osl.flow(deaf, source=1)
     assert osl.flow(deaf).node[:, -1].tolist() == [1.0] * 3
     with pytest.raises(InputError, match="got no source"):
-        osl.flows(trace, ())
+        flows(trace, ())
     with pytest.raises(InputError, match="expected 0 … 1, got layer 2"):
         osl.flow(trace).edge(2)
 
@@ -306,7 +307,7 @@ def test_a_source_without_any_path_is_refused() -> None:
 def test_the_real_model_conserves_every_kind(smollm2: object) -> None:
     trace = osl.record(smollm2, "Alice said that the school needed new books. Bob wanted a new roof. The answer is")
     for kind in KINDS:
-        for flow in osl.flows(trace, (None, 0, 9), kind):
+        for flow in flows(trace, (None, 0, 9), kind):
             assert flow.imbalance <= 1e-10, kind
             assert (flow.head.sum(1) + flow.residual - 1).abs().max() <= 1e-10, kind
 
@@ -362,7 +363,7 @@ def test_a_text_that_is_there_several_times_is_refused_with_its_places(source: s
 def test_a_span_is_its_positions_together() -> None:
     trace = osl.record(hooked(3, n_layers=3), tokens_for(3, 6))
     span = osl.flow(trace, source=slice(1, 4))
-    alone = osl.flows(trace, range(1, 4))
+    alone = flows(trace, range(1, 4))
     parts = torch.tensor([flow.log_total - span.log_total for flow in alone], dtype=torch.float64).exp()
     assert parts.sum().item() == pytest.approx(1)
     mixture = sum(part * flow.node for part, flow in zip(parts, alone, strict=True))

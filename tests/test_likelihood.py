@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_generators import KINDS, characters, generator, logits, other_architecture, plain_generator
+from small_generators import KINDS, characters, generator, loaded, logits, other_architecture, plain_generator
 
 from oversquash_lens.capture import edits
 from oversquash_lens.errors import InputError

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-import oversquash_lens as osl
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.paper import reproduce as reproducing
 from oversquash_lens.paper.reproduce import FIGURES, Reproduced, chosen_figures, reproduce
 from oversquash_lens.paper.run_config import LENGTHS
@@ -160,7 +159,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     for name in ("1", "2"):
-        with pytest.raises(osl.ModelError, match="Unknown model"):
+        with pytest.raises(ModelError, match="Unknown model"):
             reproduce(name, "no/such.gguf", tmp_path)
     assert not list(tmp_path.iterdir())
 

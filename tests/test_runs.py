@@ -188,7 +188,9 @@ def test_the_message_counts_what_is_safe(tmp_path: Path) -> None:
 
 def test_a_line_is_on_the_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr(runs.os, "fsync", lambda handle: synced.append((tmp_path / "a").stat().st_size))
+    monkeypatch.setattr(
+        "oversquash_lens.storage.os.fsync", lambda handle: synced.append((tmp_path / "a").stat().st_size)
+    )
     with AnswerFile(tmp_path / "a", SETTINGS) as file:
         file.append(RESULTS[:2])
         assert synced == [(tmp_path / "a").stat().st_size]
@@ -200,13 +202,13 @@ def test_a_line_is_on_the_disk_when_append_returns(tmp_path: Path, monkeypatch: 
 @pytest.fixture(params=["system lock", "no fcntl", "no locks on this drive"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "no fcntl":
-        monkeypatch.setattr(runs, "fcntl", None)
+        monkeypatch.setattr("oversquash_lens.parts.fcntl", None)
     if request.param == "no locks on this drive":
 
         def refuse(*arguments: Any) -> None:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-        monkeypatch.setattr(runs.fcntl, "flock", refuse)
+        monkeypatch.setattr("oversquash_lens.parts.fcntl.flock", refuse)
     return request.param
 
 

@@ -236,12 +236,12 @@ def test_a_wheel_that_is_not_the_pinned_one_is_not_even_opened(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny GPT-2 as a Hugging Face folder."""
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=20))
     model.save_pretrained(tmp_path / "model")
-    words = Tokenizer(loading.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -25,9 +25,10 @@ from oversquash_lens import storage
 from oversquash_lens.capture.batch import batch_bytes
 from oversquash_lens.capture.size import size_of
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 from oversquash_lens.sweeps import work
 from oversquash_lens.sweeps.prompts import read_prompts
-from oversquash_lens.sweeps.result import density
+from oversquash_lens.sweeps.result import SweepResult, density
 from oversquash_lens.sweeps.rows import MEASURES as ALL_MEASURES
 from oversquash_lens.sweeps.rows import checked_measures, columns, summary
 from oversquash_lens.sweeps.run import sweep_plan
@@ -115,19 +116,19 @@ def test_bands_are_quantiles_over_prompts(tiny: Any, out: Path) -> None:
     place = result.bands("mean_field", bins=5)
     assert (place.by, place.x) == ("position", (0.1, 0.3, 0.5, 0.7, 0.9))
     assert all(a <= b <= c for a, b, c in zip(place.least, place.median, place.most, strict=True))
-    with pytest.raises(osl.InputError, match="expected one of this sweep's, mean_field, proof, flow"):
+    with pytest.raises(InputError, match="expected one of this sweep's, mean_field, proof, flow"):
         result.bands("rollout")
 
 
 def test_a_file_of_rows_is_a_result_again(tiny: Any, out: Path) -> None:
     result = osl.sweep(tiny, [*texts(4), TOO_LONG], MEASURES, out)
-    again = osl.SweepResult.load(out)
+    again = SweepResult.load(out)
     assert (again.total, again.done, again.refused) == (5, 4, 1)
     assert again.identity == result.identity
     assert again.measures == MEASURES
     assert json.loads(json.dumps(again.to_dict()))["refused"] == 1
     assert "4  done" in str(again)
-    with pytest.raises(osl.InputError, match="got column 'nothing'"):
+    with pytest.raises(InputError, match="got column 'nothing'"):
         again.table(["nothing"])
 
 
@@ -163,7 +164,7 @@ def test_what_cannot_be_used_is_a_row_and_the_rest_is_done(tiny: Any, out: Path)
 def test_all_may_be_refused(tiny: Any, out: Path) -> None:
     result = osl.sweep(tiny, [TOO_LONG, ""], MEASURES, out)
     assert (result.done, result.refused) == (0, 2)
-    with pytest.raises(osl.InputError, match="none of 2 prompts"):
+    with pytest.raises(InputError, match="none of 2 prompts"):
         result.bands("flow")
 
 
@@ -177,7 +178,7 @@ def test_what_memory_does_not_hold_is_refused_alone(tiny: Any, out: Path, monkey
     assert "recording 12 tokens" in reason
 
 
-@pytest.mark.parametrize("failure", [MemoryError("no room"), osl.HookMismatchError("a hook; expected none: remove it")])
+@pytest.mark.parametrize("failure", [MemoryError("no room"), HookMismatchError("a hook; expected none: remove it")])
 def test_a_batch_that_fails_is_tried_one_by_one(
     failure: Exception, tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,10 +199,10 @@ def test_a_batch_that_fails_is_tried_one_by_one(
 
 
 def test_no_prompt_at_all(tiny: Any, out: Path, tmp_path: Path) -> None:
-    with pytest.raises(osl.InputError, match="got no prompt"):
+    with pytest.raises(InputError, match="got no prompt"):
         osl.sweep(tiny, [], MEASURES, out)
     (tmp_path / "empty.txt").write_text("\n  \n")
-    with pytest.raises(osl.InputError, match="holds no prompt"):
+    with pytest.raises(InputError, match="holds no prompt"):
         osl.sweep(tiny, tmp_path / "empty.txt", MEASURES, out)
     assert not out.exists()
 
@@ -209,7 +210,7 @@ def test_no_prompt_at_all(tiny: Any, out: Path, tmp_path: Path) -> None:
 def test_a_measure_that_this_model_has_not_is_refused_before_any_prompt(out: Path, parts: Path) -> None:
     if lacking("mixtral", "bridge"):
         pytest.skip(NO_BRIDGE)
-    with pytest.raises(osl.ModelError, match="calibrated was asked of"):
+    with pytest.raises(ModelError, match="calibrated was asked of"):
         osl.sweep(zoo("mixtral", "bridge"), texts(3), ["mean_field", "calibrated"], out)
     assert not out.exists()
     assert not parts.exists()
@@ -294,7 +295,7 @@ def test_a_damaged_part_and_one_that_went_missing(tiny: Any, out: Path, parts: P
     (one, *_) = sorted(parts.glob("*.parquet"))
     whole = one.read_bytes()
     one.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(osl.InputError, match=r"damaged .* delete it"):
+    with pytest.raises(InputError, match=r"damaged .* delete it"):
         osl.sweep(tiny, prompts, MEASURES, out)
     one.unlink()
     exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
@@ -311,7 +312,7 @@ def test_parts_that_vanish_while_it_runs(tiny: Any, out: Path, parts: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(work, "_batch_rows", meanwhile)
-        with pytest.raises(osl.InputError, match="is gone from"):
+        with pytest.raises(InputError, match="is gone from"):
             osl.sweep(tiny, prompts, MEASURES, out)
     assert not out.exists()
     exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
@@ -347,7 +348,7 @@ def test_another_run_is_refused_and_nothing_touched(
         stopped(tiny, texts(5), MEASURES, out, after=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     what, call = OTHERS[other]
-    with pytest.raises(osl.InputError, match=rf"belongs to another run \({what}: .* give another file"):
+    with pytest.raises(InputError, match=rf"belongs to another run \({what}: .* give another file"):
         call(tiny, out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -355,20 +356,20 @@ def test_another_run_is_refused_and_nothing_touched(
 def test_a_file_that_is_no_sweeps(tiny: Any, out: Path) -> None:
     for payload in (b"my notes", b""):
         out.write_bytes(payload)
-        with pytest.raises(osl.InputError, match="holds no results that this version keeps"):
+        with pytest.raises(InputError, match="holds no results that this version keeps"):
             osl.sweep(tiny, texts(2), MEASURES, out)
         assert out.read_bytes() == payload
     pyarrow.parquet.write_table(pyarrow.table({"text": ["mine"]}), out)
-    with pytest.raises(osl.InputError, match="holds no results that this version keeps"):
+    with pytest.raises(InputError, match="holds no results that this version keeps"):
         osl.sweep(tiny, texts(2), MEASURES, out)
-    with pytest.raises(osl.InputError, match="is no sweep's file"):
-        osl.SweepResult.load(out)
+    with pytest.raises(InputError, match="is no sweep's file"):
+        SweepResult.load(out)
 
 
 def test_a_folder_of_parts_that_is_no_sweeps(tiny: Any, out: Path, parts: Path) -> None:
     parts.mkdir()
     (parts / "mine.txt").write_text("mine")
-    with pytest.raises(osl.InputError, match=r"holds mine\.txt and no run\.json"):
+    with pytest.raises(InputError, match=r"holds mine\.txt and no run\.json"):
         osl.sweep(tiny, texts(2), MEASURES, out)
     assert [path.name for path in parts.iterdir()] == ["mine.txt"]
 
@@ -383,7 +384,7 @@ def test_an_empty_folder_of_parts_is_a_beginning(tiny: Any, out: Path, parts: Pa
 
 @pytest.mark.parametrize("place", ["no/such/folder/rows.parquet", ".", "x" * 300])
 def test_places_where_nothing_can_be_written(place: str, tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(osl.InputError, match="expected"):
+    with pytest.raises(InputError, match="expected"):
         osl.sweep(tiny, texts(2), MEASURES, tmp_path / place)
     assert list(tmp_path.iterdir()) == []
 
@@ -404,7 +405,7 @@ def test_a_full_disk_keeps_what_was_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "replace_file", replace)
-        with pytest.raises(osl.InputError, match="No space left on device"):
+        with pytest.raises(InputError, match="No space left on device"):
             osl.sweep(tiny, prompts, MEASURES, out)
     there = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts.glob("*.parquet"))
     assert (there > 0) == (at > 2)
@@ -423,7 +424,7 @@ def test_a_full_disk_at_the_end(tiny: Any, out: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "replace_file", replace)
-        with pytest.raises(osl.InputError, match="No space left on device"):
+        with pytest.raises(InputError, match="No space left on device"):
             osl.sweep(tiny, texts(5), MEASURES, out)
     result = osl.sweep(tiny, texts(5), MEASURES, out)
     assert result.reused == 5
@@ -475,7 +476,7 @@ def test_the_model_by_name(tmp_path: Path, out: Path) -> None:
     held = osl.load_model(folder, kind="bridge")
     assert osl.sweep(held, texts(4), MEASURES, out).reused == 4  # the same weights, so the same run
     assert by_name.done == 4
-    with pytest.raises(osl.InputError, match=r"got load=.* with a TransformerBridge"):
+    with pytest.raises(InputError, match=r"got load=.* with a TransformerBridge"):
         osl.sweep(held, texts(4), MEASURES, out, load={"kind": "bridge"})
 
 
@@ -491,12 +492,12 @@ def test_a_sweep_where_the_model_is(out: Path) -> None:
 
 
 def test_ray_wants_a_name_and_its_extra(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(osl.InputError, match=r"got a TransformerBridge as the model with ray='auto'.* give its name"):
+    with pytest.raises(InputError, match=r"got a TransformerBridge as the model with ray='auto'.* give its name"):
         osl.sweep(tiny, texts(2), MEASURES, out, ray="auto")
-    with pytest.raises(osl.InputError, match="expected 'auto', or the address"):
+    with pytest.raises(InputError, match="expected 'auto', or the address"):
         osl.sweep("a-name", texts(2), MEASURES, out, ray="")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(osl.InputError, match=r"pip install 'oversquash-lens\[ray\]'"):
+    with pytest.raises(InputError, match=r"pip install 'oversquash-lens\[ray\]'"):
         osl.sweep("a-name", texts(2), MEASURES, out, ray="auto")
 
 
@@ -504,7 +505,7 @@ def test_measures_are_names_of_the_table() -> None:
     assert checked_measures("flow") == ("flow",)
     assert checked_measures(["truth", "mean_field", "truth"]) == ("mean_field", "truth")
     for wrong in ([], "", ["no such"], 7, [7], None):
-        with pytest.raises(osl.InputError, match="mean_field, proof"):
+        with pytest.raises(InputError, match="mean_field, proof"):
             checked_measures(wrong)
     names = list(columns(tuple(ALL_MEASURES)))
     assert len(names) == len(set(names))

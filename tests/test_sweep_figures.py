@@ -9,6 +9,8 @@ import pytest
 from small_sweeps import texts
 
 import oversquash_lens as osl
+from oversquash_lens.errors import InputError
+from oversquash_lens.sweeps.result import SweepResult
 from oversquash_lens.viz.chart import Chart
 from oversquash_lens.viz.result_charts import ENDS, MIDDLE, bands_chart
 
@@ -16,12 +18,12 @@ MEASURES = ["mean_field", "proof", "flow", "squashing"]
 
 
 @pytest.fixture(scope="module")
-def swept(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> osl.SweepResult:
+def swept(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
     out = tmp_path_factory.mktemp("swept") / "rows.parquet"
     return osl.sweep(tiny, [*texts(12), "w5 " * 40], MEASURES, out)
 
 
-def test_a_panel_for_each_measure_and_one_that_compares(swept: osl.SweepResult) -> None:
+def test_a_panel_for_each_measure_and_one_that_compares(swept: SweepResult) -> None:
     drawn = bands_chart(swept)
     titles = [panel.title for panel in drawn.panels]
     assert titles[:2] == ["Mean-field estimate", "Paper’s bound"]
@@ -32,7 +34,7 @@ def test_a_panel_for_each_measure_and_one_that_compares(swept: osl.SweepResult) 
     assert Chart.from_dict(drawn.to_dict()).to_csv() == drawn.to_csv()
 
 
-def test_the_series_are_the_bands(swept: osl.SweepResult) -> None:
+def test_the_series_are_the_bands(swept: SweepResult) -> None:
     drawn = bands_chart(swept, ["proof", "flow"])
     for panel, band in zip(drawn.panels, (swept.bands("proof"), swept.bands("flow")), strict=True):
         middle, least, most = panel.series
@@ -44,7 +46,7 @@ def test_the_series_are_the_bands(swept: osl.SweepResult) -> None:
     assert [one.y for one in beside.series] == [swept.bands(name).median for name in MEASURES[:2]]
 
 
-def test_it_is_drawn_and_written(swept: osl.SweepResult, tmp_path: Path) -> None:
+def test_it_is_drawn_and_written(swept: SweepResult, tmp_path: Path) -> None:
     figure = osl.figures.bands(swept)
     assert len(figure.axes) == 5
     assert figure.texts[0].get_text().startswith("What the last token hears")
@@ -52,10 +54,10 @@ def test_it_is_drawn_and_written(swept: osl.SweepResult, tmp_path: Path) -> None
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
-def test_what_cannot_be_drawn(swept: osl.SweepResult) -> None:
-    with pytest.raises(osl.InputError, match="expected what sweep returns, got a list"):
+def test_what_cannot_be_drawn(swept: SweepResult) -> None:
+    with pytest.raises(InputError, match="expected what sweep returns, got a list"):
         osl.figures.bands([])
-    with pytest.raises(osl.InputError, match="got no measure"):
+    with pytest.raises(InputError, match="got no measure"):
         osl.figures.bands(swept, [])
-    with pytest.raises(osl.InputError, match="expected one of this sweep's"):
+    with pytest.raises(InputError, match="expected one of this sweep's"):
         osl.figures.bands(swept, ["truth"])

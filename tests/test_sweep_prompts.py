@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import oversquash_lens as osl
+from oversquash_lens.errors import InputError
 from oversquash_lens.sweeps.prompts import mark_of, read_prompt, read_prompts
 
 
@@ -93,27 +93,27 @@ WRONG: dict[str, tuple[bytes, str]] = {
 def test_files_that_are_none(name: str, tmp_path: Path) -> None:
     content, said = WRONG[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(osl.InputError, match=said):
+    with pytest.raises(InputError, match=said):
         read_prompts(tmp_path / name)
 
 
 def test_tables_without_the_column(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"]}), tmp_path / "t.parquet")
-    with pytest.raises(osl.InputError, match=r"t\.parquet has a, but not 'b'"):
+    with pytest.raises(InputError, match=r"t\.parquet has a, but not 'b'"):
         read_prompts(tmp_path / "t.parquet", "b")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "t.parquet")
-    with pytest.raises(osl.InputError, match="holds no prompt"):
+    with pytest.raises(InputError, match="holds no prompt"):
         read_prompts(tmp_path / "t.parquet")
     (tmp_path / "t.txt").write_text("a")
-    with pytest.raises(osl.InputError, match=r"got column='b' with t\.txt"):
+    with pytest.raises(InputError, match=r"got column='b' with t\.txt"):
         read_prompts(tmp_path / "t.txt", "b")
 
 
 @pytest.mark.parametrize("wrong", [7, None, b"a", "no-such-file.txt", "/dev/zero", "a\0b"])
 def test_no_list_and_no_file(wrong: Any, tmp_path: Path) -> None:
-    with pytest.raises(osl.InputError, match="expected"):
+    with pytest.raises(InputError, match="expected"):
         read_prompts(wrong)
-    with pytest.raises(osl.InputError, match="is not a file"):
+    with pytest.raises(InputError, match="is not a file"):
         read_prompts(tmp_path)
 
 
@@ -149,5 +149,5 @@ def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         if stream is not None:
             stream.close()
         monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(osl.InputError, match="it is closed"):
+        with pytest.raises(InputError, match="it is closed"):
             read_prompt("-")

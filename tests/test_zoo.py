@@ -15,6 +15,7 @@ from small_models import tokens_for
 from zoo import CELLS, FAMILIES, lacking, transformers_model, zoo
 
 import oversquash_lens as osl
+from oversquash_lens.errors import ModelError
 
 BRIDGES = [name for name, family in FAMILIES.items() if family.bridge is not None]
 COMPATIBLE = [name for name, family in FAMILIES.items() if family.compatible]
@@ -138,7 +139,7 @@ def test_a_wrong_declaration_is_a_fault(state: str, monkeypatch: pytest.MonkeyPa
     if state == "supported":  # declared and computed, but the computation refuses
 
         def refusing(trace: Any) -> None:
-            raise osl.ModelError("not today")
+            raise ModelError("not today")
 
         monkeypatch.setattr(osl, "mean_field_sensitivity", refusing, raising=False)
     else:  # refused, yet a number comes

@@ -16,6 +16,7 @@ from small_models import N_CTX
 from small_sweeps import MEASURES, exactly_once, model_folder, same_rows, texts
 
 import oversquash_lens as osl
+from oversquash_lens.errors import InputError
 from oversquash_lens.sweeps import on_ray
 
 
@@ -140,7 +141,7 @@ def test_an_error_of_ours_in_a_worker_is_that_error_here(folder: Path, tmp_path:
 def test_no_cluster_answers(folder: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "init", unreachable)
-    with pytest.raises(osl.InputError, match=r"no Ray cluster answers at 192\.0\.2\.1:6379"):
+    with pytest.raises(InputError, match=r"no Ray cluster answers at 192\.0\.2\.1:6379"):
         osl.sweep(str(folder), texts(3), MEASURES, tmp_path / "x.parquet", ray="192.0.2.1:6379")
 
 

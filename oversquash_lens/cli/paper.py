@@ -89,8 +89,7 @@ def run_collapse(options: argparse.Namespace) -> None:
     one_of("family", options.family, FAMILY_NAMES)
     check_out(options)
     check_figure(options.figure)
-    if options.curves is not None:
-        check_writable(options.curves)
+    _check_kept(options.curves)
     from oversquash_lens.collapse.kept import kept_curve
     from oversquash_lens.collapse.precision import number_format
 
