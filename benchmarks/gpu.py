@@ -147,7 +147,7 @@ def row(
     """The trace of the sweep that is timed alone is let go before the lens is."""
     device = next(model.parameters()).device
     trace = osl.record(model, tokens, attention="recomputed")
-    sweep = measured(lambda: profiles(trace, KINDS), device, repeats)
+    sweep = measured(partial(profiles, trace, KINDS), device, repeats)
     near = sweep.seconds / sweep_floor(trace, speeds)
     del trace
     lens = measured(lambda: profiles(osl.record(model, tokens, attention="recomputed"), KINDS), device, repeats)
