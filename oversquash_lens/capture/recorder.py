@@ -138,7 +138,7 @@ def recording(
         ModelError: a model that cannot be described.
         HookMismatchError: during the pass or in `trace()`, where the hooks do not fit the model.
     """
-    subject = Subject.of(model)
+    subject = Subject.of(model, with_hooks=False)
     route = own_route(subject.architecture, subject.model, attention)
     recorder = Recorder(subject, node_probes, seed, verify, route, read_again=True)
     with _attached_recorder(subject.model, recorder):

@@ -8,6 +8,7 @@ from typing import Any
 from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.passes import hooks_on
 from oversquash_lens.capture.size import device_of, record_bytes, size_of
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.memory import available_bytes
@@ -61,16 +62,12 @@ def check_attention(attention: Any, known: tuple[str, ...] = ATTENTION) -> str:
 
 
 def foreign_hooks(model: HookedModel) -> Iterator[str]:
-    """Names of what inside the attention blocks has a forward hook of any kind."""
+    """Names of what inside the attention blocks has a forward hook that no library has put there."""
     for layer, block in enumerate(model.blocks):
-        for name, module in block.attn.named_modules():
-            if any(map(_is_somebodys, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
+        attn = getattr(block, "attn", None)
+        for name, module in () if attn is None else attn.named_modules():
+            if hooks_on(module, ours=True):
                 yield f"blocks.{layer}.attn.{name}".rstrip(".")
-
-
-def _is_somebodys(hook: Any) -> bool:
-    """Not one of transformers' own, which a bridge's run_with_cache leaves behind: they read, and change nothing."""
-    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 
 def _refuse_recomputed(model: HookedModel, architecture: Architecture, somebody: str | None) -> None:
