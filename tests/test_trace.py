@@ -290,3 +290,31 @@ def test_an_interrupted_write_leaves_what_was_there(
         assert isinstance(caught.value, OversquashError)
     assert [p.name for p in tmp_path.iterdir()] == ([NAME] if existing else [])
     assert not existing or path.read_bytes() == before
+
+
+# ---------------------------------------------------------------- what a trace says of itself
+
+
+def test_a_trace_shows_itself_in_a_few_lines(smollm2: Any) -> None:
+    """It printed 346,019 characters as the dataclass that it is."""
+    trace = osl.record(smollm2, smollm2.tokenizer("Once upon a time there was a <b> and " * 5)["input_ids"])
+    shown = repr(trace)
+    assert shown.count("\n") < 12
+    assert len(shown) < 2000
+    assert all(word in shown for word in (trace.about.model, f"{trace.n_positions} tokens", "'Once'", trace.route))
+    assert all(name in shown for name in trace.support)
+    assert "&lt;b" in trace._repr_html_()
+    assert "<b>" not in trace._repr_html_()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_as_numbers(name: str) -> None:
+    trace = recorded(name)
+    frame, numbers = trace.to_frame(), trace.to_dict()
+    assert list(frame["token"]) == list(trace.tokens)
+    assert list(frame["attention_scale"]) == pytest.approx(trace.gains.attention_scale.mean(0).tolist())
+    assert list(frame["value_norm"]) == pytest.approx(trace.gains.value.norm(dim=-1).mean((0, 1)).tolist())
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert numbers["about"]["model"] == trace.about.model
+    assert numbers["last_residual_norm"][-1] == pytest.approx(trace.last_residuals[-1].norm().item())
+    assert numbers["node_gain"] == pytest.approx(frame["node_gain"].tolist())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.passes import NamedHook, attached
 from oversquash_lens.capture.weights import LayerWeights, WeightGains
 from oversquash_lens.errors import HookMismatchError
 from oversquash_lens.numerics import to_float64
@@ -312,10 +312,10 @@ def patterns_are_used(model: HookedModel, architecture: Architecture, ids: Int[T
     def mixed(z: Tensor, hook: Any = None) -> None:
         caught.append(z.detach().clone())
 
-    def halve(pattern: Tensor, hook: Any = None) -> Tensor:
+    def halve(pattern: Tensor, hook: Any = None) -> Any:
         return pattern * 0.5
 
-    halved = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(architecture.n_layers)]
+    halved: list[NamedHook] = [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(architecture.n_layers)]
     for hooks in ([], halved):
         with torch.no_grad(), attached(model, [(f"blocks.0.{LAYER_HOOKS['z']}", mixed), *hooks]):
             model(ids)

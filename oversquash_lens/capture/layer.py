@@ -5,6 +5,7 @@ Attention is kept as its pattern, or as what makes its rows anew; the MLP is rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -333,7 +334,7 @@ def _fused(context: PassContext, layer: int, w: LayerWeights, heads: Heads, pop:
     return found
 
 
-ROWS_ON = {"kept": _kept, "recomputed": _recomputed, "fused": _fused}
+ROWS_ON: dict[str, Callable[..., AttentionRows]] = {"kept": _kept, "recomputed": _recomputed, "fused": _fused}
 
 
 def check_recomputed(

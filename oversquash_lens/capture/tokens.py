@@ -1,9 +1,9 @@
 """From what the user typed to token ids and readable tokens: by the model's own rule, `model.to_tokens`.
 
 A text becomes the ids that `model(text)` sees: BOS in front where `model.cfg.default_prepend_bos` says so, `bos=`
-overrides it. Nothing is cut off at n_ctx, a longer prompt is refused. A special token that the tokenizer itself would put
-behind the last word (an EOS) would be what every measure is about: TransformerBridge takes it off, with any other class
-such a text is refused. A chat template keeps its own tokens.
+overrides it. Nothing is cut off at n_ctx, a longer prompt is refused. A special token that the tokenizer itself would
+put behind the last word (an EOS) would be what every measure is about: TransformerBridge takes it off, with any other
+class such a text is refused. A chat template keeps its own tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, one_line
 
 # A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
 Prompt = Any
@@ -115,14 +115,21 @@ def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None, piece: boo
 def _own_ids(model: HookedModel, text: str, bos: bool | None, piece: bool) -> list[int]:
     """What the model's own rule makes of a text; with `piece` special tokens behind it are taken off."""
     own = {} if bos is None else {"prepend_bos": bos}
-    ids = model.to_tokens(text, truncate=False, move_to_device=False, **own)[0].tolist()
+    try:
+        ids = model.to_tokens(text, truncate=False, move_to_device=False, **own)[0].tolist()
+    except Exception as error:
+        raise InputError(
+            f"expected a text that the model's tokenizer takes, got {type(error).__name__} from model.to_tokens: "
+            f"{one_line(error, 160)}: give token ids, or set the tokenizer up"
+        ) from error
     typed = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     special = set(model.tokenizer.all_special_ids)
     added = _ending(ids, special) - _ending(typed, special)
     if added > 0 and typed and not piece:
+        behind = model.tokenizer.decode(ids[-1:])
         raise InputError(
-            f"expected a text whose last word stays last, got a tokenizer that puts {model.tokenizer.decode(ids[-1:])!r} "
-            f"behind it: give token ids, such as model.to_tokens(text)[0, :-{added}], or set the tokenizer up without it"
+            f"expected a text whose last word stays last, got a tokenizer that puts {behind!r} behind it: give token "
+            f"ids, such as model.to_tokens(text)[0, :-{added}], or set the tokenizer up without it"
         )
     return ids[: len(ids) - max(added, 0)]
 

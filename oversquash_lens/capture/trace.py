@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ from oversquash_lens.capture.attention import AttentionRows, KeptAttention, Reco
 from oversquash_lens.capture.support import Verdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
+from oversquash_lens.numerics import to_float64
+from oversquash_lens.results import Result, in_a_cell
 from oversquash_lens.storage import write_atomically
 
 FORMAT = "oversquash-lens-trace"
 FORMAT_VERSION = 4  # version 3 had no keys beside its patterns
+ENDS = 6  # first and last tokens that a trace shows of itself
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,15 @@ class Gains:
     seed: int
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Result):
     """One prompt through one model: last-token residuals, attention, gains.
 
     `last_residuals[l]` is the last token's residual entering layer l (row n_layers: leaving the last layer);
     `prediction_input` is y_n, what the unembedding reads; `attention[l].rows(start, stop)` gives
     [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there. `parallel`:
-    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture.
+    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture;
+    `route_reason` why attention was recorded as it was, empty where that is not known.
     """
 
     about: About
@@ -75,6 +81,7 @@ class Trace:
     gated_mlp: bool
     parallel: bool
     support: dict[str, Verdict]
+    route_reason: str = ""
 
     def __post_init__(self) -> None:
         n, n_layers = len(self.tokens), len(self.attention)
@@ -104,6 +111,62 @@ class Trace:
     def n_positions(self) -> int:
         return len(self.tokens)
 
+    @property
+    def route(self) -> str:
+        """ "kept" where the patterns are kept, "recomputed" where rows are made anew from queries and keys."""
+        return "kept" if any(isinstance(rows, KeptAttention) for rows in self.attention) else "recomputed"
+
+    def __repr__(self) -> str:
+        """Which model read what, how its attention is kept, and which measures hold: at most twelve lines."""
+        shown = [in_a_cell(token) for token in self.tokens]
+        shown = shown if len(shown) <= 2 * ENDS else [*shown[:ENDS], "…", *shown[-ENDS:]]
+        lines = [self._title(), "tokens: " + " ".join(shown)]
+        for state in ("supported", "approximate", "refused"):
+            names = [name for name, verdict in self.support.items() if verdict.state == state]
+            lines += [f"{state}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Model, prompt, support and the numbers of `to_frame`, for JSON; None where a number is not known.
+
+        `last_residual_norm` [layer + 1] is the length of the last token's residual entering each layer and leaving the
+        last one.
+        """
+        return {
+            "about": self.about.to_dict(),
+            "route": self.route,
+            "route_reason": self.route_reason,
+            "support": {name: verdict._asdict() for name, verdict in self.support.items()},
+            "last_residual_norm": _finite(to_float64(self.last_residuals).norm(dim=1)),
+            "final_scale": self.gains.final_scale,
+            **{name: _finite(column) for name, column in self._table().items()},
+        }
+
+    def _title(self) -> str:
+        about = self.about
+        return (
+            f"Trace of {self.n_positions} tokens: {about}; {about.n_layers} layers of {about.n_heads} heads, "
+            f"d_model {about.d_model}, attention {self.route}"
+        )
+
+    def _table(self) -> Mapping[str, Sequence[Any]]:
+        """One row a position; norms and gains as their mean over layers (and heads)."""
+        gains = self.gains
+        by_position = {
+            "attention_scale": gains.attention_scale,
+            "mlp_scale": gains.mlp_scale,
+            "query_norm": gains.query_norm.mean(1),
+            "key_norm": gains.key_norm.mean(1),
+            "value_norm": gains.value.norm(dim=-1).mean(1),
+            "node_gain": gains.node_gain,
+        }
+        return {
+            "position": range(self.n_positions),
+            "token": self.tokens,
+            "token_id": self.token_ids.tolist(),
+            **{name: to_float64(values).mean(0).tolist() for name, values in by_position.items()},
+        }
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write one .safetensors file (no pickle), whole or not at all."""
         from safetensors.torch import save
@@ -132,6 +195,12 @@ class Trace:
             ) from error
 
 
+def _finite(column: Any) -> list[Any]:
+    """A column as JSON has it."""
+    values = column.tolist() if isinstance(column, Tensor) else column
+    return [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+
+
 def check_trace(came: Any) -> None:
     """What measures ask of what they are given."""
     if not isinstance(came, Trace):
@@ -155,6 +224,7 @@ def _header(trace: Trace) -> dict:
         "gated_mlp": trace.gated_mlp,
         "parallel": trace.parallel,
         "support": trace.support,
+        "route_reason": trace.route_reason,
         "attention": [{name: getattr(a, name, None) for name in _ROW_NUMBERS} for a in trace.attention],
         "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
     }
@@ -162,7 +232,8 @@ def _header(trace: Trace) -> dict:
 
 def _tensors(trace: Trace) -> dict[str, Tensor]:
     n = trace.n_positions
-    tensors = {name: getattr(trace, name) for name in ("token_ids", "last_residuals", "prediction_input")}
+    names = ("token_ids", "last_residuals", "prediction_input")
+    tensors: dict[str, Tensor | None] = {name: getattr(trace, name) for name in names}
     for i, attention in enumerate(trace.attention):
         if isinstance(attention, RecomputedAttention):
             tensors |= {f"attention.{i}.{name}": getattr(attention, name) for name in _ROW_TENSORS}
@@ -194,7 +265,7 @@ def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> Attentio
     name = f"attention.{layer}"
     if name in tensors:
         return KeptAttention(tensors[name], tensors.get(f"{name}.mixed"))
-    parts = {part: tensors[f"{name}.{part}"] for part in _ROW_TENSORS if part not in _ROW_OPTIONAL}
+    parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in _ROW_TENSORS if part not in _ROW_OPTIONAL}
     parts |= {part: tensors.get(f"{name}.{part}") for part in _ROW_OPTIONAL}
     numbers = header["attention"][layer]
     if not all(isinstance(number, int | float | None) for number in numbers.values()):
@@ -203,13 +274,10 @@ def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> Attentio
 
 
 def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
-    found = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
-    weights = WeightGains(**found, **{name: tensors.get(f"weights.{name}") for name in OPTIONAL})
-    gains = Gains(
-        weights=weights,
-        **{name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS},
-        **{name: header["gains"][name] for name in _GAIN_NUMBERS},
-    )
+    weights: dict[str, Any] = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
+    weights |= {name: tensors.get(f"weights.{name}") for name in OPTIONAL}
+    gains: dict[str, Any] = {name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS}
+    gains |= {name: header["gains"][name] for name in _GAIN_NUMBERS}
     n_layers = header["about"]["n_layers"]
     return Trace(
         about=About(**header["about"]),
@@ -218,8 +286,9 @@ def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
         last_residuals=tensors["last_residuals"],
         prediction_input=tensors["prediction_input"],
         attention=tuple(_attention(header, tensors, i) for i in range(n_layers)),
-        gains=gains,
+        gains=Gains(weights=WeightGains(**weights), **gains),
         gated_mlp=header["gated_mlp"],
         parallel=header["parallel"],
         support={measure: Verdict(*verdict) for measure, verdict in header["support"].items()},
+        route_reason=str(header.get("route_reason", "")),
     )
