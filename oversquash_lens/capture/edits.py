@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture, read_architecture
+from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.passes import attached
-from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids, tokenize
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.numerics import to_float64
@@ -210,12 +211,13 @@ def edited_prompt(model: Any, prompt: TokenizedPrompt, edit: Edit) -> EditedProm
                 f"expected a {wanted.__name__}, got a {type(came).__name__}: see oversquash_lens.what_if, which "
                 "takes any prompt and edit"
             )
-    _check(edit, read_architecture(model), len(prompt.ids))
+    subject = Subject.of(model)
+    _check(edit, subject.architecture, len(prompt.ids))
     if edit.spell is None:
         return EditedPrompt(prompt, tuple(range(len(prompt.ids))))
     try:
-        ids, places = zip(*edit.spell(model, prompt), strict=True)
-        return EditedPrompt(replace(tokenize(model, ids), chat=prompt.chat), places)
+        ids, places = zip(*edit.spell(subject.model, prompt), strict=True)
+        return EditedPrompt(replace(subject.tokenize(ids), chat=prompt.chat), places)
     except InputError as error:
         raise InputError(f"{edit.label}: {error}") from error
 
@@ -229,15 +231,16 @@ def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[No
     if edit is None:
         yield
         return
-    architecture, layers = read_architecture(model), None
+    subject = Subject.of(model)
+    architecture, layers = subject.architecture, None
     if not callable(edit):
         raise InputError(
             "expected one of the attention, such as edits.window(32), or a function of a pattern, got "
             f"{one_line(repr(edit), 60)} as an edit"
         )
-    if architecture.delegated:
+    if not subject.patterns_used:
         raise ModelError(
-            f"expected one that computes it, got an edit of attention for a {type(model).__name__} of an "
+            f"expected one that computes it, got an edit of attention for a {type(subject.model).__name__} of an "
             "architecture whose attention it leaves to transformers, which would drop the edit in silence: use a "
             "HookedTransformer"
         )
@@ -249,7 +252,7 @@ def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[No
         return edit(pattern)
 
     chosen = range(architecture.n_layers) if layers is None else (layers,)
-    with attached(model, [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", change) for i in chosen]):
+    with attached(subject.model, [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", change) for i in chosen]):
         yield
 
 

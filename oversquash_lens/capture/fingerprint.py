@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oversquash_lens.capture.hooked_model import HookedModel, wrapped_config, wrapped_model
-from oversquash_lens.capture.passes import all_modules, foreign_hooks
+from oversquash_lens.capture.passes import all_modules, hooks_on
 
 SAMPLES = 64  # numbers of a large weight that its fingerprint looks at; of a small one it looks at all
 SMALL = 4096
@@ -57,4 +57,4 @@ def settings_fingerprint(model: HookedModel) -> tuple:
 
 def hooks_fingerprint(model: HookedModel) -> tuple[int, ...]:
     """The user's forward hooks by their ids, which are never given twice."""
-    return tuple(number for module in all_modules(model) for number in foreign_hooks(module))
+    return tuple(number for module in all_modules(model) for number in hooks_on(module))

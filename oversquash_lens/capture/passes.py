@@ -22,7 +22,7 @@ from oversquash_lens.errors import HookMismatchError, ModelError, OversquashErro
 Hook = Callable[..., None]
 NamedHook = tuple[str, Hook]
 PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
-LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.", "oversquash_lens.")
+LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
 _KINDS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -196,19 +196,15 @@ def _hook_points(model: HookedModel) -> tuple[dict[str, Any], Any]:
 # ---------------------------------------------------------------- whose hooks: ours, the libraries', the user's
 
 
-def foreign_hooks(module: nn.Module) -> list[int]:
-    """Ids of the user's forward hooks of any kind on one module: neither ours nor a library's own."""
-    point = is_a(module, "transformer_lens.hook_points", "HookPoint")
+def hooks_on(module: nn.Module, *, ours: bool = False) -> list[int]:
+    """Ids of the user's forward hooks of any kind on one module, with `ours` of ours as well; of no library's own."""
+    point = is_a(module, "transformer_lens.hook_points", "HookPoint")  # wraps whatever hook it is given in its own
     return [
         number
         for kind in _KINDS
         for number, hook in getattr(module, kind).items()
-        if number not in _attached and (_from_user(hook) or (point and not _module_of(hook).startswith("oversquash")))
+        if (ours if _is_ours(number, hook) else point or not _module_of(hook).startswith(LIBRARIES))
     ]
-
-
-def _from_user(hook: Any) -> bool:
-    return not _module_of(hook).startswith(LIBRARIES)
 
 
 def _module_of(hook: Any) -> str:
@@ -221,7 +217,7 @@ def without_hooks(model: HookedModel, *, users: bool = True) -> Iterator[None]:
     """Within the block neither our hooks nor (unless `users` is False) the user's are called; libraries' own are."""
     before: list[tuple[nn.Module, str, OrderedDict]] = []
     for module in all_modules(model):
-        theirs = set(foreign_hooks(module))
+        theirs = set(hooks_on(module))
         for kind in _KINDS:
             hooks = getattr(module, kind)
             silenced = {n for n, hook in hooks.items() if (users if n in theirs else _is_ours(n, hook))}

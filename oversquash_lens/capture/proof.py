@@ -22,7 +22,7 @@ from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.fingerprint import named_weights, weights_fingerprint
 from oversquash_lens.capture.fused import copied_projections_differ, fused_attention, why_not_fused
 from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
-from oversquash_lens.capture.passes import NamedHook, all_modules, attached, foreign_hooks, without_cache, without_hooks
+from oversquash_lens.capture.passes import NamedHook, all_modules, attached, hooks_on, without_cache, without_hooks
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
 TOKENS = 8
@@ -114,7 +114,7 @@ def prove_sequence(model: HookedModel, architecture: Architecture, function: Fun
     Returns False where these hooks cannot be tried, for they need other tokens than these few.
     """
     first, second = rows_of(model)
-    with without_hooks(model, users=False):
+    with without_hooks(model, users=not hooked):
         start = 1
         own = function.own
         if hooked:
@@ -229,7 +229,7 @@ def hooked_places(model: HookedModel) -> list[str]:
     found: dict[int, str] = {}
     for owner in (model, wrapped_model(model)):
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if foreign_hooks(module):
+            if hooks_on(module):
                 found.setdefault(id(module), name or "the model")
     return list(found.values())
 

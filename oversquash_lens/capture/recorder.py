@@ -19,7 +19,7 @@ from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.norms import norm_bias, norm_gain
 from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
-from oversquash_lens.capture.route import choose_route, own_route, patterns_fit
+from oversquash_lens.capture.route import ASKED_KEPT, Route, choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.support import architecture_support
@@ -89,11 +89,12 @@ def record_tokens(
     check_recording(subject.model, n, route, verify=verify)
     try:
         return record_on(subject, tokenized, Recorder(subject, node_probes, seed, verify, route))
-    except HookMismatchError:
+    except HookMismatchError as error:
         if attention != "auto" or route == "kept" or not patterns_fit(subject.model, n):
             raise
-    # Rows made anew do not describe this model: its own patterns may, or say better what is wrong.
-    return record_on(subject, tokenized, Recorder(subject, node_probes, seed, verify))
+        # Rows made anew do not describe this model: its own patterns may, or say better what is wrong.
+        route = Route("kept", f"attention on the route {route!r} does not describe the model: {error}")
+    return record_on(subject, tokenized, Recorder(subject, node_probes, seed, verify, route))
 
 
 def record_on(subject: Subject, tokenized: TokenizedPrompt, recorder: Recorder) -> Trace:
@@ -139,7 +140,7 @@ def recording(
         ModelError: a model that cannot be described.
         HookMismatchError: during the pass or in `trace()`, where the hooks do not fit the model.
     """
-    subject = Subject.of(model)
+    subject = Subject.of(model, with_hooks=False)
     route = own_route(subject.architecture, subject.model, attention)
     recorder = Recorder(subject, node_probes, seed, verify, route, read_again=True)
     with _attached_recorder(subject.model, recorder):
@@ -182,7 +183,7 @@ class Recorder:
         node_probes: int | None,
         seed: int,
         verify: bool = False,
-        route: str = "kept",
+        route: Route = ASKED_KEPT,
         *,
         read_again: bool = False,
         beside: Recorder | None = None,
@@ -195,7 +196,7 @@ class Recorder:
             whole_number("node_probes", node_probes, otherwise=", or None for the exact gain")
         random_source(seed)  # a seed that is none is refused before the model runs
         subject.architecture.check_recordable()
-        self.architecture, self.about, self.support = subject.architecture, subject.about, subject.declared
+        self.architecture, self.about = subject.architecture, subject.about
         self.verify, self.route = verify, route
         self._subject: Subject | None = subject
         self._node_probes, self._seed = node_probes, seed
@@ -308,6 +309,7 @@ class Recorder:
             gated_mlp=architecture.gated,
             parallel=architecture.parallel,
             support=architecture_support(architecture),
+            route_reason=self.route.why,
         )
 
     def _complete(self) -> _Pass:

@@ -1,4 +1,10 @@
-"""From what the user typed to token ids and readable tokens."""
+"""From what the user typed to token ids and readable tokens: by the model's own rule, `model.to_tokens`.
+
+A text becomes the ids that `model(text)` sees: BOS in front where `model.cfg.default_prepend_bos` says so, `bos=`
+overrides it. Nothing is cut off at n_ctx, a longer prompt is refused. A special token that the tokenizer itself would
+put behind the last word (an EOS) would be what every measure is about: TransformerBridge takes it off, with any other
+class such a text is refused. A chat template keeps its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, one_line
 
 # A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
 Prompt = Any
@@ -31,7 +37,7 @@ class TokenizedPrompt:
 
 
 def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
-    """Check a prompt and turn it into ids; `bos` None is the tokenizer's own way, True or False forces it."""
+    """Check a prompt and turn it into ids; `bos` None is the model's own way, True or False forces it."""
     _check_model(model)
     if isinstance(prompt, str):
         ids = _encode(model, prompt, chat=chat, bos=bos)
@@ -62,10 +68,10 @@ def token_strings(model: HookedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ..
     return tuple(name if "\ufffd" in text and name else text for text, name in zip(texts, names, strict=True))
 
 
-def text_ids(model: Any, text: str, *, bos: bool | None = None) -> tuple[int, ...]:
-    """The ids of a piece of text, one token or many, to build prompts from."""
+def text_ids(model: Any, text: str, *, bos: bool | None = False) -> tuple[int, ...]:
+    """The ids of a piece of text, one token or many, to build prompts from: without BOS, and nothing put behind it."""
     _check_model(model)
-    return tuple(_encode(model, text, chat=False, bos=bos).tolist())
+    return tuple(_encode(model, text, chat=False, bos=bos, piece=True).tolist())
 
 
 def _check_model(model: Any) -> None:
@@ -76,7 +82,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Tensor, " pos"]:
+def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None, piece: bool = False) -> Int[Tensor, " pos"]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError(
@@ -94,16 +100,43 @@ def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None) -> Int[Ten
             f"expected UTF-8 text, got a prompt that is no valid Unicode ({error.reason}): take out the characters "
             "U+D800 … U+DFFF, or read its file with encoding='utf-8'"
         ) from error
-    ids = _chat_ids(tokenizer, prompt) if chat else list(tokenizer(prompt)["input_ids"])
     begin = tokenizer.bos_token_id
     if bos is True and begin is None:
         raise InputError("expected bos=None or bos=False, got bos=True for a tokenizer without a BOS token")
-    starts = begin is not None and ids[:1] == [begin]
-    if bos is True and not starts:
-        ids = [begin, *ids]
-    if bos is False and starts:
-        ids = ids[1:]
+    if chat:
+        ids = _chat_ids(tokenizer, prompt)
+        starts = begin is not None and ids[:1] == [begin]
+        ids = [begin, *ids] if bos is True and not starts else ids[1:] if bos is False and starts else ids
+    else:
+        ids = _own_ids(model, prompt, bos, piece)
     return torch.tensor(ids, dtype=torch.long, device="cpu")
+
+
+def _own_ids(model: HookedModel, text: str, bos: bool | None, piece: bool) -> list[int]:
+    """What the model's own rule makes of a text; with `piece` special tokens behind it are taken off."""
+    own = {} if bos is None else {"prepend_bos": bos}
+    try:
+        ids = model.to_tokens(text, truncate=False, move_to_device=False, **own)[0].tolist()
+    except Exception as error:
+        raise InputError(
+            f"expected a text that the model's tokenizer takes, got {type(error).__name__} from model.to_tokens: "
+            f"{one_line(error, 160)}: give token ids, or set the tokenizer up"
+        ) from error
+    typed = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    special = set(model.tokenizer.all_special_ids)
+    added = _ending(ids, special) - _ending(typed, special)
+    if added > 0 and typed and not piece:
+        behind = model.tokenizer.decode(ids[-1:])
+        raise InputError(
+            f"expected a text whose last word stays last, got a tokenizer that puts {behind!r} behind it: give token "
+            f"ids, such as model.to_tokens(text)[0, :-{added}], or set the tokenizer up without it"
+        )
+    return ids[: len(ids) - max(added, 0)]
+
+
+def _ending(ids: list[int], special: set[int]) -> int:
+    """How many special tokens stand at the end."""
+    return next((count for count, token in enumerate(reversed(ids)) if token not in special), len(ids))
 
 
 def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -138,11 +171,9 @@ def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
 def _check_range(model: HookedModel, ids: Int[Tensor, " pos"]) -> None:
     n, n_ctx = len(ids), getattr(model.cfg, "n_ctx", None)
     if n < 2:
-        raise InputError(
-            f"expected at least two, got a prompt of {n} token{'s' if n != 1 else ''}: one token has nothing to hear"
-        )
+        raise InputError(f"expected at least two, got a prompt of {n} token{'s' if n != 1 else ''}: give a longer one")
     if n_ctx and n > n_ctx:
-        raise InputError(f"a prompt of {n} tokens came; this model reads at most n_ctx = {n_ctx}: shorten it")
+        raise InputError(f"expected at most n_ctx = {n_ctx} tokens, got {n} tokens: shorten the prompt")
     d_vocab = model.cfg.d_vocab
     if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
         raise InputError(

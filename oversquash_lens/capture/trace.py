@@ -67,7 +67,8 @@ class Trace(Result):
     `last_residuals[l]` is the last token's residual entering layer l (row n_layers: leaving the last layer);
     `prediction_input` is y_n, what the unembedding reads; `attention[l].rows(start, stop)` gives
     [head, dest, src]. `about` says which model, whether its norms were folded, whether BOS was there. `parallel`:
-    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture.
+    attention and MLP of a layer both read what enters it; `support` says which measures hold on this architecture;
+    `route_reason` why attention was recorded as it was, empty where that is not known.
     """
 
     about: About
@@ -80,6 +81,7 @@ class Trace(Result):
     gated_mlp: bool
     parallel: bool
     support: dict[str, Verdict]
+    route_reason: str = ""
 
     def __post_init__(self) -> None:
         n, n_layers = len(self.tokens), len(self.attention)
@@ -133,6 +135,7 @@ class Trace(Result):
         return {
             "about": self.about.to_dict(),
             "route": self.route,
+            "route_reason": self.route_reason,
             "support": {name: verdict._asdict() for name, verdict in self.support.items()},
             "last_residual_norm": _finite(to_float64(self.last_residuals).norm(dim=1)),
             "final_scale": self.gains.final_scale,
@@ -221,6 +224,7 @@ def _header(trace: Trace) -> dict:
         "gated_mlp": trace.gated_mlp,
         "parallel": trace.parallel,
         "support": trace.support,
+        "route_reason": trace.route_reason,
         "attention": [{name: getattr(a, name, None) for name in _ROW_NUMBERS} for a in trace.attention],
         "gains": {name: getattr(trace.gains, name) for name in _GAIN_NUMBERS},
     }
@@ -286,4 +290,5 @@ def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
         gated_mlp=header["gated_mlp"],
         parallel=header["parallel"],
         support={measure: Verdict(*verdict) for measure, verdict in header["support"].items()},
+        route_reason=str(header.get("route_reason", "")),
     )
