@@ -300,7 +300,7 @@ def test_a_source_without_any_path_is_refused() -> None:
     assert osl.flow(deaf).node[:, -1].tolist() == [1.0] * 3
     with pytest.raises(InputError, match="got no source"):
         flows(trace, ())
-    with pytest.raises(InputError, match="expected 0 … 1, got layer 2"):
+    with pytest.raises(InputError, match="expected 0 … 1, the layers of this flow, got layer 2"):
         osl.flow(trace).edge(2)
 
 
@@ -377,7 +377,7 @@ def test_a_span_is_its_positions_together() -> None:
 
 @needs_hooked
 def test_results_say_what_matters_in_a_few_lines() -> None:
-    trace = osl.record(hooked(3, n_layers=14), tokens_for(3, 30))
+    trace = osl.record(hooked(3, n_layers=14), tokens_for(3, 15))
     flow = osl.flow(trace, source=3)
     results = {
         "mean_field": osl.mean_field_sensitivity(trace),

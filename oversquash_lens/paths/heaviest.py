@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -57,68 +57,46 @@ class HeavyPath:
         return {"positions": list(self.positions), "heads": list(self.heads), "share": self.share}
 
 
-class HeavyEdges(Result, tuple[HeavyEdge, ...]):
-    """Edges, the largest share first: a tuple that shows itself as a table."""
+Item = TypeVar("Item", bound="HeavyEdge | HeavyPath")
 
-    flow: Flow | None
 
-    def __new__(cls, edges: Iterable[HeavyEdge], flow: Flow | None = None) -> HeavyEdges:
-        made = super().__new__(cls, edges)
-        made.flow = flow
-        return made
+class _Heaviest(Result, tuple[Item, ...], Generic[Item]):
+    """A tuple, the largest share first, that shows itself as a table."""
+
+    _what: ClassVar[str]
+    flow: Flow
 
     def _title(self) -> str:
-        return f"{len(self)} heaviest edges{_of(self.flow)}"
-
-    def _table(self) -> dict[str, Any]:
-        return {
-            "layer": [edge.layer for edge in self],
-            "head": [edge.head for edge in self],
-            "src": [edge.src for edge in self],
-            "dest": [edge.dest for edge in self],
-            **_texts(self.flow, src=[edge.src for edge in self], dest=[edge.dest for edge in self]),
-            "share": [edge.share for edge in self],
-        }
+        return f"{len(self)} heaviest {self._what} of {self.flow.kind} paths from {self.flow.source_text}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "heaviest edges", "edges": [edge.to_dict() for edge in self]}
+        return {"kind": f"heaviest {self._what}", self._what: [each.to_dict() for each in self]}
+
+    def _texts(self, positions: Iterable[int]) -> list[str]:
+        return [self.flow.tokens[position] for position in positions]
 
 
-class HeavyPaths(Result, tuple[HeavyPath, ...]):
-    """Paths, the largest share first: a tuple that shows itself as a table."""
+class HeavyEdges(_Heaviest[HeavyEdge]):
+    """Edges of a flow, the largest share first."""
 
-    flow: Flow | None
+    _what = "edges"
 
-    def __new__(cls, paths: Iterable[HeavyPath], flow: Flow | None = None) -> HeavyPaths:
-        made = super().__new__(cls, paths)
-        made.flow = flow
-        return made
+    def _table(self) -> dict[str, Any]:
+        names = ("layer", "head", "src", "dest", "share")
+        columns = {name: [getattr(edge, name) for edge in self] for name in names}
+        return columns | {f"{end}_token": self._texts(columns[end]) for end in ("src", "dest")}
 
-    def _title(self) -> str:
-        return f"{len(self)} heaviest paths{_of(self.flow)}"
+
+class HeavyPaths(_Heaviest[HeavyPath]):
+    """Paths of a flow, the largest share first; a move is "layer.head → position"."""
+
+    _what = "paths"
 
     def _table(self) -> dict[str, Any]:
         starts = [path.positions[0] for path in self]
-        return {
-            "start": starts,
-            **_texts(self.flow, start=starts),
-            "moves": ["; ".join(f"{layer}.{head} → {dest}" for layer, head, _, dest in path.moves) for path in self],
-            "share": [path.share for path in self],
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "heaviest paths", "paths": [path.to_dict() for path in self]}
-
-
-def _of(flow: Flow | None) -> str:
-    return "" if flow is None else f" of {flow.kind} paths from {flow.source_text}"
-
-
-def _texts(flow: Flow | None, **positions: Sequence[int]) -> dict[str, list[str]]:
-    """The tokens at these positions, as further columns."""
-    if flow is None:
-        return {}
-    return {f"{name}_token": [flow.tokens[i] for i in places] for name, places in positions.items()}
+        moves = ["; ".join(f"{layer}.{head} → {dest}" for layer, head, _, dest in path.moves) for path in self]
+        shares = [path.share for path in self]
+        return {"share": shares, "start": starts, "start_token": self._texts(starts), "moves": moves}
 
 
 def heaviest_edges(flow: Flow | object, k: int = 20, *, moving: bool = True) -> HeavyEdges:
@@ -139,7 +117,9 @@ def heaviest_edges(flow: Flow | object, k: int = 20, *, moving: bool = True) -> 
     found: list[HeavyEdge] = []
     for layer in range(flow.n_layers):
         found = _largest(found + _edges_of(flow, layer, k, moving, _least(found, k)), k)
-    return HeavyEdges(found, flow)
+    largest = HeavyEdges(found)
+    largest.flow = flow
+    return largest
 
 
 def heaviest_by_layer(flow: Flow | object, k: int) -> tuple[tuple[HeavyEdge, ...], ...]:
@@ -225,7 +205,9 @@ def heaviest_paths(flow: Flow | object, k: int = 10) -> HeavyPaths:
             position, rank = int(dests[position, rank]), int(ranks[position, rank])
             positions.append(position)
         found.append(HeavyPath(tuple(positions), _leading_heads(flow, positions), math.exp(log_share)))
-    return HeavyPaths(found, flow)
+    largest = HeavyPaths(found)
+    largest.flow = flow
+    return largest
 
 
 def _one_layer_down(
