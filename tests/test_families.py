@@ -270,7 +270,7 @@ BAD_WORDS = {"none": [], "a text": "car", "an empty one": ["car", ""]}
 
 @pytest.mark.parametrize("words", BAD_WORDS.values(), ids=BAD_WORDS)
 def test_word_lists_are_checked(words: Any) -> None:
-    with pytest.raises(InputError, match="came as the words"):
+    with pytest.raises(InputError, match=r"got .* as the words"):
         word_list(Reader(), words)
 
 
@@ -295,5 +295,5 @@ def test_a_length_that_fills_the_model_is_the_longest() -> None:
     family = Family("ones", lambda k: ([5, *[7] * k], [5, *[7] * (k + 1)]))
     curve = collapse_curve(model, family, range(1, 15), ("float64",))
     assert curve.lengths[-1] == 14
-    with pytest.raises(InputError, match="length 15 makes 17 tokens; this model reads at most n_ctx = 16: 14 is"):
+    with pytest.raises(InputError, match=r"at most n_ctx = 16 tokens, .* length 15 makes 17 tokens: 14 is"):
         collapse_curve(model, family, range(1, 16), ("float64",))

@@ -238,7 +238,7 @@ def test_b10_never_and_at_once() -> None:
 @pytest.mark.parametrize("n", [0, -3])
 def test_lengths_that_are_none(n: int) -> None:
     for measure in (alternating_total_variation, lambda n: largest_weight(n, 1.0)):
-        with pytest.raises(InputError, match="came; expected at least 1, as a whole number"):
+        with pytest.raises(InputError, match="expected at least 1, as a whole number, got n="):
             measure(n)
 
 

@@ -80,16 +80,16 @@ def test_names_and_labels(spec: Any, name: str, label: str) -> None:
     [
         ("float8_e4m3", "no device here computes in it.*'float32:store=float8_e4m3'"),
         (torch.float8_e5m2, "'float32:store=float8_e5m2'"),
-        ("float31", "expected one of float64, float32, bfloat16, float16, got 'float31' as the format to compute in"),
+        ("float31", "expected one of float64, float32, bfloat16, float16, .*'float31' as the format to compute in"),
         ("", "got '' as the format to compute in"),
-        ("float32:store=int8", "expected one of .*float8_e5m2, got 'int8' as the format to store in"),
-        ("float32:weights=int3", "expected one of int8, int4, got 'int3' as the format of weights"),
+        ("float32:store=int8", "expected one of .*float8_e5m2, .* got 'int8' as the format to store in"),
+        ("float32:weights=int3", "expected one of int8, int4, .* got 'int3' as the format of weights"),
         ("float32:weights=", "got '' as the format of weights"),
         ("float32:round=bfloat16", "got 'round=bfloat16' in the number format"),
         ("float32:bfloat16", "expected store=FORMAT and weights=FORMAT"),
         ("float32:store=float16:store=bfloat16", "each at most once"),
         (torch.int64, "got 'int64' as the format to compute in"),
-        (32, "expected a text, got 32 as a number format"),
+        (32, "expected a text .* got 32 as a number format"),
         (None, "got None as a number format"),
     ],
 )
@@ -498,7 +498,7 @@ def test_a_module_without_matrices_has_nothing_to_quantise() -> None:
 
 
 def test_what_is_no_model() -> None:
-    with pytest.raises(InputError, match=r"a str came.*load_model"), computing_in("gpt2", "bfloat16"):
+    with pytest.raises(InputError, match=r"got a str.*load_model"), computing_in("gpt2", "bfloat16"):
         pass
 
 
