@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oversquash_lens.analyses.plan import Plan, duration, plan
+from oversquash_lens.analyses.plan import Plan, plan
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import in_words
+from oversquash_lens.results import duration
 from oversquash_lens.sweeps.prompts import SweepPrompt
 
 LENGTHS = 5  # of the prompts' lengths, evenly spread over them, a forecast is made
