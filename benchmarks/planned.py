@@ -74,7 +74,7 @@ def one(options: argparse.Namespace) -> dict:
     model = osl.load_model(kind=options.kind)
     tokens = torch.tensor(long_prompt(model.tokenizer, n))
     if measure == "collapse":
-        planned = plan_collapse(model, [pair(tokens)], 2, clock=clock)
+        planned = plan_collapse(model, [pair(tokens)], clock=clock)
     else:
         planned = osl.plan(model, n, measure, probes=options.probes, clock=clock)
     numbers = {"bytes": planned.bytes, "seconds": planned.seconds, "available": planned.available}

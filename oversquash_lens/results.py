@@ -87,6 +87,18 @@ def in_a_cell(value: Any) -> str:
     return str(value)
 
 
+def duration(seconds: float | int) -> str:
+    """A time for people.
+
+    >>> duration(0.2), duration(42.3), duration(754), duration(20_000)
+    ('0.2 s', '42 s', '13 min', '5.6 h')
+    """
+    for limit, unit, of in ((9.95, "s", 1), (99.5, "s", 1), (5970, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / of:.1f} {unit}" if limit < 10 else f"{seconds / of:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 def _plain(column: Any) -> Sequence[Any]:
     """A tensor's or array's own numbers; any other sequence as it is."""
     return column.tolist() if hasattr(column, "tolist") else column

@@ -16,7 +16,7 @@ from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
 from oversquash_lens import memory as memory_module
-from oversquash_lens.analyses.plan import MEASURES, SMALL, duration, plan_collapse, plans_together
+from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse, plans_together
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.size import BASE, Size, check_recording, kept_bytes, size_of
 from oversquash_lens.capture.subject import Subject
@@ -26,6 +26,7 @@ from oversquash_lens.jacobian import costs
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import differentiate
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
+from oversquash_lens.results import duration
 
 SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")
 
@@ -297,9 +298,9 @@ def test_a_collapse_curve_is_planned_by_the_tokens_that_are_run() -> None:
     """Prompts that begin one another share a pass: [1, 2, 3, 3] holds all of these, and runs once in each format."""
     for model in both_kinds():
         pairs = [((1, 2), (1, 2, 2)), ((1, 2, 3), (1, 2, 3, 3))]
-        found = plan_collapse(model, pairs, 2, clock=clock(1.0))
+        found = plan_collapse(model, pairs, ("float32", "float64"), clock=clock(1.0))
         assert (found.measure, found.n) == ("collapse", 4)
-        alone = plan_collapse(model, pairs[1:], 2, clock=clock(1.0))
+        alone = plan_collapse(model, pairs[1:], ("float32", "float64"), clock=clock(1.0))
         assert alone.passes == 2
         assert alone.passes < found.passes <= 3 * alone.passes
 

@@ -90,7 +90,7 @@ class Audit(Result):
         if not promising:
             return "no bound promises to hold on this architecture"
         closest = min(row.min_log10_ratio for row in promising)
-        broken = sum(row.violations for row in promising)
+        broken = sum(row.violations or 0 for row in promising)
         gap = f"at least 10^{math.floor(closest)} above"
         above = f"the bounds that promise to hold do, {gap} the truth"
         if not self.truth.exact:  # probes see the spectral norm from below only
@@ -150,12 +150,11 @@ class Audit(Result):
                 "–" if row.violations is None else str(row.violations),
                 row.compared_with,
             )
-        console = Console(
-            file=io.StringIO(), width=110, legacy_windows=False, force_jupyter=False, force_terminal=False
-        )
+        out = io.StringIO()
+        console = Console(file=out, width=110, legacy_windows=False, force_jupyter=False, force_terminal=False)
         console.print(table)
         console.print(Text(self.sentence))
-        return console.file.getvalue().rstrip()
+        return out.getvalue().rstrip()
 
 
 @dataclass(frozen=True)
@@ -333,7 +332,7 @@ class Comparison:
     max_log10_ratio: float
 
 
-def compare(first: Profile | object, second: Profile | object) -> Comparison:
+def compare(first: Profile | Any, second: Profile | Any) -> Comparison:
     """Rank correlation and log₁₀ ratios of two profiles or truths over the same tokens, also across models.
 
     Refuses (InputError) to set a y with its final gain against one whose gain was folded away and is not known.

@@ -72,9 +72,9 @@ class Findings(Result):
         return {
             "position": range(len(self.tokens)),
             "token": self.tokens,
-            "measured_share": self.audit.truth.share,
-            "estimated_share": self.squashing.share,
-            "uniform_share": self.squashing.null_share,
+            "measured_share": self.audit.truth.share.tolist(),
+            "estimated_share": self.squashing.share.tolist(),
+            "uniform_share": self.squashing.null_share.tolist(),
         }
 
     def to_dict(self) -> dict:
@@ -117,7 +117,7 @@ def findings(
     check_effort(probes, node_probes)
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
-    effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
+    effort: dict[str, Any] = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
     trace, truths = recorded_truths(subject, tokenized, recording, effort)
     if len(tokenized.ids) > MOST_FROZEN:
         return findings_from_trace(trace, truths, beta=beta)

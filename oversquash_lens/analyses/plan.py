@@ -23,17 +23,17 @@ from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, logits_by
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.weights import weights_known
+from oversquash_lens.collapse.curve import FORMATS
+from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.jacobian import costs
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.memory import available_bytes, in_words, resident_bytes
-from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
-from oversquash_lens.results import Result
+from oversquash_lens.results import Result, duration
 
 Bytes = dict[str, int]
 
 SMALL = 64  # tokens of the pass that is timed
-MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
 SWEEP = 1.5  # attentions: what all kinds of path in one sweep multiply for each [head, dest, src] of a layer
 EDITED = 3  # copies of its [head, dest, src] that an edit adds to the graph of a layer
 DIRECTIONS = 144  # pairs of directions through each MLP at the default number of node probes
@@ -43,7 +43,8 @@ DIRECTIONS = 144  # pairs of directions through each MLP at the default number o
 class Request:
     """What a run is of, and the routes that it would take now: of the recording, of the truth as it is, and frozen.
 
-    `times`: how often the whole is done, as `plan` takes it; `new_tokens`: of each completion.
+    `times`: how often the whole is done, as `plan` takes it; `new_tokens`: of each completion. `recast`:
+    bytes of the weights in another number format.
     """
 
     size: Size
@@ -52,6 +53,7 @@ class Request:
     memory: int
     times: float | int = 1
     new_tokens: int = 0
+    recast: int = 0
     recorded: str = "kept"
     truth: str = "whole"
     frozen: str = "whole"
@@ -207,19 +209,22 @@ def plan(
 def plan_collapse(
     model: Any,
     pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-    formats: int = 2,
+    dtypes: Sequence[Any] = FORMATS,
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """As `plan`, of a collapse curve: `pairs` of token ids, one for each length, in so many number formats.
+    """As `plan`, of a collapse curve: `pairs` of token ids, one for each length, in these number formats.
 
     Prompts that begin alike share a pass, so the tokens that are really run are counted.
     """
+    formats = {replace(number_format(each), storage=None) for each in dtypes}
     subject = Subject.of(model)
     sequences = list(dict.fromkeys(ids for pair in pairs for ids in pair))
     longest = max(map(len, sequences))
-    times = formats * shared_passes(sequences).tokens / longest
-    return _planned(subject, "collapse", _request(subject, longest, 1, MEMORY, times, 0), clock)
+    times = len(formats) * shared_passes(sequences).tokens / longest
+    own = subject.architecture.dtype
+    other = max(each.dtype.itemsize * (each.dtype != own or bool(each.weights)) for each in formats)
+    return _planned(subject, "collapse", _request(subject, longest, 1, MEMORY, times, 0, other), clock)
 
 
 def plans_together(plans: Sequence[Plan], measure: str) -> Plan:
@@ -242,7 +247,7 @@ def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[
         course, verdict = (lean, "fits, leaner") if fits else (course, "does not fit")
     fullest, total = course.fullest()
     work = dict(course.steps)
-    if measure in RECORDED and not weights_known(subject.model):
+    if "recording" in work and not weights_known(subject.model):
         work["norms of the weights, once per model"] = size.gram_operations
     small = min(SMALL, request.n)
     pace = _small_pass_seconds(subject, small, clock) / size.pass_operations(small)
@@ -264,17 +269,21 @@ def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[
     )
 
 
-def _request(subject: Subject, n: int, probes: int | None, memory: int, times: float | int, new_tokens: int) -> Request:
+def _request(
+    subject: Subject, n: int, probes: int | None, memory: int, times: float | int, new_tokens: int, other: int = 2
+) -> Request:
     truth, frozen = (costs.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
     recorded = choose_route(subject.model, subject.architecture, n)
-    return Request(subject.size, n, probes, memory, times, new_tokens, recorded, truth, frozen)
+    hooked: Any = subject.model
+    recast = other * sum(weight.numel() for weight in hooked.parameters())
+    return Request(subject.size, n, probes, memory, times, new_tokens, recast, recorded, truth, frozen)
 
 
 def _length(subject: Subject, prompt: Any, chat: bool, bos: bool | None) -> int:
-    if isinstance(prompt, str) or not hasattr(prompt, "__index__") or getattr(prompt, "ndim", 0):
+    if isinstance(prompt, str) or not hasattr(prompt, "__index__") or getattr(prompt, "ndim", False):
         return len(subject.tokenize(prompt, chat=chat, bos=bos).ids)
-    n, n_ctx = operator.index(prompt), getattr(subject.model.cfg, "n_ctx", None)
-    if n < 2 or (n_ctx and n > n_ctx):
+    n, n_ctx = operator.index(prompt), subject.architecture.n_ctx
+    if not 2 <= n <= n_ctx:
         raise InputError(f"expected 2 … {n_ctx}, what this model reads, got {n} tokens: give a number between them")
     return n
 
@@ -298,15 +307,6 @@ def _small_pass_seconds(subject: Subject, n: int, clock: Callable[[], float]) ->
         return clock() - begun
 
 
-def _block_bytes(size: Size, n: int) -> Bytes:
-    """A block of rows at work; bounds, estimate and flows take one layer after another, all through the same block."""
-    entries = min(ENTRIES["cpu"], size.n_heads * min(MOST_ROWS, n) * n)
-    return {"a block of rows": MAPS * entries * max(4, size.itemsize), "the libraries": BASE}
-
-
-# ---------------------------------------------------------------- what each measure does
-
-
 def _forward(run: Request) -> Course:
     size, n = run.size, run.n
     parts = {"the logits": logits_bytes(size, n), "one layer at work": 2 * size.scores(n), "the libraries": BASE}
@@ -324,14 +324,14 @@ def _record(run: Request) -> Course:
 def _bound(run: Request) -> Course:
     """Every variant of the bound, and the estimate, in one sweep."""
     course = _record(run)
-    phases = {**course.phases, "summing over paths": run.kept() | _block_bytes(run.size, run.n)}
+    phases = {**course.phases, "summing over paths": run.kept() | costs.block_bytes(run.size, run.n)}
     return Course(phases, {**course.steps, "bounds and estimate": run.times * run.sweep})
 
 
 def _flow(run: Request) -> Course:
     """The estimate's flow and that of uniform attention, each in two sweeps."""
     course = _record(run)
-    phases = {**course.phases, "following the flow": run.kept() | _block_bytes(run.size, run.n)}
+    phases = {**course.phases, "following the flow": run.kept() | costs.block_bytes(run.size, run.n)}
     return Course(phases, {**course.steps, "flows": run.times * 4 * run.sweep})
 
 
@@ -359,7 +359,7 @@ def _report(run: Request) -> Course:
     if run.n <= costs.MOST_FROZEN:
         steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
         steps["each assumption imposed"] = run.times * 4 * run.sweep
-    phases = {**course.phases, "following the flow": run.kept() | _block_bytes(run.size, run.n)}
+    phases = {**course.phases, "following the flow": run.kept() | costs.block_bytes(run.size, run.n)}
     return Course(phases, steps)
 
 
@@ -381,8 +381,8 @@ def _collapse(run: Request) -> Course:
     """The passes that read all pairs, and those that check endings against passes of their own, in each format."""
     size, n = run.size, run.n
     parts = {
-        "one layer at work": 3 * size.scores(n) + size.position(n),
-        "the weights in another format": size.weights_bytes,
+        "one layer at work": 2 * size.scores(n) + size.position(n),
+        "the weights in another format": run.recast,
         "keys and values": size.cache_bytes(n),
         "the unembedding": size.unembedding,
         "the libraries": BASE,
@@ -415,21 +415,8 @@ MEASURES: dict[str, Callable[[Request], Course]] = {
     "collapse": _collapse,
     "generate": _generate,
 }
-RECORDED = frozenset(MEASURES) - {"forward", "truth", "collapse", "generate"}  # they need the norms of the weights
 
 
 def by_size(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Largest first."""
     return sorted(parts.items(), key=lambda each: -each[1])
-
-
-def duration(seconds: float | int) -> str:
-    """A time for people.
-
-    >>> duration(0.2), duration(42.3), duration(754), duration(20_000)
-    ('0.2 s', '42 s', '13 min', '5.6 h')
-    """
-    for limit, unit, of in ((9.95, "s", 1), (99.5, "s", 1), (5970, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / of:.1f} {unit}" if limit < 10 else f"{seconds / of:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"

@@ -82,7 +82,7 @@ class Outcome(Result):
         return f"“{self.label}”: {len(self.tokens)} tokens, effective number {self.measured_tokens:.1f}"
 
     def _table(self) -> Mapping[str, Sequence[Any]]:
-        shares = {"measured_share": self.truth.share, "estimated_share": self.estimate.share}
+        shares = {"measured_share": self.truth.share.tolist(), "estimated_share": self.estimate.share.tolist()}
         return {"position": range(len(self.tokens)), "token": self.tokens, "place_before": self.places, **shares}
 
     def to_dict(self) -> dict:
@@ -146,7 +146,7 @@ class Change(Result):
         return f"“{self.label}”: log10 of after over before for {len(self.places)} tokens, {self.cut_off} cut off"
 
     def _table(self) -> Mapping[str, Sequence[Any]]:
-        return {"place_before": self.places, **{name: getattr(self, name) for name in MEASURES}}
+        return {"place_before": self.places, **{name: getattr(self, name).tolist() for name in MEASURES}}
 
     def to_dict(self) -> dict:
         measures = {
@@ -231,13 +231,12 @@ class WhatIf(Result):
             table.add_column(name, justify="right", overflow="fold")
         for outcome, change in zip(self.outcomes, (None, *self.changes), strict=True):
             table.add_row(Text(outcome.label), *_cells(outcome, change))
-        console = Console(
-            file=io.StringIO(), width=118, legacy_windows=False, force_jupyter=False, force_terminal=False
-        )
+        out = io.StringIO()
+        console = Console(file=out, width=118, legacy_windows=False, force_jupyter=False, force_terminal=False)
         console.print(table)
         for text in (LEGEND, "", *self._said(), *self.notes):
             console.print(Text(text))
-        return console.file.getvalue().rstrip()
+        return out.getvalue().rstrip()
 
 
 HEAD = ("sound\nbound", "estimate", "truth", "ρ", "eff. no.\n(estimate)", "collapse", "rel.")
@@ -303,7 +302,7 @@ def what_if(
 
     pairs = tqdm([*zip((None, *edits), prompts, strict=True)], desc="what if", disable=not progress, leave=False)
     before, *after = [measured(*pair) for pair in pairs]
-    return WhatIf(before.estimate.about, before, tuple(after))
+    return WhatIf(before.truth.about, before, tuple(after))
 
 
 def _check_options(edits: Sequence[Any], variant: str, probes: int | None, node_probes: int | None) -> None:

@@ -58,11 +58,6 @@ class Size:
         attention = self.d_model * self.d_head * 2 * (self.n_heads + self.n_kv_heads)
         return attention + self.matrices * self.d_model * self.d_mlp
 
-    @property
-    def weights_bytes(self) -> int:
-        """All matrices, embedding and unembedding too."""
-        return (self.n_layers * self.layer_weights + 2 * self.d_vocab * self.d_model) * self.itemsize
-
     def cache_bytes(self, n: int) -> int:
         """Keys and values of n tokens in all layers."""
         return 2 * self.n_layers * n * self.n_kv_heads * self.d_head * self.itemsize

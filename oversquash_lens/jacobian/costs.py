@@ -14,6 +14,7 @@ from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, record_by
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError
 from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, check_memory, in_words
+from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
 
 BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
 TOGETHER = (
@@ -27,6 +28,7 @@ CARRIED = 3  # rows of covectors from block to block, what becomes of them, and 
 GRAPH = {"bridge": (1, 1), "hooked": (2, 3)}
 ALIVE = 0.4  # of the memory set aside for a batch of backward products, what they are seen to take
 SPECTRAL = 4  # whole Jacobians, their copy, their Gram matrices and the eigenvalues' work space
+MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
 MOST_FROZEN = 2048  # tokens; of more, the truth is measured as it is and not also with attention or norms frozen
 
 
@@ -81,6 +83,12 @@ def truth_bytes(
 def jacobian_bytes(size: Size) -> int:
     """∂y_n/∂v_i of one position."""
     return size.d_model**2 * size.itemsize
+
+
+def block_bytes(size: Size, n: int) -> dict[str, int]:
+    """A block of rows at work: bounds, estimate and flows take one layer after another, all through the same block."""
+    entries = min(ENTRIES["cpu"], size.n_heads * min(MOST_ROWS, n) * n)
+    return {"a block of rows": MAPS * entries * max(4, size.itemsize), "the libraries": BASE}
 
 
 def check_audit(subject: Subject, n: int, probes: int | None) -> None:
