@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from oversquash_lens.viz.html import View, page, runtime
 
+from oversquash_lens.viz.html import View, page, runtime
 from oversquash_lens.viz.words import visible_token
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -12,13 +12,12 @@ from html.parser import HTMLParser
 
 import pytest
 from evil_strings import CORPUS
-from oversquash_lens.viz.words import one_line_text
 from small_findings import findings_result, with_origin
 from small_results import about
 
 from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import Entry, file_name, render_index
-from oversquash_lens.viz.words import visible_token
+from oversquash_lens.viz.words import one_line_text, visible_token
 
 ALLOWED = {
     *("html", "head", "meta", "link", "title", "style", "body", "main", "script", "noscript", "nav", "section"),
