@@ -222,7 +222,7 @@ def test_the_width_of_a_flow_is_one_line() -> None:
     assert f"of {len(TOKENS)} positions" in words(figure)
 
 
-def test_the_width_of_a_squashing_stands_beside_that_of_even_attention() -> None:
+def test_the_width_of_a_squashing_stands_beside_that_of_uniform_attention() -> None:
     flow, null = flow_result(), flow_result(seed=7)
     share = profile().share
     squashing = Squashing(flow, null, share, share)
@@ -232,7 +232,7 @@ def test_the_width_of_a_squashing_stands_beside_that_of_even_attention() -> None
     assert [to_hex(line.get_color()).upper() for line in lines] == list(COLOURS[:2])
     for line, each in zip(lines, (flow, null), strict=True):
         assert np.allclose(line.get_ydata(), entropy_number(each.node), rtol=1e-9)
-    assert legend_labels(figure.legends[0]) == ["this model", "even attention, all else the same"]
+    assert legend_labels(figure.legends[0]) == ["this model", "uniform attention, all else the same"]
     relative = (entropy_number(flow.node) / entropy_number(null.node))[:-1]
     assert f"layer {relative.argmin()}: {relative.min():.2f} times as wide" in words(figure).replace("\n", " ")
 

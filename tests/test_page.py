@@ -18,6 +18,7 @@ from small_results import EVIL, TOKENS
 from oversquash_lens.analyses.audit import Audit
 from oversquash_lens.errors import InputError
 from oversquash_lens.viz import report as page_module
+from oversquash_lens.viz.html import render
 from oversquash_lens.viz.report import render_page, report, width_curve
 from oversquash_lens.viz.words import visible_token
 
@@ -100,7 +101,7 @@ def test_page_says_sentence_model_and_assumptions(outline):
         result.audit.sentence,
         str(result.about),
         "torch 2.13.0",
-        "Of 11 tokens",
+        "of 11 tokens",
         "assumed by proof <of course>",
         "Attention stands still.",
         "It moves.",
@@ -113,9 +114,9 @@ def test_the_headline_has_the_numbers_that_decide(outline):
     squashing = result.squashing
     width = squashing.flow.effective_width[squashing.narrowest].item()
     for expected in (
-        f"the last one hears about {result.effective_tokens:.1f} (measured; "
-        f"{squashing.effective_tokens:.1f} by the estimate)",
-        f"even attention would let it hear {squashing.null_effective_tokens:.1f}.",
+        f"depends on about {result.effective_tokens:.1f} of 11 tokens (effective number, measured; {squashing.effective_tokens:.1f} by the "
+        "estimate)",
+        f"with uniform attention it would be {squashing.null_effective_tokens:.1f}.",
         f"narrowest on entering layer {squashing.narrowest}: through {width:.1f} positions",
         "ranks tokens with ρ = 0.93 to the measured truth and is typically 0.81 times its size",
     ):
@@ -129,7 +130,7 @@ def test_what_is_barely_squashed_is_not_named():
     result = findings_result()
     even = replace(result.squashing, null_share=result.squashing.share)
     text = "".join(Outline(render_page(replace(result, squashing=even))).text)
-    assert "No tokens lose a hundredth of what is heard" in text
+    assert "No tokens lose a hundredth of the sensitivity" in text
     assert "Most squashed: " not in text
 
 
@@ -153,8 +154,8 @@ def test_every_layer_s_width_is_in_its_table(outline):
 
 def test_the_curve_says_what_the_widths_are():
     result = findings_result()
-    curve = width_curve(result.squashing)
-    widths = re.findall(r"(?:layer (\d)|last layer): ([\d.]+) positions; even attention ([\d.]+)<", curve)
+    curve = render("curve.svg.j2", curve=width_curve(result.squashing))
+    widths = re.findall(r"(?:layer (\d)|last layer): ([\d.]+) positions; uniform attention ([\d.]+)<", curve)
     assert len(widths) == 4
     for (_, real, null), wide, even in zip(
         widths, result.squashing.flow.effective_width, result.squashing.null.effective_width, strict=True

@@ -51,41 +51,41 @@ def test_a_prompt_twice_as_long_makes_a_page_not_much_larger(page):
 # -- what stands on it -----------------------------------------------------------------------------------------
 
 
-def test_the_most_heard_are_listed_and_it_is_said_that_others_are_not(page, found):
+def test_the_largest_shares_are_listed_and_it_is_said_that_others_are_not(page, found):
     outline = Outline(page)
     numbers = [row for row in outline.rows if len(row) == 10 and row[0].isdigit()]
     assert len(numbers) == MOST_ROWS
     places = [int(row[0]) for row in numbers]
     assert places == sorted(places)
     assert set(found.audit.truth.share.topk(20).indices.tolist()) <= set(places)
-    assert f"The {MOST_ROWS} most heard of {N:,} tokens in numbers" in "".join(outline.text)
+    assert f"The {MOST_ROWS} tokens of the largest shares, of {N:,}, in numbers" in "".join(outline.text)
 
 
-def test_a_short_prompt_lists_every_token_and_no_passages():
+def test_a_short_prompt_lists_every_token_and_no_context_windows():
     outline = Outline(render_page(long_findings(MOST_BINS, n_layers=2)))
     text = "".join(outline.text)
     assert "Every token in numbers" in text
     assert "in the text around them" not in text
 
 
-def test_passages_hold_the_most_heard_with_their_neighbours():
+def test_context_windows_hold_the_largest_shares_with_their_neighbours():
     share = torch.full((100,), 1e-3)
     share[[2, 40, 50, 99]] = torch.tensor([0.1, 0.3, 0.2, 0.05])
     assert context_windows(share, picked=4, around=5) == [(35, 56, (40, 50)), (0, 8, (2,)), (94, 100, (99,))]
     assert context_windows(torch.tensor([0.5, 0.5]), picked=4) == [(0, 2, (0, 1))]
 
 
-def test_the_passages_on_the_page_are_marked_where_they_are_heard(page, found):
-    loudest = int(found.audit.truth.share.argmax())
+def test_the_context_windows_on_the_page_mark_the_largest_shares(page, found):
+    largest = int(found.audit.truth.share.argmax())
     marked = re.findall(r"<mark>(.*?)</mark>", page)
     assert len(marked) == 16
-    token = found.tokens[loudest]
+    token = found.tokens[largest]
     first = next(row for row in Outline(page).rows if len(row) == 6 and row[1].isdigit())
-    assert int(first[1]) <= loudest <= int(first[2])
+    assert int(first[1]) <= largest <= int(first[2])
     assert visible_token(token.strip() or token) in first[0]
 
 
-def test_nothing_in_a_passage_or_a_bin_becomes_markup():
+def test_nothing_in_a_context_window_or_a_bin_becomes_markup():
     tokens = tuple(EVIL[i % len(EVIL)] + str(i) for i in range(600))
     outline = Outline(render_page(long_findings(600, n_layers=2, tokens=tokens)))
     assert not {"img", "b", "iframe"} & {tag for tag, _ in outline.tags}
@@ -99,7 +99,7 @@ def long_profile(n: int):
     return profile(tokens=tuple(f" w{i}" for i in range(n)), n_layers=2)
 
 
-def test_a_long_strip_has_fewer_cells_and_says_where_its_bins_are():
+def test_a_long_strip_has_fewer_bins_and_says_where_its_bins_are():
     payload = positions(long_profile(3000)).payload
     assert len(payload["tokens"]) <= FEW_BINS
     bins = [place for place, width in zip(payload["places"], payload["widths"], strict=True) if width > 1]

@@ -63,7 +63,7 @@ def test_a_prompt_that_cannot_be_used_has_a_row_and_the_others_go_on(asked, tmp_
 
 
 def test_where_no_prompt_can_be_used_the_first_reason_is_said(asked, tmp_path):
-    with pytest.raises(InputError, match=r"none of the 2 prompts could be used; the first: bad 1 came"):
+    with pytest.raises(InputError, match=r"none of the 2 prompts could be used; the first: expected better, got bad 1"):
         reports("model", ["bad 1", "bad 2"], tmp_path)
     assert os.listdir(tmp_path) == ["index.html"]
 

@@ -29,7 +29,7 @@ def test_a_panel_for_each_measure_and_one_that_compares(swept: SweepResult) -> N
     assert titles[:2] == ["Mean-field estimate", "Paper’s bound"]
     assert titles[2] == "Side by side: medians and quartiles"
     assert len(titles) == 5
-    assert drawn.title == "What the last token hears, over 12 prompts; 1 refused"
+    assert drawn.title == "Sensitivity of the last token, over 12 prompts; 1 refused"
     assert drawn.model == "tiny-random-llama as TransformerBridge (float64)"
     assert Chart.from_dict(drawn.to_dict()).to_csv() == drawn.to_csv()
 
@@ -49,7 +49,7 @@ def test_the_series_are_the_bands(swept: SweepResult) -> None:
 def test_it_is_drawn_and_written(swept: SweepResult, tmp_path: Path) -> None:
     figure = osl.figures.bands(swept)
     assert len(figure.axes) == 5
-    assert figure.texts[0].get_text().startswith("What the last token hears")
+    assert figure.texts[0].get_text().startswith("Sensitivity of the last token")
     paths = osl.figures.save(figure, tmp_path, "bands", ("png", "svg"))
     assert all(path.stat().st_size > 10_000 for path in paths)
 

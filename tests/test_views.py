@@ -69,7 +69,7 @@ def test_caption_says_what_is_shown():
     assert "exact" in positions(truth()).caption
     assert "16 random probes" in positions(truth(exact=False)).caption
     assert "attention frozen" in positions(replace(truth(), freeze=("attention",))).caption
-    assert "my own &lt;kind&gt;" in positions(profile(kind="my own <kind>")).caption
+    assert "my own &lt;kind&gt;" in positions(profile(kind="my own <kind>")).fragment()
 
 
 # -- one HTML, no network ------------------------------------------------------------------------------------
@@ -221,10 +221,10 @@ def test_a_truth_has_no_layers():
 def test_nan_is_refused_and_named():
     values = truth().values.clone()
     values[2] = math.nan
-    with pytest.raises(InputError, match=r"token 0 \(The\) is nan.*float32"):
+    with pytest.raises(InputError, match=r"got nan as the share of token 0 \(The\).*float32"):
         positions(replace(truth(), values=values))
     silent = replace(profile(), log_by_layer=torch.full((2, len(TOKENS)), -math.inf, dtype=torch.float64))
-    with pytest.raises(InputError, match="is nan"):
+    with pytest.raises(InputError, match="got nan"):
         layers(silent)
 
 

@@ -134,7 +134,7 @@ def test_millionths_have_three_digits():
 
 def test_captions_name_the_source():
     assert "from all tokens" in heads(flow_result()).caption
-    assert "Route of token 4 &#183;Tuesday" in route(flow_result(source=4)).caption
+    assert "Route of token 4 ·Tuesday" in route(flow_result(source=4)).caption
 
 
 # -- long prompts --------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ def test_bins_of_activations_hold_their_tokens():
 
 @pytest.mark.parametrize("most", [16, 24, 48, 128, 512])
 @pytest.mark.parametrize("n", [1, 16, 17, 129, 600])
-def test_no_more_cells_than_there_is_room_for(n, most):
+def test_no_more_bins_than_asked_for(n, most):
     weights = torch.rand(3, n, generator=torch.Generator().manual_seed(n))
-    cells = bins_for([str(i) for i in range(n)], weights, most)
-    assert len(cells.cells) <= most
-    assert sum(cells.widths) == n
-    torch.testing.assert_close(cells.sums(weights).sum(-1), weights.sum(-1))
+    bins = bins_for([str(i) for i in range(n)], weights, most)
+    assert len(bins.bins) <= most
+    assert sum(bins.widths) == n
+    torch.testing.assert_close(bins.sums(weights).sum(-1), weights.sum(-1))
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads", "kilobytes"), [(30, 9, 250), (4, 40, 250)])
@@ -194,7 +194,7 @@ def test_patterns_stay_small(n_layers, n_heads, kilobytes):
     assert set(shown) == set(moved.topk(len(shown)).indices.tolist())
 
 
-def test_activations_of_many_heads_have_fewer_cells():
+def test_activations_of_many_heads_have_fewer_bins():
     payload = data_in(activations(flow_result(LONG[:120], n_layers=40, n_heads=99)))
     assert len(payload["tokens"]) * 40 * 100 <= 200_000
     assert sum(payload["widths"]) == 120
@@ -225,9 +225,9 @@ def test_the_first_rows_of_two_prompts_are_their_shares():
 
 
 def test_results_of_two_kinds_are_no_pair():
-    with pytest.raises(InputError, match=r"Flow and a PathProfile came.*one kind"):
+    with pytest.raises(InputError, match=r"expected two results of one kind, got a Flow and a PathProfile"):
         prompts(flow_result(), profile())
-    with pytest.raises(InputError, match="asked of nothing; expected two results"):
+    with pytest.raises(InputError, match="expected two results of .*, got nothing"):
         prompts(flow_result(), None)
 
 
@@ -237,7 +237,7 @@ def test_results_of_two_kinds_are_no_pair():
 @pytest.mark.parametrize("view", [heads, route, activations])
 @pytest.mark.parametrize("wrong", [None, "a prompt", profile(), truth()])
 def test_what_is_no_flow_is_refused(view, wrong):
-    with pytest.raises(InputError, match=r"expected a Flow: call flow\(trace\) first"):
+    with pytest.raises(InputError, match=r"expected a Flow, got .*: call flow\(trace\) first"):
         view(wrong)
 
 
@@ -247,7 +247,7 @@ def test_numbers_that_are_no_shares_are_named(view, bad):
     flow = flow_result()
     node = flow.node.clone()
     node[1, 2] = bad
-    with pytest.raises(InputError, match=r"token 2 \(·met\) is .*measure again in float32"):
+    with pytest.raises(InputError, match=r"token 2 \(·met\): .*measure again in float32"):
         view(replace(flow, node=node))
 
 
@@ -256,7 +256,7 @@ def test_a_bad_number_of_a_head_is_named(name):
     flow = flow_result()
     values = getattr(flow, name).clone()
     values[..., 4] = math.nan
-    with pytest.raises(InputError, match=r"token 4 \(·Tuesday\) is nan"):
+    with pytest.raises(InputError, match=r"got nan as the share of token 4 \(·Tuesday\)"):
         heads(replace(flow, **{name: values}))
 
 
@@ -266,7 +266,7 @@ def test_an_empty_flow_is_refused(view):
     empty = Flow(
         "mean_field", (), None, none, torch.zeros(0, 2, 0), torch.zeros(0, 0), none, none, flow_result().edges, about()
     )
-    with pytest.raises(InputError, match=r"an empty flow came \(0 tokens, 0 layers\)"):
+    with pytest.raises(InputError, match=r"got an empty flow \(0 tokens, 0 layers\)"):
         view(empty)
 
 

@@ -69,7 +69,7 @@ def test_tokens_that_an_edit_put_in_are_marked_and_the_others_say_what_they_were
             where = "before" if place == i else f"before token {place}"
             assert said == f"token {i} ({where}: share {float(f'{before[place]:.4g}'):g})"
     assert fewer.payload["places"][0].startswith("token 0 (before token 1: share ")
-    assert f"{NEW.encode('ascii', 'xmlcharrefreplace').decode()} stands before" in what_if(result).guide
+    assert f"{NEW} stands before" in what_if(result).guide
 
 
 def test_nothing_is_said_of_marks_where_nothing_was_put_in() -> None:
@@ -97,10 +97,10 @@ def test_any_measure_can_colour(of: str, name: str) -> None:
 def test_the_captions_hold_the_numbers() -> None:
     result = with_commas()
     for part, each, change in zip(what_if(result).views, result.outcomes, (None, *result.changes), strict=True):
-        assert f"hears {each.measured_tokens:.1f} of {len(each.tokens)} tokens" in part.caption
+        assert f"effective number {each.measured_tokens:.1f} of {len(each.tokens)} tokens" in part.caption
         assert "collapse distance 12.5" in part.caption
         if change is not None:
-            assert f"{10 ** change.median('truth'):.2f} times as loud" in part.caption
+            assert f"{10 ** change.median('truth'):.2f} times as large" in part.caption
             assert f"estimated {10 ** change.median('estimate'):.2f})" in part.caption
 
 
@@ -146,7 +146,7 @@ def test_evil_tokens_and_labels_are_shown_and_not_run() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, truth(), with_commas().before])
 def test_a_view_of_something_else(wrong: Any) -> None:
-    with pytest.raises(InputError, match="expected a WhatIf: call what_if"):
+    with pytest.raises(InputError, match="expected a WhatIf, got .*: call what_if"):
         what_if(wrong)
 
 
@@ -158,7 +158,7 @@ def test_a_measure_that_is_none() -> None:
 def test_shares_that_are_no_numbers() -> None:
     result = with_commas()
     result.before.truth.values[2] = torch.nan
-    with pytest.raises(InputError, match="is nan"):
+    with pytest.raises(InputError, match="got nan"):
         what_if(result)
 
 

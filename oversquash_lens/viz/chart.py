@@ -250,8 +250,8 @@ class Chart:
             panels = tuple(_panel(**panel) for panel in values["panels"])
             tables = tuple(_table(**table) for table in values["tables"])
             verdicts = tuple(Verdict(**verdict) for verdict in values["verdicts"])
-            words = {name: tuple(values[name]) for name in ("setup", "notes")}
-            rest = {name: values[name] for name in ("name", "title", "model", "columns", "data")}
+            words: dict[str, Any] = {name: tuple(values[name]) for name in ("setup", "notes")}
+            rest: dict[str, Any] = {name: values[name] for name in ("name", "title", "model", "columns", "data")}
             return cls(panels=panels, verdicts=verdicts, tables=tables, **words, **rest)
         except InputError:
             raise
@@ -278,10 +278,9 @@ class Chart:
 
 def _panel(series: list, reference: list | None, x_names: list, **rest: Any) -> Panel:
     diagrams = {kind: _diagram(kind, rest.pop(kind)) for kind in KINDS if rest.get(kind) is not None}
-    if reference is not None:
-        reference = tuple(reference)
     rows = tuple(_series(**one) for one in series)
-    return Panel(series=rows, reference=reference, x_names=tuple(x_names), **rest | diagrams)
+    dashed: Any = reference if reference is None else tuple(reference)
+    return Panel(series=rows, reference=dashed, x_names=tuple(x_names), **rest | diagrams)
 
 
 def _diagram(kind: str, values: dict[str, Any]) -> Paths | Heat | Route:

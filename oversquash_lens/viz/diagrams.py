@@ -30,7 +30,7 @@ from oversquash_lens.viz.style import (
 from oversquash_lens.viz.words import axis_number, visible_token
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import matplotlib.axes
 
 STAYS, MOVES, GATHERED = COLOURS[0], COLOURS[1], "#a9afb6"
 MOVED = "moves, by layer.head (+: with other heads)"
@@ -42,7 +42,7 @@ NAME = SMALL - 1.0  # type of the heads' names
 # -- causal paths --------------------------------------------------------------------------------------------
 
 
-def draw_paths(axes: Axes, paths: Paths, size: tuple[float, float]) -> str:
+def draw_paths(axes: matplotlib.axes.Axes, paths: Paths, size: tuple[float, float]) -> str:
     """Tokens from left to right, layers upwards, each edge as strong as the number of paths over it.
 
     Returns the sentence that says how many there are. A node holds the number of paths through it, where it fits.
@@ -72,7 +72,7 @@ def draw_paths(axes: Axes, paths: Paths, size: tuple[float, float]) -> str:
     return f"{axis_number(paths.total)} paths from {short(names)[paths.token]} to the last token"
 
 
-def _draw_nodes(axes: Axes, paths: Paths, spacing: float) -> None:
+def _draw_nodes(axes: matplotlib.axes.Axes, paths: Paths, spacing: float) -> None:
     """`spacing` of the nodes in points; those on no path are small and grey, numbers stand in all others or in none."""
     through = {(paths.token, 0): paths.total}
     for layer, _, destination, count in paths.edges:
@@ -85,7 +85,12 @@ def _draw_nodes(axes: Axes, paths: Paths, spacing: float) -> None:
             count = through.get((position, floor), 0)
             fill = fills.get((position, floor), "white")
             edge = (INK if count else "#c8ccd0") if fill == "white" else fill
-            style = {"markerfacecolor": fill, "markeredgecolor": edge, "markeredgewidth": 0.7, "zorder": 3}
+            style: dict[str, Any] = {
+                "markerfacecolor": fill,
+                "markeredgecolor": edge,
+                "markeredgewidth": 0.7,
+                "zorder": 3,
+            }
             axes.plot(position, floor, "o", markersize=diameter if count else min(4, diameter), clip_on=False, **style)
             if count and written:
                 style = {"color": INK if fill == "white" else "white", "fontsize": SMALL - 0.5, "zorder": 4}
@@ -95,10 +100,12 @@ def _draw_nodes(axes: Axes, paths: Paths, spacing: float) -> None:
 # -- a map ---------------------------------------------------------------------------------------------------
 
 
-def draw_heat(axes: Axes, panel: Panel, inches: float) -> list[str]:
+def draw_heat(axes: matplotlib.axes.Axes, panel: Panel, inches: float) -> list[str]:
     """Draw map, colour bar, and what stands beside it; returns what has to be said of it. `inches` of width, about."""
-    heat, figure = panel.heat, axes.get_figure()
+    heat, figure, place = panel.heat, axes.get_figure(), axes.get_subplotspec()
     assert heat is not None
+    assert figure is not None
+    assert place is not None
     values, together = _binned(np.asarray(heat.values, float))
     image = _draw_cells(axes, heat, values)
     columns = len(heat.values[0])
@@ -112,7 +119,7 @@ def draw_heat(axes: Axes, panel: Panel, inches: float) -> list[str]:
     axes.spines[:].set(visible=True, color=SOFT)
     beside = [axes]
     if panel.series:
-        places = axes.get_subplotspec().subgridspec(1, 2, width_ratios=[1, 0.14], wspace=0.02)
+        places = place.subgridspec(1, 2, width_ratios=[1, 0.14], wspace=0.02)
         axes.set_subplotspec(places[0])
         beside.append(figure.add_subplot(places[1], sharey=axes))
         one = panel.series[0]
@@ -141,7 +148,7 @@ def _binned(values: Float[np.ndarray, "row column"]) -> tuple[Float[np.ndarray, 
     return np.fmax.reduceat(values, starts, axis=1) if together > 1 else values, together
 
 
-def _draw_cells(axes: Axes, heat: Heat, values: Float[np.ndarray, "row column"]) -> Any:
+def _draw_cells(axes: matplotlib.axes.Axes, heat: Heat, values: Float[np.ndarray, "row column"]) -> Any:
     """All cells as one picture, each of many pixels: a viewer that smooths pictures then blurs no more than edges."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
@@ -161,7 +168,7 @@ def _draw_cells(axes: Axes, heat: Heat, values: Float[np.ndarray, "row column"])
 # -- a route -------------------------------------------------------------------------------------------------
 
 
-def draw_route(axes: Axes, route: Route, inches: float) -> tuple[dict[str, Any], str]:
+def draw_route(axes: matplotlib.axes.Axes, route: Route, inches: float) -> tuple[dict[str, Any], str]:
     """Positions from left to right, layers upwards, lines as wide as the share that runs there, on one scale.
 
     Returns the legend's entries, and how to read the lines.
@@ -194,7 +201,7 @@ def _widest(route: Route, inches: float) -> float:
     return min(WIDEST, 0.6 * 72 * inches / len(route.names))
 
 
-def _draw_lines(axes: Axes, route: Route, widest: float) -> dict[str, Any]:
+def _draw_lines(axes: matplotlib.axes.Axes, route: Route, widest: float) -> dict[str, Any]:
     """What moves lies over what stays: a thin line over a wide one is seen, the other way round it is lost."""
     from matplotlib.collections import LineCollection
 
@@ -222,12 +229,14 @@ def _draw_lines(axes: Axes, route: Route, widest: float) -> dict[str, Any]:
     return legend
 
 
-def name_heads(axes: Axes, route: Route) -> None:
+def name_heads(axes: matplotlib.axes.Axes, route: Route) -> None:
     """Write each move's head (layer.head) on its line, strong moves first, where it covers no other line or name.
 
     Called when the layout is done. A name interrupts its own line, as in a contour map.
     """
-    points = 72 / axes.get_figure().dpi
+    figure = axes.get_figure()
+    assert figure is not None
+    points = 72 / figure.dpi
     lines = [(line, half) for each in axes.collections for line, half in _sampled(axes, each, points)]
     moves = lines[len(lines) - len(route.moves) :]  # what moves was drawn last
     taken: list[Float[np.ndarray, " end xy"]] = []
@@ -248,7 +257,9 @@ def name_heads(axes: Axes, route: Route) -> None:
             break
 
 
-def _sampled(axes: Axes, lines: Any, points: float) -> list[tuple[Float[np.ndarray, "sample xy"], float]]:
+def _sampled(
+    axes: matplotlib.axes.Axes, lines: Any, points: float
+) -> list[tuple[Float[np.ndarray, "sample xy"], float]]:
     """Each line of a collection as 200 places along it, in points, and half its width."""
     along = np.linspace(0, 1, 200)[:, None]
     ends = [points * axes.transData.transform(segment) for segment in lines.get_segments()]

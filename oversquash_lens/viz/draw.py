@@ -34,9 +34,9 @@ from oversquash_lens.viz.style import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.path import Path
+    import matplotlib.axes
+    import matplotlib.figure
+    import matplotlib.path
 
 PANELS = {1: (5.0, 2.4), 2: (3.6, 1.75), 3: (2.9, 1.5), 4: (2.6, 1.3)}  # inches: width with labels, height of the axes
 WIDE, MANY = 7.2, 12  # width of single axes with many names below them, and how many these are
@@ -49,7 +49,7 @@ MOST_MARKERS = 45  # a line of more points has no markers, but where a point sta
 Legend = dict[str, Any]  # label -> what it stands for: an artist of matplotlib, or several over one another
 
 
-def draw(chart: Chart) -> Figure:
+def draw(chart: Chart) -> matplotlib.figure.Figure:
     """The figure of a chart; called with our style in force."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ def _around(panel: Panel, inches: float) -> float:
     names = short(_names(panel))
     if panel.heat is not None and len(names) * LINE * SMALL / 72 > inches:
         names = []
-    turned = max(inches_of(name, SMALL) for name in names) if crowded(names, inches) else 0
+    turned = max(inches_of(name, SMALL) for name in names) if crowded(names, inches) else 0.0
     return BELOW + turned + _points(wrapped(panel.title, inches, HEADING), HEADING) / 72 + LINE * SMALL / 72
 
 
@@ -148,10 +148,10 @@ def _shares_legend(panels: Sequence[Panel]) -> bool:
 
 def _points(text: str, size: float) -> float:
     """Points that lines of text take."""
-    return LINE * size * (text.count("\n") + 1) if text else 0
+    return LINE * size * (text.count("\n") + 1) if text else 0.0
 
 
-def _frame(figure: Figure, title: str, model: str, top: float, legend: Legend) -> None:
+def _frame(figure: matplotlib.figure.Figure, title: str, model: str, top: float, legend: Legend) -> None:
     """Title and model on top, the legend below, between them the axes as matplotlib's own layout places them."""
     width, height = figure.get_size_inches()
     if legend:
@@ -168,18 +168,20 @@ def _frame(figure: Figure, title: str, model: str, top: float, legend: Legend) -
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - top / height), w_pad=0.07, h_pad=0.05)
 
 
-def _head(axes: Axes, title: str, note: str, inches: float) -> None:
+def _head(axes: matplotlib.axes.Axes, title: str, note: str, inches: float) -> None:
     """Title and note over the axes, one above the other."""
     height = 4.0
     if note:
         text = wrapped(note, inches, SMALL)
-        place = {"xycoords": "axes fraction", "xytext": (0, height), "textcoords": "offset points"}
+        place: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, height), "textcoords": "offset points"}
         axes.annotate(text, (0, 1), **place, va="bottom", color=SOFT, fontsize=SMALL)
         height += _points(text, SMALL)
     axes.set_title(wrapped(title, inches, HEADING), loc="left", pad=height)
 
 
-def _name_axes(axes: Axes, panels: Sequence[Panel], place: int, columns: int, size: tuple[float, float]) -> None:
+def _name_axes(
+    axes: matplotlib.axes.Axes, panels: Sequence[Panel], place: int, columns: int, size: tuple[float, float]
+) -> None:
     """Names of the axes, said once where neighbours share them."""
     panel = panels[place]
     below = panels[place + columns] if place + columns < len(panels) else None
@@ -194,7 +196,7 @@ def _name_axes(axes: Axes, panels: Sequence[Panel], place: int, columns: int, si
 
 
 def _draw_panel(
-    axes: Axes, panel: Panel, look_of: dict[str, Look], size: tuple[float, float]
+    axes: matplotlib.axes.Axes, panel: Panel, look_of: dict[str, Look], size: tuple[float, float]
 ) -> tuple[Legend, list[str]]:
     """Draw what the panel holds; returns its legend and all that is to be said below its title."""
     said = [panel.note] if panel.note else []
@@ -216,7 +218,7 @@ def _draw_panel(
 
 
 def _draw_numbers(
-    axes: Axes, panel: Panel, look_of: dict[str, Look], size: tuple[float, float]
+    axes: matplotlib.axes.Axes, panel: Panel, look_of: dict[str, Look], size: tuple[float, float]
 ) -> tuple[Legend, list[str]]:
     """Draw every series; returns the legend's entries, and what has to be said of numbers off the axes."""
     bars = [one for one in panel.series if one.kind == "bars"]
@@ -279,7 +281,7 @@ def _line_style(one: Series, panel: Panel, look_of: dict[str, Look]) -> dict[str
     return {"color": colour, "linewidth": 0.8, "linestyle": "dotted", "zorder": 2.5, **open_marker}
 
 
-def _line(axes: Axes, one: Series, x: Scale, y: Scale, style: dict[str, Any]) -> Any:
+def _line(axes: matplotlib.axes.Axes, one: Series, x: Scale, y: Scale, style: dict[str, Any]) -> Any:
     """A line with gaps where nothing is known, its band, and triangles where a number is off the axis."""
     at, heights = x.at(one.x), y.at(one.y)
     off = y.below(one.y) | y.above(one.y)
@@ -308,9 +310,10 @@ def _bin_width(bars: Sequence[Series], x: Scale) -> float:
     return float(np.diff(places).min()) if len(places) > 1 else 1.0
 
 
-def _bars(axes: Axes, one: Series, x: Scale, width: float, look: Look, first: bool) -> Any:
+def _bars(axes: matplotlib.axes.Axes, one: Series, x: Scale, width: float, look: Look, first: bool) -> Any:
     """A histogram as one outline, 0 between bars that do not touch; the first is filled, the others lie over it."""
-    values, edges = [], []
+    values: list[float] = []
+    edges: list[float] = []
     for at, height in sorted(zip(x.at(one.x).tolist(), one.y, strict=True)):
         left, right = at - width / 2, at + width / 2
         if not edges:
@@ -325,7 +328,7 @@ def _bars(axes: Axes, one: Series, x: Scale, width: float, look: Look, first: bo
     return axes.stairs(values, edges, edgecolor=look.colour, linewidth=1.1 if len(one.x) <= 60 else 0.7, zorder=3)
 
 
-def _draw_marks(axes: Axes, panel: Panel, size: tuple[float, float]) -> Legend:
+def _draw_marks(axes: matplotlib.axes.Axes, panel: Panel, size: tuple[float, float]) -> Legend:
     """A row of ✓ and ✗ for each series, the first on top; nan leaves its place empty. Returns the legend's entries."""
     x = scale(panel.x_axis, [value for one in panel.series for value in one.x], margin=0.04)
     put(axes, "x", x, size[0], panel.x_names)
@@ -335,7 +338,7 @@ def _draw_marks(axes: Axes, panel: Panel, size: tuple[float, float]) -> Legend:
         for mark, label, colour in ((1, "right", RIGHT), (0, "wrong", WRONG)):
             at = x.at([value for value, each in zip(one.x, one.y, strict=True) if each == mark])
             if len(at):
-                style = {"marker": _glyph("✓" if mark else "✗"), "color": colour, "markeredgewidth": 0}
+                style: dict[str, Any] = {"marker": _glyph("✓" if mark else "✗"), "color": colour, "markeredgewidth": 0}
                 style |= {"linestyle": "none", "clip_on": False, "markersize": min(7.5, 58 * size[0] / max(most, 8))}
                 (legend[label],) = axes.plot(at, [row] * len(at), **style)
     names = [wrapped(one.label, 1.3, SMALL) for one in panel.series]
@@ -348,7 +351,7 @@ def _draw_marks(axes: Axes, panel: Panel, size: tuple[float, float]) -> Legend:
 
 
 @cache
-def _glyph(character: str) -> Path:
+def _glyph(character: str) -> matplotlib.path.Path:
     """The character's outline around its middle, as a marker."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,14 +32,14 @@ from oversquash_lens.viz.style import styled
 from oversquash_lens.viz.words import GLOSSES, NAMES, measure_name, visible_token
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
 FORMATS = ("pdf", "svg", "png")
 VALUES = {"share": "share in the last token’s sensitivity", "log10": "log₁₀ of the sensitivity"}
 _NO_DATE = {"pdf": "CreationDate", "svg": "Date"}
 
 
-def chart(chart: Chart | object) -> Figure:
+def chart(chart: Chart | object) -> matplotlib.figure.Figure:
     """Draw a chart as a matplotlib Figure: panels in a grid, title and model on top, the legend below.
 
     Where the panels have little in common (more than ten labels in all), each has a legend of its own.
@@ -53,7 +53,7 @@ def chart(chart: Chart | object) -> Figure:
     return figure
 
 
-def profile(profile: PathProfile | object, value: str = "share") -> Figure:
+def profile(profile: PathProfile | object, value: str = "share") -> matplotlib.figure.Figure:
     """Share of each position in the last token’s sensitivity, by a bound, an estimate or a null model, as a Figure.
 
     `value` "share": dimensionless, sums to 1, on a log axis. "log10": log₁₀ of the sensitivity itself, constant
@@ -74,7 +74,7 @@ def profile(profile: PathProfile | object, value: str = "share") -> Figure:
     return _by_position(profile, f"{name}: {gloss}" if gloss else name, name, zero, value, row)
 
 
-def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") -> Figure:
+def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") -> matplotlib.figure.Figure:
     """Share of each position in the last token’s sensitivity, measured by autograd, as a matplotlib Figure.
 
     `value` as in `profile`. Where probes measured, the band is one standard error to either side.
@@ -92,14 +92,14 @@ def sensitivity(measured: MeasuredSensitivity | object, value: str = "share") ->
     return _by_position(measured, title, label, "no sensitivity", value, *(rows[:1] if measured.exact else rows))
 
 
-def collapse(curve: CollapseCurve | object) -> Figure:
+def collapse(curve: CollapseCurve | object) -> matplotlib.figure.Figure:
     """How far apart a family's two prompts end, as a matplotlib Figure: y, heads, layers, and B.3's assumption."""
     if not isinstance(curve, CollapseCurve):
         raise InputError(f"expected what collapse_curve returns, got a {type(curve).__name__}: call it first")
     return chart(result_charts.collapse_chart(curve))
 
 
-def flow(flow: Flow | object) -> Figure:
+def flow(flow: Flow | object) -> matplotlib.figure.Figure:
     """Where the paths run, as a matplotlib Figure: share by layer and position, and the effective width beside it.
 
     Layer 0 (the embeddings) is at the bottom. The colour is logarithmic as in the views: white at a tenth of a uniform
@@ -108,7 +108,7 @@ def flow(flow: Flow | object) -> Figure:
     return chart(result_charts.map_chart(_checked_flow(flow)))
 
 
-def heads(flow: Flow | object) -> Figure:
+def heads(flow: Flow | object) -> matplotlib.figure.Figure:
     """Which heads carry a flow, as a matplotlib Figure: share that each moves, and what stays in the residual stream.
 
     In each layer both together are 1; the colour is white at a tenth of a uniform share or less.
@@ -116,7 +116,7 @@ def heads(flow: Flow | object) -> Figure:
     return chart(result_charts.heads_chart(_checked_flow(flow)))
 
 
-def width(result: Flow | Squashing | object) -> Figure:
+def width(result: Flow | Squashing | object) -> matplotlib.figure.Figure:
     """How many positions the paths pass through at each layer, as a matplotlib Figure.
 
     Of a `Squashing` also the same with uniform attention: what the causal mask alone would make of it.
@@ -126,7 +126,7 @@ def width(result: Flow | Squashing | object) -> Figure:
     return chart(result_charts.width_chart(_checked_flow(result)))
 
 
-def route(flow: Flow | object) -> Figure:
+def route(flow: Flow | object) -> matplotlib.figure.Figure:
     """The route of a flow through positions and layers, as a matplotlib Figure: lines as wide as their shares.
 
     Positions that carry at least 3 % at some layer stand alone (12 of them at most, besides the source and the last
@@ -135,7 +135,7 @@ def route(flow: Flow | object) -> Figure:
     return chart(result_charts.route_chart(_checked_flow(flow)))
 
 
-def bands(result: SweepResult | object, measures: Sequence[str] | None = None) -> Figure:
+def bands(result: SweepResult | object, measures: Sequence[str] | None = None) -> matplotlib.figure.Figure:
     """Bands over the prompts of a sweep, as a matplotlib Figure: median, quartiles and extremes of each measure.
 
     Shares by relative position, as multiples of a uniform share, and with several such measures axes that set them
@@ -157,6 +157,10 @@ def _check_value(value: str) -> None:
         raise InputError(f"expected one of {', '.join(map(repr, VALUES))}, got value={value!r}")
 
 
+def _numbers(row: Float[Tensor, " pos"]) -> Any:
+    return tuple(row.tolist())
+
+
 def _by_position(
     result: PathProfile | MeasuredSensitivity,
     title: str,
@@ -164,14 +168,14 @@ def _by_position(
     zero: str,
     value: str,
     *rows: Float[Tensor, " pos"],
-) -> Figure:
+) -> matplotlib.figure.Figure:
     """`rows` are the values, and where there is a band its ends."""
     n = len(result.tokens)
     panel = Panel(
         title="",
         x_label="token",
         y_label=VALUES[value],
-        series=(Series(label, tuple(range(n)), *(tuple(row.tolist()) for row in rows)),),
+        series=(Series(label, tuple(range(n)), *map(_numbers, rows)),),
         y_axis="log" if value == "share" else "linear",
         reference=(1 / n, f"uniform share, 1/{n}") if value == "share" else None,
         zero=zero,
@@ -182,7 +186,10 @@ def _by_position(
 
 
 def save(
-    figure: Chart | Figure | object, folder: str | os.PathLike, name: str, formats: Sequence[str] = FORMATS
+    figure: Chart | matplotlib.figure.Figure | object,
+    folder: str | os.PathLike,
+    name: str,
+    formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Write a figure, or a chart, as `folder`/`name`.pdf, .svg and .png (200 dpi); returns the absolute paths.
 
@@ -201,7 +208,7 @@ def save(
     return [write_atomically(target, payload) for target, payload in zip(targets, payloads, strict=True)]
 
 
-def _as_bytes(figure: Figure, kind: str, name: str) -> bytes:
+def _as_bytes(figure: matplotlib.figure.Figure, kind: str, name: str) -> bytes:
     metadata = {"Title": figure.get_label() or name} | ({_NO_DATE[kind]: None} if kind in _NO_DATE else {})
     out = io.BytesIO()
     with styled():
@@ -209,7 +216,7 @@ def _as_bytes(figure: Figure, kind: str, name: str) -> bytes:
     return out.getvalue()
 
 
-def _for_notebooks(figure: Figure) -> tuple[bytes, dict[str, int]]:
+def _for_notebooks(figure: matplotlib.figure.Figure) -> tuple[bytes, dict[str, int]]:
     """PNG in the density of a good screen, with the size at which it is to be shown (CSS pixels)."""
     width, height = figure.get_size_inches() * 110
     return _as_bytes(figure, "png", "figure"), {"width": int(width), "height": int(height)}

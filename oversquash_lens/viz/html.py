@@ -20,14 +20,14 @@ from oversquash_lens.errors import InputError, OversquashError
 from oversquash_lens.viz import words
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    import jinja2
 
 SCRIPTS = ("view.js", "view_strip.js", "view_grid.js", "view_flow.js", "view_all.js")  # one scope, in this order
 LARGEST_PAYLOAD = 4 * 2**20  # bytes of data in one view; beyond it browsers turn slow
 
 
 @cache
-def environment() -> Environment:
+def environment() -> jinja2.Environment:
     """The templates of this folder: all that they are given is escaped, and what they do not know is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -130,7 +130,7 @@ def route_of(flow: Flow) -> Route:
         whole = shares.sum(0)
         stays.append(flow.residual_at[layer].double() @ belongs + whole.diagonal())
         for to, source in (whole.fill_diagonal_(0) >= SEEN).nonzero().tolist():
-            head = shares[:, to, source].argmax().item()
+            head = int(shares[:, to, source].argmax())
             others = shares[head, to, source] < 0.5 * whole[to, source]
             moves.append((layer, source, to, whole[to, source].item(), f"{layer}.{head}" + "+" * bool(others)))
     names = tuple(_name(flow, span, node[:, i].max().item()) for i, span in enumerate(spans))
@@ -247,9 +247,9 @@ def head_series(curve: CollapseCurve, name: str) -> list[Series]:
     """Mean over heads of the change of z with its min–max band, and its noise floor."""
     heads = curve.per_head[name]
     x = tuple(map(float, curve.lengths))
-    rows = [tuple(values.tolist()) for values in (heads.mean(1), heads.amin(1), heads.amax(1))]
+    mean, least, most = (tuple(values.tolist()) for values in (heads.mean(1), heads.amin(1), heads.amax(1)))
     return [
-        Series(number_format(name).label, x, *rows),
+        Series(number_format(name).label, x, mean, least, most),
         *_floor(curve, name, curve.head_floor[name].tolist()),
     ]
 
@@ -287,9 +287,8 @@ def _attention_panel(curve: CollapseCurve, name: str, x_axis: str) -> Panel:
         ("total variation of the last rows", curve.attention_shift[name]),
         ("weight of the last token on itself", curve.self_attention[name]),
     ):
-        series.append(
-            Series(label, x, *(tuple(row.tolist()) for row in (values.mean(0), values.amin(0), values.amax(0))))
-        )
+        mean, least, most = (tuple(row.tolist()) for row in (values.mean(0), values.amin(0), values.amax(0)))
+        series.append(Series(label, x, mean, least, most))
     return Panel(
         "B.3's assumption: mean and min–max over layers", curve.unit, "mean over heads", tuple(series), x_axis=x_axis
     )

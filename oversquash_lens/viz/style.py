@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from oversquash_lens.viz.words import axis_number, power_of_ten
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import matplotlib.axes
 
 INK, SOFT, FAINT = "#1f2328", "#6e757c", "#e4e6e8"
 # Okabe and Ito (2008) without green and yellow: nothing red beside green, nothing too pale for white paper.
@@ -174,7 +174,7 @@ def scale(kind: str, values: Sequence[float | int], margin: float = 0.05, from_z
     return Scale(kind, low - margin * length, high + margin * length, integer=integer)
 
 
-def put(axes: Axes, which: str, scale: Scale, inches: float, names: Sequence[str] = ()) -> None:
+def put(axes: matplotlib.axes.Axes, which: str, scale: Scale, inches: float, names: Sequence[str] = ()) -> None:
     """Give matplotlib's axes this scale, on "x" or "y", about `inches` long; `names` stand in place of 0, 1, ….
 
     Names and categories turn, and every second, third, … is left out, where there is no space for all.
@@ -206,7 +206,7 @@ def put(axes: Axes, which: str, scale: Scale, inches: float, names: Sequence[str
     axis.set_minor_locator(NullLocator())
 
 
-def put_counts(axes: Axes, which: str, count: int) -> None:
+def put_counts(axes: matplotlib.axes.Axes, which: str, count: int) -> None:
     """Number rows or columns 0 … count-1 where matplotlib's locator finds whole numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -227,8 +227,8 @@ def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     inside: list[float] = []
     with np.errstate(over="ignore"):
         for locator in locators:
-            inside = [tick for tick in locator.tick_values(low, high).tolist() if 0.999 * low <= tick <= 1.001 * high]
+            inside = [float(tick) for tick in locator.tick_values(low, high) if 0.999 * low <= tick <= 1.001 * high]
             if len(inside) > 1:
                 break
-    name = power_of_ten if min(inside) < 1e-3 or max(inside) > 1e4 else axis_number
+    name = power_of_ten if inside and (min(inside) < 1e-3 or max(inside) > 1e4) else axis_number
     return [(tick, name(tick)) for tick in inside]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -181,7 +181,7 @@ def layer_rows(result: PathProfile | Flow | object) -> Rows:
             f"{kind_of(result)}: call one of them (a measured truth has no layers: use positions)"
         )
     is_flow = isinstance(result, Flow)
-    shares = (result.node if is_flow else result.share_by_layer).detach().cpu().double()
+    shares = (result.node if isinstance(result, Flow) else result.share_by_layer).detach().cpu().double()
     last = len(shares) - 1
     labels = [f"layer {layer}" for layer in range(last + 1)]
     meanings = ["the embeddings", *(f"what enters block {layer}" for layer in range(1, last))]
@@ -200,7 +200,7 @@ def kind_of(value: object) -> str:
 
 
 def strip_view(
-    rows: Rows, title: str, gloss: str, *, bins: Bins | None = None, floor: float | None = None, **extra: object
+    rows: Rows, title: str, gloss: str, *, bins: Bins | None = None, floor: float | None = None, **extra: Any
 ) -> View:
     """A view of tokens coloured by their shares, one row at a time; `title` and `gloss` (what it is) stand above.
 

@@ -120,8 +120,9 @@ def what_if(result: WhatIf | object, of: str = "truth") -> Views:
     views = [strip_view(rows[0], result.before.label, _numbers(result.before), floor=floor)]
     for outcome, change, row in zip(result.after, result.changes, rows[1:], strict=True):
         edited = _EditedBins(bins_for(row.tokens, row.shares), outcome.places, rows[0].shares[0])
-        shown = {"bins": edited.bins, "tokens": edited.texts, "places": edited.places}
-        views.append(strip_view(row, outcome.label, _numbers(outcome, change), floor=floor, **shown))
+        said = _numbers(outcome, change)
+        shown = {"tokens": edited.texts, "places": edited.places}
+        views.append(strip_view(row, outcome.label, said, bins=edited.bins, floor=floor, **shown))
     name = NAMES["truth"] if of == "truth" else measure_name(profiles[0].kind)
     start = "a tenth of a uniform share of the longest prompt"
     words = guide(f"{SHARE} ({name})", start, floor, {token for row in rows for token in row.tokens})

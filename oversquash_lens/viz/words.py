@@ -123,13 +123,14 @@ def measure_name(kind: str) -> str:
     return NAMES.get(kind, kind)
 
 
-def title_and_gloss(result: PathProfile | MeasuredSensitivity | Flow, topic: str = "Flow") -> tuple[str, str]:
+def title_and_gloss(result: PathProfile | MeasuredSensitivity | Flow | object, topic: str = "Flow") -> tuple[str, str]:
     """Name of the result, and what it is; `topic` is what is shown of a flow."""
     if isinstance(result, Flow):
         source = "all tokens" if result.source is None else f"{named(result.tokens, result.source)} alone"
         return topic, f"{measure_name(result.kind)}, paths from {source} to the last one"
     if isinstance(result, PathProfile):
         return measure_name(result.kind), GLOSSES.get(result.kind, "")
+    assert isinstance(result, MeasuredSensitivity)
     how = "exact, by autograd" if result.exact else f"by autograd, {result.probes} random probes"
     frozen = f", {' and '.join(result.freeze)} frozen" if result.freeze else ""
     return NAMES["truth"], f"how far the last output moves with this token’s embedding: {how}{frozen}"
@@ -149,7 +150,7 @@ def guide(meaning: str, start: str, floor: float, tokens: Iterable[str], walk: s
 # -- numbers -------------------------------------------------------------------------------------------------
 
 
-def number(value: float, form: str) -> str:
+def number(value: float | int, form: str) -> str:
     """A number on a page; what is not known is a dash.
 
     >>> number(-0.25, "+.2f"), number(-0.001, "+.2f"), number(float("nan"), ".4g"), number(float("inf"), ".4g")
@@ -161,7 +162,7 @@ def number(value: float, form: str) -> str:
     return text.replace("-", "−").replace("inf", "∞")
 
 
-def percent(share: float, digits: int = 2) -> str:
+def percent(share: float | int, digits: int = 2) -> str:
     """A share as people read it, without needless zeros.
 
     >>> percent(0.1234), percent(0.00567), percent(1.0), percent(3e-7), percent(0.0), percent(0.04132, 3)
@@ -172,7 +173,7 @@ def percent(share: float, digits: int = 2) -> str:
     return "< 0.001 %" if 0 < share < 1e-5 else f"{float(f'{100 * share:.{digits}g}'):g} %"
 
 
-def count(value: float) -> str:
+def count(value: float | int) -> str:
     """An effective number: one digit behind the point below a hundred."""
     return number(value, ".1f" if value < 100 else ",.0f")
 
