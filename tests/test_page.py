@@ -114,7 +114,8 @@ def test_the_headline_has_the_numbers_that_decide(outline):
     squashing = result.squashing
     width = squashing.flow.effective_width[squashing.narrowest].item()
     for expected in (
-        f"depends on about {result.effective_tokens:.1f} of 11 tokens (effective number, measured; {squashing.effective_tokens:.1f} by the "
+        f"depends on about {result.effective_tokens:.1f} of 11 tokens (effective number, measured; "
+        f"{squashing.effective_tokens:.1f} by the "
         "estimate)",
         f"with uniform attention it would be {squashing.null_effective_tokens:.1f}.",
         f"narrowest on entering layer {squashing.narrowest}: through {width:.1f} positions",
