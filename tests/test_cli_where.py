@@ -61,10 +61,10 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--variant", "prof"], "expected one of mean_field, proof, got variant 'prof'"),
+        (["--variant", "prof"], "calibrated_full, got variant 'prof'"),
         (["--top", "0"], "expected at least 1, got --top 0"),
-        (["--source", "9"], "expected a position 0 …, got source=9"),
-        (["--source", "w5"], "expected a position 0 …, got --source 'w5'"),
+        (["--source", "9"], "slice of positions, got source='9'"),
+        (["--source", "w5"], "got source='w5', which is at positions"),
         (["--source", "nothing"], "no token is that"),
         (["--out", "/proc/no/where.json"], "/proc/no"),
         (["--figures", "/proc/no"], "/proc/no"),
