@@ -73,8 +73,8 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
     [
         (["--variant", "prof"], "got variant 'prof': did you mean proof?"),
         (["--top", "0"], "expected at least 1, got --top 0"),
-        (["--source", "9"], "got source=9"),
-        (["--source", "w5"], "got --source 'w5'; it is at positions 1, 3: give one of them"),
+        (["--source", "9"], "slice of positions, got source='9'"),
+        (["--source", "w5"], "got source='w5', which is at positions"),
         (["--source", "nothing"], "no token is that"),
         (["--out", "/proc/no/where.json"], "/proc/no"),
         (["--figures", "/proc/no"], "/proc/no"),
