@@ -229,3 +229,10 @@ def test_rows_differ_between_measures(audited: tuple[str, Audit]) -> None:
     bounds = [b.log_values for name, b in audited[1].bounds.items() if name not in NO_CONSTANT]
     for one, two in itertools.combinations(bounds, 2):
         assert not torch.allclose(one, two, atol=1e-6)
+
+
+def test_an_audit_is_short_and_becomes_a_frame(audited: tuple[str, Audit]) -> None:
+    audit = audited[1]
+    assert len(repr(audit).splitlines()) <= 12
+    assert audit._repr_html_().count("<tr>") == len(audit.rows) + 1
+    assert list(audit.to_frame()["measure"]) == [each.name for each in audit.rows]

@@ -202,3 +202,12 @@ def test_the_most_squashed_token_loses():
         chosen = chosen_sources(squashed)
         if MOST_SQUASHED in chosen:
             assert squashed.lift[chosen[MOST_SQUASHED]] < 1
+
+
+def test_findings_are_short_and_become_a_frame(found):
+    result = found[1]
+    assert len(repr(result).splitlines()) <= 12
+    assert result.sentence in str(result)
+    frame = result.to_frame()
+    assert list(frame["token"]) == list(result.tokens)
+    assert frame["measured_share"].sum() == pytest.approx(1)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from reference import exact_jacobian, frobenius, matrix_product, mean_field, rea
 from small_models import CASES, HOOKED_CASES, N_CTX, case, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.what_if import MEASURES, Change, Outcome, WhatIf, what_if
+from oversquash_lens.analyses.what_if import MEASURES, OPPOSITE, Change, Outcome, WhatIf, what_if
 from oversquash_lens.capture import edits
 from oversquash_lens.capture.activations import ACTIVATIONS
 from oversquash_lens.capture.passes import attached
@@ -403,6 +404,34 @@ def test_json_there_and_back(tried: tuple[str, WhatIf]) -> None:
         assert two["estimate"]["log10"] == [x if math.isfinite(x) else None for x in one.estimate.tolist()]
         assert two["truth"]["median"] == one.median("truth")
         assert two["cut_off"] == one.cut_off
+
+
+def test_estimate_and_truth_in_opposite_directions_are_said_to_be() -> None:
+    model, tokens = case("ln-one-layer")
+    result = what_if(model, tokens, edits.sharpen(3), probes=None, node_probes=None)
+    (change,), before = result.changes, result.before
+    for shift in (-0.1, 0.1):  # the truth as it was measured, the estimate moved by hand
+        rows = before.estimate.log_by_layer + shift * math.log(10)
+        told = replace(result.after[0], estimate=replace(before.estimate, log_by_layer=rows))
+        notes = replace(result, after=(told,)).notes
+        opposite = shift * change.median("truth") < 0 and abs(change.median("truth")) > OPPOSITE
+        assert len(notes) == opposite
+        for note in notes:
+            assert f"by the estimate a typical token's sensitivity {'rises' if shift > 0 else 'falls'}" in note
+            assert note in " ".join(str(replace(result, after=(told,))).split())
+    assert abs(change.median("truth")) > OPPOSITE
+    agreed = replace(result.after[0], estimate=before.estimate, truth=before.truth)
+    assert replace(result, after=(agreed,)).notes == ()
+
+
+def test_results_are_short_and_become_frames(tried: tuple[str, WhatIf]) -> None:
+    _, result = tried
+    for each in (result, result.before, result.changes[0]):
+        assert len(repr(each).splitlines()) <= 12
+        assert each._repr_html_().count("<tr>") > 1
+    frame = result.to_frame()
+    assert list(frame["edit"]) == [outcome.label for outcome in result.outcomes]
+    assert frame["truth"][1] == result.changes[0].median("truth")
 
 
 # ---------------------------------------------------------------- what cannot be

@@ -1,9 +1,8 @@
 """What a run will need of memory and time, said before it begins.
 
 Bytes are counted from the model's shapes: the tensors that are alive together where a run holds most. Seconds are one
-small pass, timed, times the work of the passes that a measure makes: a pass of n tokens costs so many multiply-adds per
-token and so many per pair of tokens, and a backward product costs about as much as a pass. `python -m
-benchmarks.planned` compares both with runs.
+small pass, timed, times the work of the passes that a measure makes: so many multiply-adds per token and so many per
+pair of tokens; a backward product counts as a pass. `python -m benchmarks.planned` compares both with runs.
 """
 
 from __future__ import annotations
@@ -193,8 +192,8 @@ def plan(
     takes them. `clock`: what counts seconds.
 
     One pass of at most 64 tokens is run and timed; everything else is counted. Bytes are meant to be right within a
-    factor of 1.3, seconds within about 2: a machine that others use is as fast as they let it.
-    Raises InputError for an unknown measure, or a prompt or number of tokens that the model does not read.
+    factor of 1.3, seconds within about 2. Raises InputError for an unknown measure, or for a prompt or
+    number of tokens that the model does not read.
     """
     subject = Subject.of(model)
     if measure not in MEASURES:
@@ -202,8 +201,7 @@ def plan(
     n = _length(subject, prompt, chat, bos)
     if probes is not None:
         whole_number("probes", probes, otherwise=", or None for the exact truth")
-    request = _request(subject, n, probes, memory, times, new_tokens)
-    return _planned(subject, measure, request, clock)
+    return _planned(subject, measure, _request(subject, n, probes, memory, times, new_tokens), clock)
 
 
 def plan_collapse(

@@ -31,7 +31,7 @@ from oversquash_lens.results import Result
 
 UNEDITED = "as it is"
 ROUNDING = 1e-5  # decades that a float32 sensitivity moves by when nothing has changed
-OPPOSITE = 0.05  # decades, 12 %: medians that differ from 0 by more, to opposite sides, contradict each other
+OPPOSITE = 0.02  # decades, 5 %: changes of more than that, to opposite sides, contradict each other
 MEASURES = ("bound", "calibrated", "estimate", "truth")
 
 
@@ -129,19 +129,6 @@ class Change(Result):
         finite = change[torch.isfinite(change)]
         return finite.quantile(0.5).item() if len(finite) else math.nan
 
-    @property
-    def note(self) -> str:
-        """Where estimate and truth contradict each other, a sentence that says so; otherwise empty."""
-        guess, truth = self.median("estimate"), self.median("truth")
-        if not (guess * truth < 0 and min(abs(guess), abs(truth)) > OPPOSITE):
-            return ""
-        up, down = "larger", "smaller"
-        said, found = (up, down) if guess > 0 else (down, up)
-        return (
-            f"Under “{self.label}” estimate and truth point in opposite directions: the estimate says that a typical "
-            f"token's sensitivity becomes {said}, measured it becomes {found}. Believe the measured one."
-        )
-
     def _title(self) -> str:
         return f"“{self.label}”: log10 of after over before for {len(self.places)} tokens, {self.cut_off} cut off"
 
@@ -153,7 +140,7 @@ class Change(Result):
             name: {"median": json_numbers(self.median(name)), "log10": json_numbers(getattr(self, name))}
             for name in MEASURES
         }
-        numbers = {"cut_off": self.cut_off, "spearman": json_numbers(self.spearman), "note": self.note}
+        numbers = {"cut_off": self.cut_off, "spearman": json_numbers(self.spearman)}
         return {"label": self.label, "places": list(self.places), **measures, **numbers}
 
 
@@ -179,8 +166,9 @@ class WhatIf(Result):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to beware of in these numbers."""
-        return tuple(change.note for change in self.changes if change.note)
+        """Where the estimate says that an edit raises what the truth says that it lowers, or the other way round."""
+        pairs = zip(self.after, self.changes, strict=True)
+        return tuple(note for outcome, change in pairs for note in _contradictions(self.before, outcome, change))
 
     @property
     def sentence(self) -> str:
@@ -193,7 +181,7 @@ class WhatIf(Result):
         return said + [_in_words(self.before, *pair) for pair in zip(self.after, self.changes, strict=True)]
 
     def _title(self) -> str:
-        warned = f"; {len(self.notes)} of them: estimate and truth disagree in direction" if self.notes else ""
+        warned = "; estimate and truth point in opposite directions, see notes" if self.notes else ""
         many = f"{len(self.after)} edit{'s' if len(self.after) > 1 else ''}"
         return f"{many} of {len(self.before.tokens)} tokens, {self.about}; median log10 of after over before{warned}"
 
@@ -353,6 +341,24 @@ def _cells(outcome: Outcome, change: Change | None) -> list[str]:
         f"{outcome.measured_tokens:.1f} ({outcome.estimated_tokens:.1f})",
         f"{outcome.collapse:.3g}",
         f"{outcome.relative_collapse:.2g}",
+    ]
+
+
+def _contradictions(before: Outcome, after: Outcome, change: Change) -> list[str]:
+    """Sentences on what estimate and truth say opposite things of."""
+    moved = {
+        "a typical token's sensitivity": (change.median("estimate"), change.median("truth")),
+        "the effective number of tokens": (
+            math.log10(after.estimated_tokens / before.estimated_tokens),
+            math.log10(after.measured_tokens / before.measured_tokens),
+        ),
+    }
+    return [
+        f"Under “{change.label}” estimate and truth point in opposite directions: by the estimate {what} "
+        f"{'rises' if estimated > 0 else 'falls'}, measured it {'rises' if measured > 0 else 'falls'}. Believe the "
+        "measured one."
+        for what, (estimated, measured) in moved.items()
+        if estimated * measured < 0 and min(abs(estimated), abs(measured)) > OPPOSITE
     ]
 
 

@@ -26,6 +26,7 @@ COMFORT = 4  # a graph that takes less than one part in so many of the memory th
 CARRIED = 3  # rows of covectors from block to block, what becomes of them, and one batch's of each
 # What autograd keeps of one layer: multiples of its activations, and of its [head, dest, src].
 GRAPH = {"bridge": (1, 1), "hooked": (2, 3)}
+FUSED = 8  # vectors of all heads that fused attention keeps besides: turned, repeated for each head, mixed
 ALIVE = 0.4  # of the memory set aside for a batch of backward products, what they are seen to take
 SPECTRAL = 4  # whole Jacobians, their copy, their Gram matrices and the eigenvalues' work space
 MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
@@ -57,7 +58,8 @@ def product_bytes(size: Size, n: int, route: str = "whole") -> int:
 def graph_bytes(size: Size, n: int, route: str = "whole") -> dict[str, int]:
     """One forward pass that can be differentiated, the backward products left out."""
     linear, square = GRAPH[size.kind]
-    layer = linear * size.position(n) + (0 if route == "fused" else square * size.scores(n))
+    heads = n * size.n_heads * size.d_head * size.itemsize
+    layer = linear * size.position(n) + (FUSED * heads if route == "fused" else square * size.scores(n))
     if size.kind == "hooked":  # grouped keys and values, repeated for every head, and their gradients' way back
         layer += 2 * size.d_model * size.d_head * size.n_heads * size.itemsize
     rest = {"the unembedding": size.unembedding, "the libraries": BASE}
