@@ -13,7 +13,6 @@ from small_models import NO_BRIDGE, has_bridge
 import oversquash_lens as osl
 from oversquash_lens.cli.one_prompt import edit_of
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.flow import position_of
 
 pytestmark = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 PROMPT = "w5 w9 w5 w30"
@@ -46,15 +45,6 @@ def test_flow_of_one_source_by_number_and_by_text(on_tiny: Callable, tiny: objec
     expected = osl.flow(trace, source=place)
     assert torch.allclose(torch.tensor(written["node"], dtype=torch.float64), expected.node)
     assert written["paths"] == [path.to_dict() for path in osl.heaviest_paths(expected)]
-
-
-@pytest.mark.parametrize(
-    ("text", "position"),
-    [("0", 0), ("2", 2), (" b", 2), ("b", 2), ("7", 3), ("1:3", slice(1, 3)), (":2", slice(None, 2)), ("9", 9)],
-)
-def test_positions_as_number_text_or_span(text: str, position: int | slice) -> None:
-    """A token's own text comes first: "7" is the token that reads so."""
-    assert position_of(text, ("<s>", "a", " b", "7")) == position
 
 
 def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None:
