@@ -89,13 +89,16 @@ def run_collapse(options: argparse.Namespace) -> None:
     one_of("family", options.family, FAMILY_NAMES)
     check_out(options)
     check_figure(options.figure)
-    if options.curves is not None:
-        check_writable(options.curves)
+    _check_kept(options.curves)
     from oversquash_lens.collapse.kept import kept_curve
     from oversquash_lens.collapse.precision import number_format
 
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)
+    if options.plan:
+        longest = max(map(len, _family(model, options).pair(lengths[-1])))
+        planned(options, model, longest, "forward", times=len(dtypes))
+        return
     keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
     curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
     if options.figure:
