@@ -159,20 +159,27 @@ def _task(task: Any = "ones", lengths: Any = (3,), generator: Any = None, **opti
 
 def _log(content: bytes) -> Call:
     def run(w: World) -> Any:
-        return osl.run_task(Parrot(lambda prompt: "1"), "ones", (3,), out=w.file("log.jsonl", content))
+        return osl.run_task(Parrot(lambda prompt: "1"), "ones", (3,), out=w.file("log.parquet", content))
 
     return run
 
 
-def _repeated(w: World) -> Any:
+def _of_another(w: World) -> Any:
     parrot = Parrot(lambda prompt: "1")
-    path = w.folder / "log.jsonl"
-    osl.run_task(parrot, "ones", (3,), out=path)
-    path.write_bytes(path.read_bytes() * 2)
-    return osl.run_task(parrot, "ones", (3,), out=path)
+    osl.run_task(parrot, "ones", (3,), out=w.folder / "log.parquet")
+    return osl.run_task(parrot, "ones", (3,), sampling=Sampling(0.5), out=w.folder / "log.parquet")
 
 
-LINE = b'{"settings": {"model": "another"}, "key": ["x"], "value": 1}\n'
+def _part(content: bytes) -> Call:
+    def run(w: World) -> Any:
+        folder = w.folder / "log.parquet.parts"
+        folder.mkdir()
+        (folder / "run.json").write_bytes(content)
+        return osl.run_task(Parrot(lambda prompt: "1"), "ones", (3,), out=w.folder / "log.parquet")
+
+    return run
+
+
 ANSWERS = [
     Case("Generator", "no model", "NoneType", lambda w: Generator(None)),
     Case("Generator", "a model's name", "str", lambda w: Generator("gpt2")),
@@ -208,12 +215,12 @@ ANSWERS = [
     Case("run_task", "a log that is a folder", "is a folder", lambda w: _task(out=w.folder)(w)),
     Case("run_task", "a log in no folder", "nowhere", lambda w: _task(out=w.folder / "nowhere" / "log")(w)),
     Case("run_task", "a log that is a device", "/dev/full", _task(out="/dev/full")),
-    Case("run_task", "somebody's notes for a log", "log.jsonl", _log(b"my notes\n")),
-    Case("run_task", "a log torn in the middle", "line 1", _log(b'{"settings": {"a\n' + LINE)),
-    Case("run_task", "a log of another model", "'another'", _log(LINE)),
-    Case("run_task", "a log of another form", "line 1", _log(b'{"key": ["x"]}\n')),
-    Case("run_task", "a log with a key twice", "repeats the key", _repeated),
-    Case("run_task", "a log of zeros", "log.jsonl", _log(bytes(64) + b"\n" + LINE)),
+    Case("run_task", "somebody's notes for a log", "log.parquet", _log(b"my notes\n")),
+    Case("run_task", "a log of an earlier version", "log.jsonl", lambda w: _task(out=w.folder / "log.jsonl")(w)),
+    Case("run_task", "a log of other settings", "temperature: 0.0 there, 0.5 now", _of_another),
+    Case("run_task", "half an identity of a run", "log.parquet.parts", _part(b'{"model')),
+    Case("run_task", "an identity that is deep", "log.parquet.parts", _part(b"[" * 100_000)),
+    Case("run_task", "a log of zeros", "log.parquet", _log(bytes(64))),
     # figures of the paper
     Case("reproduce", "unknown figure", "13", lambda w: osl.reproduce("13", out=w.folder)),
     Case("reproduce", "no figure", "(none)", lambda w: osl.reproduce([], out=w.folder)),

@@ -75,7 +75,7 @@ def run_logs(folder: Path) -> tuple[Write, Look]:
     """What `append` has returned from is told to a file that is written in one go; all of that must be in the log."""
     from oversquash_lens.parts import AnswerFile
 
-    path, told = folder / "run.jsonl", folder / "told"
+    path, told = folder / "run.parquet", folder / "told"
     told.touch()
 
     def write(n: int) -> None:

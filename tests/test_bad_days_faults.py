@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from bad_days import PROMPT, World, faults
 from bad_writers import KINDS
@@ -232,7 +233,7 @@ sys.exit(main(sys.argv[1:]))
 def swept(
     folder: Path, *arguments: str, pause: float, stop_after: int | None = None, script: str = SWEEP
 ) -> tuple[int, str, str]:
-    """Run a sweep in `folder`; send it Ctrl-C once its log has so many lines."""
+    """Run a sweep in `folder`; send it Ctrl-C once so many parts are kept."""
     folder.mkdir(exist_ok=True)
     child = alone("-c", script.format(pause=pause), *arguments, cwd=folder)
     if stop_after is not None:
@@ -244,11 +245,17 @@ def swept(
     return child.returncode, out, err
 
 
+def rows(path: Path) -> list[dict]:
+    """What is kept for this file, in the order in which it came: in the file itself, else in its parts."""
+    kept = [path] if path.exists() else sorted(path.with_name(f"{path.name}.parts").glob("*.parquet"))
+    return [row for each in kept for row in pyarrow.parquet.read_table(each).to_pylist()]
+
+
 def lines(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.rglob("*.jsonl"))
+    return len(list(folder.glob("*.parts/*.parquet")))
 
 
-TASKS = ("tasks", "--task", "bernoulli", "--lengths", "3-12", "--max-new-tokens", "3", "--answers", "log.jsonl")
+TASKS = ("tasks", "--task", "bernoulli", "--lengths", "3-12", "--max-new-tokens", "3", "--answers", "log.parquet")
 
 
 def test_ctrl_c_in_a_sweep_keeps_what_is_done(tmp_path: Path, record_property: Callable) -> None:
@@ -265,10 +272,11 @@ def test_ctrl_c_in_a_sweep_keeps_what_is_done(tmp_path: Path, record_property: C
         assert not (broken / "scores.json").exists()
         assert lines(broken) >= after, "what was done is kept"
         stops += 1
-    kept = (broken / "log.jsonl").read_bytes()
+    kept = rows(broken / "log.parquet")
     code, _, err = swept(broken, *TASKS, "--out", "scores.json", pause=0)
     assert code == 0, err
-    assert (broken / "log.jsonl").read_bytes().startswith(kept)
+    assert rows(broken / "log.parquet")[: len(kept)] == kept
+    assert (broken / "log.parquet").read_bytes() == (whole / "log.parquet").read_bytes()
     assert (broken / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
     record_property("faults", stops)
     record_property("half-written", 0)
@@ -330,7 +338,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_ctrl_c_in_a_collapse_curve_keeps_the_formats_that_are_done(tmp_path: Path, record_property: Callable) -> None:
     formats = "float64,float32,bfloat16:store=float8_e4m3"
-    asked = ("collapse", "--lengths", "1-3", "--dtypes", formats, "--curves", "c.jsonl", "--out", "curve.json")
+    asked = ("collapse", "--lengths", "1-3", "--dtypes", formats, "--curves", "c.parquet", "--out", "curve.json")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, _, err = swept(whole, *asked, pause=0, script=CURVES)
     assert code == 0, err
@@ -339,10 +347,10 @@ def test_ctrl_c_in_a_collapse_curve_keeps_the_formats_that_are_done(tmp_path: Pa
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("oversquash-lens: interrupted")
     assert 1 <= lines(broken) < 3
-    kept = (broken / "c.jsonl").read_bytes()
+    kept = rows(broken / "c.parquet")
     code, _, err = swept(broken, *asked, pause=0, script=CURVES)
     assert code == 0, err
-    assert (broken / "c.jsonl").read_bytes().startswith(kept)
+    assert rows(broken / "c.parquet")[: len(kept)] == kept
     assert (broken / "curve.json").read_bytes() == (whole / "curve.json").read_bytes()
     record_property("faults", 1)
 
@@ -359,6 +367,6 @@ def test_a_kept_curve_is_the_curve(noise_floor: bool, tmp_path: Path) -> None:
         assert found.to_dict() == at_once.to_dict()
         assert found.formats == at_once.formats
         assert found.l1["float64"].dtype == at_once.l1["float64"].dtype
-    with pytest.raises(InputError, match="holds results of") as caught:
+    with pytest.raises(InputError, match="belongs to another run") as caught:
         kept_curve(model, family, (1, 2), formats, out=tmp_path / "c", **options)
-    assert faults(str(caught.value), "lengths=[1, 2, 4]") == []
+    assert faults(str(caught.value), "lengths: [1, 2, 4] there") == []

@@ -199,7 +199,7 @@ def test_without_a_prompt_it_counts_ones(on_tiny: Callable) -> None:
     """The paper's own kind of prompt; far beyond what this model reads."""
     assert DEFAULT_PROMPT.startswith("How many ones are in the following sequence? 1 1 1")
     n = len(DEFAULT_PROMPT.split()) + 1
-    refused(on_tiny("bound"), f"got a prompt of {n} tokens; this model reads at most n_ctx = 16")
+    refused(on_tiny("bound"), f"a prompt of {n} tokens came; this model reads at most n_ctx = 16")
 
 
 def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +216,8 @@ def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pyte
 
 WITH_TINY: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["bound", "--prompt", ""], "empty"),
-    "one token": (["bound", "--prompt", "w5", "--no-bos"], "got 1 token"),
-    "nothing but spaces": (["bound", "--prompt", "   ", "--no-bos"], "got 0 tokens"),
+    "one token": (["bound", "--prompt", "w5", "--no-bos"], "got a prompt of 1 token"),
+    "nothing but spaces": (["bound", "--prompt", "   ", "--no-bos"], "got a prompt of 0 tokens"),
     "beyond n_ctx": (["audit", "--prompt", "w5 " * 17], "n_ctx = 16"),
     "report beyond n_ctx": (["report", "--prompt", "w5 " * 17], "n_ctx = 16"),
     "unknown variant": (["bound", "--prompt", PROMPT, "--variant", "theorem_9"], "theorem_9"),
@@ -450,8 +450,11 @@ def test_no_room_for_standard_output(arguments: list[str]) -> None:
     ("script", "said"),
     [
         ("{python} -m oversquash_lens.cli bound --prompt - <&-", "it is closed"),
-        ("mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli report", "the working folder"),
-        ("mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli sweep --prompts-file x", "gone"),
+        ("mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli report", "folder is gone"),
+        (
+            "mkdir gone && cd gone && rmdir ../gone && {python} -m oversquash_lens.cli sweep --prompts-file x",
+            "folder is gone",
+        ),
     ],
 )
 def test_a_shell_that_leaves_us_nothing(script: str, said: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -20,7 +19,8 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper.reproduce import Reproduced, reproduce
 from oversquash_lens.paper.task_figures import COPYING, COUNTING
 from oversquash_lens.paper.tasks import NEW_TOKENS
-from oversquash_lens.parts import AnswerFile
+from oversquash_lens.parts import Parts, identity_of
+from oversquash_lens.storage import _DRAFT
 
 HOOKED = KINDS[1:]
 SHORT = {"quick": True, "longest": 15, "probes": 2, "kind": HOOKED[0], "dtype": "float64", "device": "cpu"}
@@ -104,7 +104,7 @@ def test_a_second_run_writes_over_the_first(name: str, made: Made, tiny: Path) -
     check_files(again, folder)
     after = read(folder)
     assert set(after) == set(before)
-    same = [file for file in before if file.endswith((".json", ".csv", ".jsonl"))]
+    same = [file for file in before if file.endswith((".json", ".csv", ".parquet"))]
     assert {file: after[file] for file in same} == {file: before[file] for file in same}
 
 
@@ -124,7 +124,7 @@ def test_a_hooked_model_at_hand_is_taken_as_it_is(kind: str, tmp_path: Path, mon
     forbid_models(monkeypatch)
     found = reproduce(["1", "11"], model, tmp_path, quick=True, longest=10)
     assert [one.chart.model for one in found] == [model.cfg.model_name] * 2
-    settings = {json.loads(line)["settings"]["generator"] for path in tmp_path.glob("*.jsonl") for line in path.open()}
+    settings = {identity_of(path)["generator"] for path in tmp_path.glob("*.parquet")}
     assert settings == {kind}
 
 
@@ -143,26 +143,27 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], None]]:
-    """killed_at(n, torn): the n-th write into an answer file stops after the bytes `torn`, and so does the run."""
+    """killed_at(n, torn): the run ends at the n-th part of answers, of which the draft holds the bytes `torn`."""
     with pytest.MonkeyPatch.context() as patch:
 
         def prepare(n: int, torn: bytes) -> None:
-            write, count = AnswerFile._write, [0]
+            add, count = Parts.add, [0]
 
-            def die(self: AnswerFile, lines: bytes) -> None:
+            def die(self: Parts, rows: Any) -> None:
                 count[0] += 1
                 if count[0] == n:
-                    self._file.write(torn or lines[: len(lines) // 2])
+                    self.folder.mkdir(exist_ok=True)
+                    (self.folder / f"{_DRAFT}0.tmp").write_bytes(torn)
                     raise Killed
-                write(self, lines)
+                add(self, rows)
 
-            patch.setattr(AnswerFile, "_write", die)
+            patch.setattr(Parts, "add", die)
 
         prepare.heal = patch.undo
         yield prepare
 
 
-@pytest.mark.parametrize(("n", "torn"), [(1, b""), (3, b"{"), (4, b"\0\0\0"), (9, b'{"settings": {')])
+@pytest.mark.parametrize(("n", "torn"), [(1, b""), (3, b"PAR1"), (4, b"\0\0\0"), (9, b"PAR1" + b"x" * 100)])
 def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(
     n: int, torn: bytes, killed_at: Any, made: Made, tiny: Path, tmp_path: Path
 ) -> None:
@@ -170,35 +171,31 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(
     with pytest.raises(Killed):
         reproduce("2", tiny, tmp_path, **SHORT)
     assert not list(tmp_path.glob("2.*"))
-    before = read(tmp_path, "*.jsonl")
+    assert len([*tmp_path.glob("*.parquet"), *tmp_path.glob("*.parts/*.parquet")]) >= min(n - 1, 1)
     killed_at.heal()
     (again,) = reproduce("2", tiny, tmp_path, **SHORT)
-    after, whole = read(tmp_path, "*.jsonl"), answers_of(made, "2")
-    assert after == whole
-    assert all(after[name].startswith(kept[: kept.rfind(b"\n") + 1]) for name, kept in before.items())
+    assert read(tmp_path, "*.parquet") == answers_of(made, "2")
+    assert not list(tmp_path.glob("*.parts"))
     assert again.chart.to_dict() == made[0]["2"].chart.to_dict()
 
 
 KILLED = """
 import os, signal, sys
 from oversquash_lens.paper.reproduce import reproduce
-from oversquash_lens.parts import AnswerFile
-from oversquash_lens.paper.reproduce import reproduce
-from oversquash_lens.parts import AnswerFile
 from oversquash_lens.paper.tasks import NEW_TOKENS
+from oversquash_lens.parts import Parts
 
 NEW_TOKENS.update(none=4)
-write, left = AnswerFile._write, int(sys.argv[2])
+add, left = Parts.add, int(sys.argv[2])
 
-def counted(self, lines):
+def counted(self, rows):
     global left
     left -= 1
     if left == 0:
-        self._file.write(lines[:-20])
         os.kill(os.getpid(), signal.SIGKILL)
-    write(self, lines)
+    add(self, rows)
 
-AnswerFile._write = counted
+Parts.add = counted
 reproduce("2", sys.argv[3], sys.argv[1], quick=True, longest=15, dtype="float64", device="cpu")
 """
 
@@ -209,15 +206,15 @@ def test_a_process_that_is_killed_outright(made: Made, tiny: Path, tmp_path: Pat
         [sys.executable, "-c", KILLED, str(tmp_path), "6", str(tiny)], capture_output=True, timeout=300
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
-    assert list(tmp_path.glob("*.jsonl"))
+    assert list(tmp_path.rglob("*.parquet"))
     reproduce("2", tiny, tmp_path, **SHORT)
-    after, whole = read(tmp_path, "*.jsonl"), answers_of(made, "2")
+    after, whole = read(tmp_path, "*.parquet"), answers_of(made, "2")
     assert after == whole
 
 
 def test_answers_of_another_model_are_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
     reproduce("2", tiny, tmp_path, **SHORT)
     before = read(tmp_path)
-    with pytest.raises(InputError, match=r"holds results of temperature=0\.0, these are of temperature=0\.5"):
+    with pytest.raises(InputError, match=r"another run \(temperature: 0\.0 there, 0\.5 now\)"):
         reproduce("2", tiny, tmp_path, temperature=0.5, **SHORT)
     assert read(tmp_path) == before

@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from oversquash_lens.cli import many_prompts, one_prompt, paper
-from oversquash_lens.cli.common import DEFAULT_PROMPT
-from oversquash_lens.errors import OversquashError, nearest, one_line
+from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
+from oversquash_lens.errors import InputError, OversquashError, nearest, one_line
 
 __all__ = ["DEFAULT_PROMPT", "build_parser", "main"]
 
@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
     options = _parsed(arguments)
     try:
+        _check_working_folder()
         _silence_other_peoples_notices()
         options.run(options)
         sys.stdout.flush()  # a full disk behind `> FILE` is said now, and not when Python ends
@@ -142,6 +143,16 @@ def run_models(options: argparse.Namespace) -> None:
     print(f"cache: {cache_folder()}")
     for model in found:
         print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
+
+
+def _check_working_folder() -> None:
+    """Asked first: without one, libraries below us end the process in words of their own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the working folder is gone ({error.strerror}); expected one that exists: change to another folder"
+        ) from error
 
 
 def _let_go_of_output() -> None:

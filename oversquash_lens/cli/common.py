@@ -85,7 +85,7 @@ def planned(
         return False
     from oversquash_lens.analyses.plan import duration, plan
 
-    how = {"chat": bool(options.chat), "bos": options.bos} if isinstance(prompt, str) else {}
+    how = {"chat": options.chat, "bos": options.bos} if isinstance(prompt, str) else {}
     found = plan(model, prompt, measure, probes=probes, **how)
     if options.json:
         print(json.dumps(found.to_dict() | {"times": times}))

@@ -95,6 +95,10 @@ def run_collapse(options: argparse.Namespace) -> None:
 
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)
+    if options.plan:
+        longest = max(map(len, _family(model, options).pair(lengths[-1])))
+        planned(options, model, longest, "forward", times=len(dtypes))
+        return
     keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
     curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
     if options.figure:
