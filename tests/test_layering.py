@@ -13,7 +13,7 @@ import oversquash_lens
 ROOT = Path(oversquash_lens.__file__).parent
 # Rooms by height: a module may import from rooms below its own, and from its own room.
 HEIGHTS = {"errors": 0, "files": 1, "models": 2, "record": 2, "measure": 3, "render": 4, "paper": 5, "cli": 6}
-MODEL_ROOM = ("models.loading", "models.embedded", "weights", "sources", "conversion", "gguf_file", "gguf_header")
+MODEL_ROOM = ("models.loading", "models.default_model", "weights", "sources", "conversion", "gguf_file", "gguf_header")
 NEVER_AT_IMPORT = {"transformer_lens", "transformers", "matplotlib", "gguf", "safetensors", "rich", "huggingface_hub"}
 NEVER_AT_IMPORT |= {"pyarrow", "ray"}
 NEVER_AT_ALL = {"pickle", "dill", "joblib", "cloudpickle", "requests"}
@@ -74,7 +74,7 @@ def test_heavy_imports_wait_until_they_are_needed(path: Path) -> None:
     assert not found & NEVER_AT_IMPORT
     if room(name) != "render":
         assert "circuitsvis" not in found
-    if room(name) in (None, "errors", "storage", "cli") or name.endswith(("models.embedded", "record")):
+    if room(name) in (None, "errors", "storage", "cli") or name.endswith(("models.default_model", "record")):
         assert not found & {"torch", "numpy", "einops", "jaxtyping", "tqdm"}
 
 

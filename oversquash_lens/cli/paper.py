@@ -108,7 +108,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     check_out(options)
     if options.answers is not None:
         check_writable(options.answers)
-    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.default_model import NAME
     from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.questions import find_task
     from oversquash_lens.paper.speakers import Sampling, Speaker
