@@ -128,7 +128,7 @@ _MOVED = {
     "Speaker": "oversquash_lens.paper.generator.Generator",
     "SweepResult": "oversquash_lens.sweeps.result.SweepResult",
     "TraceFileError": "oversquash_lens.errors.TraceFileError",
-    "cached_models": "oversquash_lens.models.embedded.cached_models",
+    "cached_models": "oversquash_lens.models.default_model.cached_models",
     "compare": "oversquash_lens.analyses.audit.compare",
     "computing_in": "oversquash_lens.collapse.precision.computing_in",
     "count_paths": "oversquash_lens.paths.null.count_paths",

@@ -99,17 +99,17 @@ def run_logs(folder: Path) -> tuple[Write, Look]:
 
 def caches(folder: Path) -> tuple[Write, Look]:
     """The embedded model's cache, filled from a wheel made here by a pip that writes it bit by bit."""
-    from oversquash_lens.models import embedded
+    from oversquash_lens.models import default_model
 
     member = b"GGUF" + random.Random(0).randbytes(1 << 16)
     wheel = folder / "the.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(zipfile.ZipInfo(embedded.MEMBER), member)
-    embedded.WHEEL_SHA256, cache = embedded._sha256(wheel), folder / "cache"
+        archive.writestr(zipfile.ZipInfo(default_model.MEMBER), member)
+    default_model.WHEEL_SHA256, cache = default_model._sha256(wheel), folder / "cache"
     (folder / "member").write_bytes(member)
-    embedded.GGUF_SHA256 = embedded._sha256(folder / "member")
-    os.environ[embedded.CACHE_VARIABLE] = str(cache)
-    embedded.say = lambda line: None
+    default_model.GGUF_SHA256 = default_model._sha256(folder / "member")
+    os.environ[default_model.CACHE_VARIABLE] = str(cache)
+    default_model.say = lambda line: None
 
     def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess:
         target = Path(command[command.index("--dest") + 1]) / "the.whl"
@@ -120,15 +120,17 @@ def caches(folder: Path) -> tuple[Write, Look]:
     subprocess.run = pip
 
     def write(n: int) -> None:
-        (cache / embedded.FILE_NAME).unlink(missing_ok=True)
-        embedded.embedded_gguf()
+        (cache / default_model.FILE_NAME).unlink(missing_ok=True)
+        default_model.embedded_gguf()
 
     def look() -> list[str]:
-        wrong = [f"the cache is {model.state}" for model in embedded.cached_models() if model.state == "damaged"]
+        wrong = [f"the cache is {model.state}" for model in default_model.cached_models() if model.state == "damaged"]
         left = [path.name for path in cache.iterdir()] if cache.exists() else []
-        odd = [name for name in left if name != embedded.FILE_NAME and not name.startswith(embedded._INCOMING)]
+        odd = [
+            name for name in left if name != default_model.FILE_NAME and not name.startswith(default_model._INCOMING)
+        ]
         for name in left:
-            if name.startswith(embedded._INCOMING):
+            if name.startswith(default_model._INCOMING):
                 shutil.rmtree(cache / name)
         return wrong + [f"{name} is in the cache" for name in odd]
 

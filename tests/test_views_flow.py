@@ -227,7 +227,7 @@ def test_the_first_rows_of_two_prompts_are_their_shares():
 def test_results_of_two_kinds_are_no_pair():
     with pytest.raises(InputError, match=r"expected two results of one kind, got a Flow and a PathProfile"):
         prompts(flow_result(), profile())
-    with pytest.raises(InputError, match="expected two results of .*, got nothing"):
+    with pytest.raises(InputError, match=r"expected two results of .*, got nothing"):
         prompts(flow_result(), None)
 
 

@@ -234,7 +234,7 @@ def check_norm(name: str, x: Float[Tensor, "row d"], scale: Float[Tensor, " row"
         came, expected = shown[wrong][0].item(), (square[wrong][0] + architecture.eps).sqrt().item()
         raise HookMismatchError(
             f"{name}: the norm divides by {came:.4g} where what it is said to read has {expected:.4g}; expected the "
-            "same: a norm stands elsewhere in this model, or a hook of yours edits it"
+            "same: a norm stands elsewhere in this model"
         )
 
 
@@ -265,7 +265,7 @@ def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: t
     if not off <= TOLERANCE[dtype] * update.abs().max().item() + rounding:
         raise HookMismatchError(
             f"{name}: the residual stream moves by other than what this layer writes (off by {off:.2g}); expected "
-            "residual + output · W + b: the model scales or normalises what it adds, or a hook behind ours edits it"
+            "residual + output · W + b: the model scales or normalises what it adds"
         )
 
 
@@ -276,9 +276,8 @@ def check_same(where: str, computed: Tensor, seen: Tensor, route: str, hook: str
     off = (computed - seen).abs().max().item() / size
     if not off <= TOLERANCE[dtype]:
         raise HookMismatchError(
-            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: a hook of yours edits "
-            "the result, which the weights then do not tell (to switch a head off, use edits.ablate_head; "
-            "measured_sensitivity allows any edit), or the model computes something else than its hooks show"
+            f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: the model "
+            "computes something else than its hooks show"
         )
 
 

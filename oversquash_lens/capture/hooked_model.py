@@ -66,6 +66,12 @@ def is_a(thing: Any, module: str, name: str) -> bool:
     return kind is not None and isinstance(thing, kind)
 
 
+def is_a_class(found: type, module: str, name: str) -> bool:
+    """Whether a class is one of TransformerLens' or made from it."""
+    kind = known_class(module, name)
+    return kind is not None and issubclass(found, kind)
+
+
 @cache
 def known_class(module: str, name: str) -> type | None:
     """A class of TransformerLens, looked up when first asked for; None where this version has it not."""

@@ -212,6 +212,16 @@ def _module_of(hook: Any) -> str:
     return f"{getattr(hook, '__module__', None) or type(hook).__module__}."
 
 
+def hooked_places(model: HookedModel) -> list[str]:
+    """Names of what has a forward hook of the user's."""
+    found: dict[int, str] = {}
+    for owner in (model, wrapped_model(model)):
+        for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            if hooks_on(module):
+                found.setdefault(id(module), name or "the model")
+    return list(found.values())
+
+
 @contextmanager
 def without_hooks(model: HookedModel, *, users: bool = True) -> Iterator[None]:
     """Within the block neither our hooks nor (unless `users` is False) the user's are called; libraries' own are."""

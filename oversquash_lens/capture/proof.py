@@ -22,7 +22,7 @@ from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.fingerprint import named_weights, weights_fingerprint
 from oversquash_lens.capture.fused import copied_projections_differ, fused_attention, why_not_fused
 from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
-from oversquash_lens.capture.passes import NamedHook, all_modules, attached, hooks_on, without_cache, without_hooks
+from oversquash_lens.capture.passes import NamedHook, all_modules, attached, hooked_places, without_cache, without_hooks
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
 TOKENS = 8
@@ -222,16 +222,6 @@ def _prove_unmoved(
         f"{architecture.name} is not causal: later tokens change the logits of position {place} by "
         f"{off[place].item():.2g} of the largest; expected a causal decoder, for which every measure here is made"
     )
-
-
-def hooked_places(model: HookedModel) -> list[str]:
-    """Names of what has a forward hook of the user's."""
-    found: dict[int, str] = {}
-    for owner in (model, wrapped_model(model)):
-        for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if hooks_on(module):
-                found.setdefault(id(module), name or "the model")
-    return list(found.values())
 
 
 # ---------------------------------------------------------------- fused attention, and transformers

@@ -18,7 +18,7 @@ from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.norms import norm_bias, norm_gain
-from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.passes import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
 from oversquash_lens.capture.route import ASKED_KEPT, Route, choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording
 from oversquash_lens.capture.subject import Subject
@@ -26,7 +26,7 @@ from oversquash_lens.capture.support import architecture_support
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenized_ids
 from oversquash_lens.capture.trace import Gains, Trace
 from oversquash_lens.capture.weights import weight_gains
-from oversquash_lens.errors import HookMismatchError, whole_number
+from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError, one_line, whole_number
 from oversquash_lens.numerics import to_float64
 
 NODE_PROBES = 2  # a node gain then is off by 0.02 in log10 (rms, SmolLM2), a tenth of what the estimate itself is
@@ -108,7 +108,17 @@ def record_on(subject: Subject, tokenized: TokenizedPrompt, recorder: Recorder) 
         stack.enter_context(_attached_recorder(model, recorder))
         if recorder.route == "fused":
             stack.enter_context(fused_attention(model, recorder.report))
-        output = model(ids, **without_cache(model))
+        try:
+            output = model(ids, **without_cache(model))
+        except (OversquashError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if hooked_places(model):
+                raise  # a hook of the user's: their error
+            raise ModelError(
+                f"recording {subject.about.model} ends in {type(error).__name__}: {one_line(error, 160)}; expected a "
+                "model whose hooks show what its weights make: see oversquash_lens.support(model)"
+            ) from error
     if verify:
         checks.verify_pass(model, recorder.architecture, ids, output)
     return recorder.trace(tokenized)
@@ -242,9 +252,10 @@ class Recorder:
     def _in_layer(self, key: str, layer: int) -> Hook:
         def take(value: Tensor, hook: Any = None) -> None:
             layers = self.passed().layers
-            if key == "residual" and layer:
-                layers[layer - 1].leave(value.detach()[0])
-            layers[layer].take(key, value)
+            with self._hooks_named():
+                if key == "residual" and layer:
+                    layers[layer - 1].leave(value.detach()[0])
+                layers[layer].take(key, value)
 
         return take
 
@@ -255,11 +266,26 @@ class Recorder:
     def _behind(self, key: str) -> Hook:
         def take(value: Tensor, hook: Any = None) -> None:
             passed = self.passed()
-            if key == "last" and key not in passed.final.kept:
-                passed.layers[-1].leave(value.detach()[0])
-            passed.final.take(key, value.detach()[0])
+            with self._hooks_named():
+                if key == "last" and key not in passed.final.kept:
+                    passed.layers[-1].leave(value.detach()[0])
+                passed.final.take(key, value.detach()[0])
 
         return take
+
+    @contextmanager
+    def _hooks_named(self) -> Iterator[None]:
+        """A mismatch names the user's hooks, where there are any: they may be what it comes from."""
+        try:
+            yield
+        except HookMismatchError as error:
+            places = hooked_places(self._subject.model) if self._subject is not None else []
+            if not places:
+                raise
+            raise HookMismatchError(
+                f"{error}; a hook of yours, on {', '.join(places[:3])}, may edit what the weights then do not tell: "
+                "remove it (to switch a head off, use edits.ablate_head; measured_sensitivity allows any edit)"
+            ) from error
 
     def passed(self) -> _Pass:
         """The pass that has begun; a HookMismatchError where none has."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from oversquash_lens.cli import many_prompts, one_prompt, paper
-from oversquash_lens.cli.common import DEFAULT_PROMPT, VARIANT_NAMES
+from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.errors import InputError, OversquashError, nearest, one_line
 
 __all__ = ["DEFAULT_PROMPT", "build_parser", "main"]

@@ -95,7 +95,7 @@ def planned(
 
 
 def load(options: argparse.Namespace) -> Any:
-    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.default_model import NAME
     from oversquash_lens.models.loading import load_model
 
     name = options.model if options.model is not None else NAME

@@ -154,7 +154,7 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 def _name_and_options(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What a worker of Ray hands to load_model; what is left to its default is left out."""
-    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.default_model import NAME
 
     given = {name: getattr(options, name) for name in ("kind", "dtype", "device", "device_map")}
     return NAME if options.model is None else options.model, {k: v for k, v in given.items() if v is not None}

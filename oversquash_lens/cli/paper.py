@@ -116,7 +116,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     one_of("task", options.task, TASK_NAMES)
     check_out(options)
     _check_kept(options.answers)
-    from oversquash_lens.models.embedded import NAME
+    from oversquash_lens.models.default_model import NAME
     from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.generator import Generator, Sampling
     from oversquash_lens.paper.questions import find_task

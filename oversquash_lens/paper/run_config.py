@@ -96,7 +96,7 @@ class RunConfig:
     @cached_property
     def model(self) -> Any:
         """The hooked model."""
-        from oversquash_lens.models.embedded import NAME
+        from oversquash_lens.models.default_model import NAME
         from oversquash_lens.models.loading import load_model
 
         given = self.options.model
@@ -109,7 +109,7 @@ class RunConfig:
     @cached_property
     def generator(self) -> Any:
         """Who answers the tasks: the plain twin of a named model, or the hooked model at hand."""
-        from oversquash_lens.models.embedded import NAME
+        from oversquash_lens.models.default_model import NAME
         from oversquash_lens.models.loading import load_twin
 
         given = self.options.model
