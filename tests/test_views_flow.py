@@ -96,7 +96,7 @@ def test_the_route_tells_the_heaviest_moves_of_each_layer():
     edges = heaviest_edges(flow, 5)
     assert [layer for layer, _ in payload["heaviest"]] == [edge.layer for edge in edges]
     assert [words for _, words in payload["heaviest"]] == [
-        f"head {edge.head} brings {percent(edge.share)} from {named(TOKENS, edge.src)} to {named(TOKENS, edge.dest)}"
+        f"head {edge.head} brings {percent(edge.share, 3)} from {named(TOKENS, edge.src)} to {named(TOKENS, edge.dest)}"
         for edge in edges
     ]
 
@@ -227,7 +227,7 @@ def test_the_first_rows_of_two_prompts_are_their_shares():
 def test_results_of_two_kinds_are_no_pair():
     with pytest.raises(InputError, match=r"expected two results of one kind, got a Flow and a PathProfile"):
         prompts(flow_result(), profile())
-    with pytest.raises(InputError, match="expected two results of .*, got nothing"):
+    with pytest.raises(InputError, match=r"expected two results of .*, got nothing"):
         prompts(flow_result(), None)
 
 

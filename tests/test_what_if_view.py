@@ -146,7 +146,7 @@ def test_evil_tokens_and_labels_are_shown_and_not_run() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, truth(), with_commas().before])
 def test_a_view_of_something_else(wrong: Any) -> None:
-    with pytest.raises(InputError, match="expected a WhatIf, got .*: call what_if"):
+    with pytest.raises(InputError, match=r"expected a WhatIf, got .*: call what_if"):
         what_if(wrong)
 
 
