@@ -96,7 +96,7 @@ def test_the_route_tells_the_heaviest_moves_of_each_layer():
     edges = heaviest_edges(flow, 5)
     assert [layer for layer, _ in payload["heaviest"]] == [edge.layer for edge in edges]
     assert [words for _, words in payload["heaviest"]] == [
-        f"head {edge.head} brings {percent(edge.share)} from {named(TOKENS, edge.src)} to {named(TOKENS, edge.dest)}"
+        f"head {edge.head} brings {percent(edge.share, 3)} from {named(TOKENS, edge.src)} to {named(TOKENS, edge.dest)}"
         for edge in edges
     ]
 
