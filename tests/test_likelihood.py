@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_generators import KINDS, characters, generator, loaded, logits, other_architecture, plain_generator
+from small_generators import (
+    KINDS,
+    characters,
+    generator,
+    loaded,
+    logits,
+    other_architecture,
+    plain_generator,
+)
 
 from oversquash_lens.capture import edits
 from oversquash_lens.errors import InputError
@@ -68,7 +76,7 @@ def test_other_architectures(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
 def test_edits_of_attention_act_on_likelihoods(kind: str) -> None:
-    who = generator(kind)
+    who = Generator(loaded(kind))
     before = who.log_likelihoods(PROMPT, CANDIDATES)
     with edits.edited_attention(loaded(kind), edits.window(3)):
         found = who.log_likelihoods(PROMPT, CANDIDATES).tolist()

@@ -21,15 +21,9 @@ import torch
 from small_models import has_bridge, has_hooked
 
 from oversquash_lens.errors import InputError, ModelError
+from oversquash_lens.models import conversion, default_model, sources
 from oversquash_lens.models.default_model import cache_folder, cached_models
-from oversquash_lens.models.loading import (
-    cache_folder,
-    cached_models,
-    conversion,
-    default_model,
-    load_model,
-    sources,
-)
+from oversquash_lens.models.loading import load_model
 
 PROMPT = "The quick brown fox jumps over the lazy dog"
 VOCAB = 40

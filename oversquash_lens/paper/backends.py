@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from oversquash_lens.capture.prefixes import hooked_cache_class
 from oversquash_lens.errors import InputError, ModelError
 
 Logits = Float[Tensor, "row vocab"]
@@ -187,9 +188,14 @@ class HookedBackend:
         return out[:, ids.shape[1] :]
 
     def read(self, ids: Sequence[int], keep: int) -> tuple[Float[Tensor, "keep vocab"], Any]:
-        """The memory is the tokens themselves, which every row reads again."""
-        prompt = torch.tensor([list(ids)], device=self.device)
-        return self.model(prompt)[0, -keep:], prompt
+        cache = hooked_cache_class().init_cache(self.model.cfg, self.device, 1)
+        return self.model(torch.tensor([list(ids)], device=self.device), past_kv_cache=cache)[0, -keep:], cache
 
     def extend(self, memory: Any, rows: Int[Tensor, "row new"]) -> Float[Tensor, "row new vocab"]:
-        return self.model(torch.cat([memory.expand(len(rows), -1), rows], 1))[:, memory.shape[1] :]
+        cache = copy.copy(memory)
+        cache.previous_attention_mask = memory.previous_attention_mask.expand(len(rows), -1)
+        cache.entries = [copy.copy(entry) for entry in memory.entries]
+        for entry in cache.entries:
+            entry.past_keys = entry.past_keys.expand(len(rows), -1, -1, -1)
+            entry.past_values = entry.past_values.expand(len(rows), -1, -1, -1)
+        return self.model(rows, past_kv_cache=cache, attention_mask=torch.ones_like(rows))

@@ -215,24 +215,28 @@ class Generator:
         `whole_numbers`: a candidate that ends in a digit stands for all completions that go on with anything but one
         more digit, so "1" does not count what goes on to "12", and the probabilities of different numbers add up.
 
-        The prompt and what all candidates begin with are read once; the rest of each is a row of a batch behind it.
+        The prompt and what the candidates begin with are read once; the rest of each is a row of a batch behind it.
         """
         rows, n = self._candidate_ids(prompt, candidates)
-        shared = common_beginning(*rows)
+        longer = [row for row in rows if len(row) > common_beginning(*rows)]
+        shared = common_beginning(*longer or rows)
         closed = [whole_numbers and candidate[-1:].isdigit() for candidate in candidates]
         found = torch.empty(len(rows), dtype=torch.float64)
         with torch.no_grad():
-            logits, memory = self.backend.read(rows[0][:shared], shared - n + 1)
+            read = (longer or rows)[0][:shared]
+            logits, memory = self.backend.read(read, shared - n + 1)
             before = checked(logits).log_softmax(-1)
-            begun = before[range(shared - n), rows[0][n:shared]].double().sum()
-            for chosen in self._together([len(row) - shared for row in rows], shared):
+            begun = torch.zeros(len(before), dtype=torch.float64, device=before.device)
+            begun[1:] = before[range(shared - n), read[n:]].double().cumsum(0)
+            for chosen in self._together([max(len(row) - shared, 0) for row in rows], shared):
+                ends = [min(len(rows[index]), shared) - n for index in chosen]
                 rest = torch.tensor([rows[index][shared:] for index in chosen], device=self.backend.device).long()
-                after = before[-1:].expand(len(chosen), 1, -1)
+                after = before[ends][:, None]
                 if rest.shape[1]:
                     after = torch.cat([after, checked(self.backend.extend(memory, rest)).log_softmax(-1)], 1)
                 own = after[:, :-1].gather(2, rest[..., None]).double().sum((1, 2))
                 shut = torch.tensor([closed[index] for index in chosen], device=own.device)
-                found[chosen] = (begun + own + shut * self._stop(after[:, -1])).cpu()
+                found[chosen] = (begun[ends] + own + shut * self._stop(after[:, -1])).cpu()
         return found
 
     def _together(self, sizes: Sequence[int], read: int) -> Iterable[list[int]]:
