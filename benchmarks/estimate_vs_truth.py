@@ -32,7 +32,7 @@ from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
 from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
-from oversquash_lens.capture.identity import model_identity
+from oversquash_lens.capture.fingerprint import model_identity
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.storage import write_atomically

@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oversquash_lens.analyses.audit import audit
     from oversquash_lens.analyses.findings import findings
+    from oversquash_lens.analyses.plan import plan
     from oversquash_lens.analyses.what_if import what_if
     from oversquash_lens.capture import edits
     from oversquash_lens.capture.batch import record_batch
     from oversquash_lens.capture.edits import edited_attention
     from oversquash_lens.capture.hooks import attention_path_hooks, last_token_residual_hooks
-    from oversquash_lens.capture.prefixes import plan
     from oversquash_lens.capture.recorder import record, recording
     from oversquash_lens.capture.subject import support
     from oversquash_lens.capture.trace import Trace
     from oversquash_lens.collapse import families
     from oversquash_lens.collapse.curve import collapse_curve
     from oversquash_lens.errors import OversquashError
-    from oversquash_lens.jacobian.correction import probe_corrected_sensitivity
-    from oversquash_lens.jacobian.measured import measured_sensitivity
+    from oversquash_lens.jacobian.measured import measured_sensitivity, probe_corrected_sensitivity
     from oversquash_lens.models.loading import load_model
     from oversquash_lens.paper.reproduce import reproduce
     from oversquash_lens.paper.tasks import run_task
@@ -97,8 +96,8 @@ _HOME = {
     "measured_sensitivity": "jacobian.measured",
     "path_bound": "paths.profiles",
     "path_products": "paths.profiles",
-    "plan": "capture.prefixes",
-    "probe_corrected_sensitivity": "jacobian.correction",
+    "plan": "analyses.plan",
+    "probe_corrected_sensitivity": "jacobian.measured",
     "profiles": "paths.profiles",
     "record": "capture.recorder",
     "record_batch": "capture.batch",
@@ -131,12 +130,12 @@ _MOVED = {
     "cached_models": "oversquash_lens.models.default_model.cached_models",
     "compare": "oversquash_lens.analyses.audit.compare",
     "computing_in": "oversquash_lens.collapse.precision.computing_in",
-    "count_paths": "oversquash_lens.paths.null.count_paths",
+    "count_paths": "oversquash_lens.paths.squashing.count_paths",
     "flows": "oversquash_lens.paths.flow.flows",
     "forecast": "oversquash_lens.plan",
     "lemmas": "oversquash_lens.collapse.lemmas",
     "number_format": "oversquash_lens.collapse.precision.number_format",
-    "uniform_causal": "oversquash_lens.paths.null.uniform_causal",
+    "uniform_causal": "oversquash_lens.paths.squashing.uniform_causal",
 }
 
 

@@ -16,8 +16,8 @@ from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError, TraceFileError
 from oversquash_lens.paths.flow import flows
-from oversquash_lens.paths.null import count_paths, uniform_causal
 from oversquash_lens.paths.recursion import PathProfile
+from oversquash_lens.paths.squashing import count_paths, uniform_causal
 
 Call = Callable[[World], Any]
 

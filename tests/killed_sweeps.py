@@ -21,7 +21,7 @@ from small_models import bridge, has_bridge, hooked
 from small_sweeps import MEASURES, exactly_once, texts
 
 import oversquash_lens as osl
-from oversquash_lens.sweeps import run, work
+from oversquash_lens.sweeps import rows, run
 
 PROMPTS = [*texts(40), "w5 " * 40, "", [3, 4, 5]]
 
@@ -46,7 +46,7 @@ def child(model: Any, out: Path) -> int:
 
 def main() -> None:
     folder, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    work.MOST["cpu"], run.WINDOW = 3, 16  # small batches and windows: more moments to be killed at
+    rows.MOST["cpu"], run.WINDOW = 3, 16  # small batches and windows: more moments to be killed at
     model = bridge(3, "llama") if has_bridge() else hooked(3)
     out, wrong = folder / "rows.parquet", []
     begun = time.perf_counter()

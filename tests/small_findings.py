@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from small_results import TOKENS, audit_result, flow_result
 
-from oversquash_lens.analyses.assumptions import Assumption
 from oversquash_lens.analyses.audit import Comparison
-from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Findings
-from oversquash_lens.capture.about import About
+from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Assumption, Findings
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
 from oversquash_lens.paths.squashing import Squashing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from oversquash_lens.analyses.audit import Audit, AuditRow
-from oversquash_lens.capture.about import About
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.blocks import EdgeBlock, HeadEdges
 from oversquash_lens.paths.expected_error import ExpectedError

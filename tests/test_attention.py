@@ -27,8 +27,7 @@ from oversquash_lens.capture.attention import (
     recomputed_attention,
 )
 from oversquash_lens.capture.edits import edited_attention, window
-from oversquash_lens.capture.fused import why_not_fused
-from oversquash_lens.capture.route import planned_route
+from oversquash_lens.capture.fused import planned_route, why_not_fused
 from oversquash_lens.capture.trace import FORMAT
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 from oversquash_lens.memory import MEMORY_VARIABLE

@@ -23,8 +23,8 @@ from bad_days import PROMPT, World, faults
 from bad_writers import KINDS
 
 import oversquash_lens as osl
+from oversquash_lens.collapse.curve import kept_curve
 from oversquash_lens.collapse.families import Family
-from oversquash_lens.collapse.kept import kept_curve
 from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.models import default_model
 from oversquash_lens.models.default_model import cached_models

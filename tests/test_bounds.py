@@ -40,10 +40,10 @@ from small_models import (
 )
 
 import oversquash_lens as osl
-from oversquash_lens.capture.activations import ACTIVATIONS
+from oversquash_lens.capture.hooked_model import ACTIVATIONS
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.null import count_paths, uniform_causal
 from oversquash_lens.paths.recursion import PathProfile, log_path_products
+from oversquash_lens.paths.squashing import count_paths, uniform_causal
 
 record = partial(osl.record, attention="kept")  # references read the model's own patterns
 

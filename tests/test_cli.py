@@ -18,7 +18,7 @@ import torch
 from small_models import NO_BRIDGE, bridge, has_bridge
 
 import oversquash_lens
-from oversquash_lens.cli import DEFAULT_PROMPT
+from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.paths.kinds import VARIANTS
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)

@@ -28,7 +28,7 @@ from small_charts import ALL, LENGTHS, PRECISION, collapse, decay, graph, grid, 
 from small_results import EVIL, TOKENS, profile, truth
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.null import count_paths
+from oversquash_lens.paths.squashing import count_paths
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Panel, Series
 from oversquash_lens.viz.style import COLOURS, MARKERS, RIGHT, SOFT, WRONG, log_ticks, printable, scale

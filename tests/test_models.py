@@ -21,7 +21,7 @@ import torch
 from small_models import has_bridge, has_hooked
 
 from oversquash_lens.errors import InputError, ModelError
-from oversquash_lens.models import conversion, default_model, sources
+from oversquash_lens.models import default_model, sources
 from oversquash_lens.models.default_model import cache_folder, cached_models
 from oversquash_lens.models.loading import load_model
 
@@ -258,7 +258,7 @@ def test_other_architectures_from_local_files_are_refused_as_hooked(gpt2_folder:
     ],
 )
 def test_what_the_conversion_refuses(config: dict, architecture: str, said: str | None) -> None:
-    obstacle = conversion.obstacle(SimpleNamespace(**config), architecture)
+    obstacle = sources.obstacle(SimpleNamespace(**config), architecture)
     assert obstacle is None if said is None else said in obstacle
 
 

@@ -10,7 +10,7 @@ import torch
 
 import oversquash_lens as osl
 from oversquash_lens.capture import mlp as mlp_module
-from oversquash_lens.capture.activations import ACTIVATIONS
+from oversquash_lens.capture.hooked_model import ACTIVATIONS
 from oversquash_lens.capture.mlp import MlpState, PostNorm, layer_probes
 from oversquash_lens.capture.weights import MlpWeights
 

@@ -16,7 +16,7 @@ from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.fused import why_not_fused
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, ModelError
-from oversquash_lens.jacobian import costs, products
+from oversquash_lens.jacobian import products
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import differentiate, vjp
 
@@ -115,7 +115,7 @@ def test_no_more_products_go_together_than_the_memory_holds(
     route: str, batches: dict[str, list[int]], measured: Callable[..., torch.Tensor]
 ) -> None:
     model, tokens = case("bridge-gpt2")
-    one, seen = costs.product_bytes(costs.size_of(model), tokens.shape[1], route), batches[route]
+    one, seen = products.product_bytes(products.size_of(model), tokens.shape[1], route), batches[route]
     enough = measured(route, model, tokens, memory=MEMORY)
     assert max(seen) == model.cfg.d_model
     for memory, most in ((3 * one, 3), (1, 1)):
@@ -126,7 +126,7 @@ def test_no_more_products_go_together_than_the_memory_holds(
 
 def test_products_of_long_prompts_go_alone() -> None:
     """Where one keeps the processor busy: measured, no batch is faster from 512 positions on."""
-    assert [costs.products_at_once(n, MEMORY, 1) for n in (8, 128, 512, 2048)] == [64, 8, 2, 1]
+    assert [products.products_at_once(n, MEMORY, 1) for n in (8, 128, 512, 2048)] == [64, 8, 2, 1]
 
 
 def kept_for_backward(differentiated: Callable[[], object]) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper import agreement, published, readings, synthetic
-from oversquash_lens.paths.null import count_paths
+from oversquash_lens.paths.squashing import count_paths
 from oversquash_lens.viz.chart import Chart, Series, Verdict
 
 

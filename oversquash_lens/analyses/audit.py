@@ -12,21 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
+from oversquash_lens.capture.fused import choose_route
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
+from oversquash_lens.capture.size import HELD, kept_bytes, record_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.jacobian.costs import MOST_FROZEN, check_audit, fitting_memory
-from oversquash_lens.jacobian.measured import (
-    MEMORY,
-    MeasuredSensitivity,
-    differentiate,
-    exact_norms,
-    frobenius_estimate,
-    probe_rows,
-)
+from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
+from oversquash_lens.jacobian.products import MOST_FROZEN, differentiate, fitting_memory, truth_bytes, truth_route
+from oversquash_lens.memory import check_memory
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.expected_error import ExpectedError, predicted_error
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
@@ -244,6 +240,16 @@ def recorded_truths(
     check_audit(subject, n, effort["probes"])
     trace = record_tokens(subject.model, tokenized, **recording)
     return trace, measure_truths(subject, tokenized, trace.about, frozen=n <= MOST_FROZEN, **effort)
+
+
+def check_audit(subject: Subject, n: int, probes: int | None) -> None:
+    """Refuse what would not fit even with one backward product at a time, before the recording that comes first."""
+    size, recorded = subject.size, choose_route(subject.model, subject.architecture, n)
+    route = truth_route(subject, n, ("attention",) if n <= MOST_FROZEN else ())
+    needed = kept_bytes(size, n, recorded, HELD) | truth_bytes(size, n, 1, 0, probes is None, route)
+    what = f"recording {n} tokens with {subject.about.model} and measuring their truth"
+    for parts in (record_bytes(size, n, recorded), needed):
+        check_memory(parts, subject.device, what)
 
 
 def measure_truths(

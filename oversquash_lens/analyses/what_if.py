@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.analyses.audit import check_effort, spearman
-from oversquash_lens.capture.about import About
 from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.readings import read_alone
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject

@@ -14,16 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.activations import ACTIVATIONS, Activation
 from oversquash_lens.capture.hooked_model import (
+    ACTIVATIONS,
+    Activation,
+    folded_final_gain,
     is_a,
+    is_folded,
     is_hooked_transformer,
     known_class,
+    norm_gain,
     weight_of,
     wrapped_config,
     wrapped_model,
 )
-from oversquash_lens.capture.norms import folded_final_gain, is_folded, norm_gain
 from oversquash_lens.errors import InputError, ModelError
 
 # What is recorded in each layer -> the hook's name inside `blocks.{layer}.`, the same on both classes, in the order

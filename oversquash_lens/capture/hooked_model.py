@@ -1,13 +1,25 @@
-"""A hooked model's own surface: what both of TransformerLens' classes answer to, and which of them a model is."""
+"""What a hooked model is: the part of it that is used here, which class it is of, its norms and activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
+
+from oversquash_lens.numerics import to_float64
+
+if TYPE_CHECKING:
+    from oversquash_lens.capture.architecture import Architecture
+    from oversquash_lens.capture.hooked_model import HookedModel
 
 
 @runtime_checkable
@@ -79,3 +91,144 @@ def known_class(module: str, name: str) -> type | None:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):  # version 4 raises ImportError for HookedTransformer, even for hasattr
         return None
+
+
+def norm_gain(norm: Any, model: Any) -> Float[Tensor, " gain"]:
+    """A norm's γ as it multiplies: ones where folded away, one more than what is stored where the class says so."""
+    weight = getattr(norm, "w", None)
+    if weight is None:
+        weight = getattr(norm, "weight", None)
+    if weight is None:
+        return next(model.parameters()).detach().new_ones(model.cfg.d_model)
+    offset = bool(getattr(getattr(norm, "config", None), "rmsnorm_uses_offset", False))
+    return weight.detach() + 1 if offset else weight.detach()
+
+
+def norm_bias(norm: Any) -> Float[Tensor, " d_model"] | None:
+    bias = getattr(norm, "b", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def is_folded(model: Any) -> bool:
+    """Whether the norms' gains were folded into the weights behind them."""
+    if getattr(model.cfg, "normalization_type", None) in ("LNPre", "RMSPre"):
+        return True
+    if not getattr(model, "compatibility_mode", False):
+        return False
+    norms = [
+        getattr(model, "ln_final", None),
+        *(getattr(block, name, None) for block in model.blocks for name in ("ln1", "ln2")),
+    ]
+    return all(bool((norm_gain(norm, model) == 1).all()) for norm in norms if norm is not None)
+
+
+def folded_final_gain(model: Any) -> Float[Tensor, " d_model"] | None:
+    """γ₃ of a folded model whose embedding was tied: then W_U = γ₃ · W_Eᵀ up to a shift; None where it was not."""
+    embed, unembed = getattr(model, "W_E", None), getattr(model, "W_U", None)
+    if embed is None or unembed is None or embed.T.shape != unembed.shape:
+        return None
+    some = slice(0, 4096)  # as many tokens say as much as all
+    embed, unembed = to_float64(embed.detach()[some].T), to_float64(unembed.detach()[:, some])
+    embed = embed - embed.mean(1, keepdim=True)  # centring the unembedding over the vocabulary shifts it
+    unembed = unembed - unembed.mean(1, keepdim=True)
+    gain = (embed * unembed).sum(1) / embed.square().sum(1)
+    residual = (unembed - gain[:, None] * embed).norm() / unembed.norm()
+    return gain if bool(residual < 1e-3) else None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An MLP's elementwise function and an upper bound on the absolute value of its derivative."""
+
+    function: Callable[[Tensor], Tensor]
+    lipschitz: float
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_GELU_TANH = Activation(_gelu_tanh, 1.1290)  # sup 1.128993
+ACTIVATIONS = {
+    "relu": Activation(torch.relu, 1.0),
+    "silu": Activation(functional.silu, 1.0999),  # sup 1.099839
+    "swish": Activation(functional.silu, 1.0999),
+    "gelu": Activation(functional.gelu, 1.1290),  # sup 1.128904
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "quick_gelu": Activation(_quick_gelu, 1.0999),
+    "tanh": Activation(torch.tanh, 1.0),
+}
+
+
+FINAL_GAIN = ("model", "restored", "unknown")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a number depends on, for reports and saved traces."""
+    found = {"python": platform.python_version()}
+    for package in ("oversquash-lens", "transformer-lens", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a number comes from; carried by every trace, profile and truth.
+
+    `folded`: the model's LayerNorm gains were folded into its weights. `final_gain` says what then became of
+    the last norm's gain γ₃ in y: "model" (the model applies it itself), "restored" (folded, but known, and
+    multiplied back), "unknown" (folded and not recoverable: y lacks it; not comparable with the other two).
+    """
+
+    model: str
+    model_class: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    dtype: str
+    folded: bool
+    final_gain: str
+    bos: bool
+    chat: bool
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def with_prompt(self, *, bos: bool, chat: bool) -> About:
+        return replace(self, bos=bos, chat=chat)
+
+    def __str__(self) -> str:
+        parts = [f"{self.model} as {self.model_class} ({self.dtype})"]
+        parts.append("starts with BOS" if self.bos else "no BOS")
+        if self.chat:
+            parts.append("chat template")
+        if self.folded:
+            parts.append(f"folded norms, final gain {self.final_gain}")
+        return ", ".join(parts)
+
+
+def describe(model: HookedModel, architecture: Architecture) -> About:
+    """The label that every result carries."""
+    return About(
+        model=getattr(model.cfg, "model_name", None) or "unnamed",
+        model_class=type(model).__name__,
+        n_layers=architecture.n_layers,
+        n_heads=architecture.n_heads,
+        d_model=architecture.d_model,
+        dtype=str(architecture.dtype).removeprefix("torch."),
+        folded=architecture.folded,
+        final_gain=architecture.final_gain_state,
+        bos=False,
+        chat=False,
+        versions=software_versions(),
+    )

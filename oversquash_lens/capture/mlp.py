@@ -24,9 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oversquash_lens.capture import checks
-from oversquash_lens.capture.activations import Activation
 from oversquash_lens.capture.checks import PassContext, Pop
-from oversquash_lens.capture.hooked_model import is_a
+from oversquash_lens.capture.hooked_model import Activation, is_a
 from oversquash_lens.capture.weights import LayerWeights, MlpWeights
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import to_float64

@@ -13,16 +13,13 @@ from torch import Tensor
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.checks import PassContext
-from oversquash_lens.capture.fused import fused_attention
-from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.fused import ASKED_KEPT, Route, choose_route, fused_attention, own_route, patterns_fit
+from oversquash_lens.capture.hooked_model import HookedModel, norm_bias, norm_gain
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.capture.norms import norm_bias, norm_gain
 from oversquash_lens.capture.passes import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
-from oversquash_lens.capture.route import ASKED_KEPT, Route, choose_route, own_route, patterns_fit
 from oversquash_lens.capture.size import check_recording
-from oversquash_lens.capture.subject import Subject
-from oversquash_lens.capture.support import architecture_support
+from oversquash_lens.capture.subject import Subject, architecture_support
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenized_ids
 from oversquash_lens.capture.trace import Gains, Trace
 from oversquash_lens.capture.weights import weight_gains
@@ -56,7 +53,7 @@ def record(
         verify: check every position instead of some, and in two passes more that recording changes nothing and that
             the patterns which the hooks show are those that the model uses.
         attention: "kept" keeps every pattern, memory that grows as pos²; "recomputed" keeps queries, keys and
-            log-normalisers, from which rows are made anew; "auto" as `oversquash_lens.capture.route.choose_route` says.
+            log-normalisers, from which rows are made anew; "auto" as `oversquash_lens.capture.fused.choose_route` says.
         node_probes: probes (each worth 72 pairs of directions) that estimate each MLP's mean-square gain without bias;
             None computes it exactly, in d_model directions.
         seed: of the probes, which are drawn anew for each layer; a whole number of at most 63 bits.

@@ -13,9 +13,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
 from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
-from oversquash_lens.capture.support import Verdict
+from oversquash_lens.capture.hooked_model import About
+from oversquash_lens.capture.subject import Verdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.numerics import to_float64

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from oversquash_lens.capture.architecture import Architecture, per_head_sinks
 from oversquash_lens.capture.attention import per_head
-from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
-from oversquash_lens.capture.norms import norm_bias, norm_gain
+from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer, norm_bias, norm_gain
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import to_float64
 

@@ -133,7 +133,7 @@ def build_parser() -> _Parser:
 
 
 def run_models(options: argparse.Namespace) -> None:
-    from oversquash_lens.models.loading import cache_folder, cached_models
+    from oversquash_lens.models.default_model import cache_folder, cached_models
 
     found = cached_models()
     if options.json:

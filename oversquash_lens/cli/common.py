@@ -83,7 +83,8 @@ def planned(
     """
     if not options.plan:
         return False
-    from oversquash_lens.analyses.plan import duration, plan
+    from oversquash_lens.analyses.plan import plan
+    from oversquash_lens.results import duration
 
     how = {"chat": options.chat, "bos": options.bos} if isinstance(prompt, str) else {}
     found = plan(model, prompt, measure, probes=probes, **how)

@@ -90,7 +90,7 @@ def run_collapse(options: argparse.Namespace) -> None:
     check_out(options)
     check_figure(options.figure)
     _check_kept(options.curves)
-    from oversquash_lens.collapse.kept import kept_curve
+    from oversquash_lens.collapse.curve import kept_curve
     from oversquash_lens.collapse.precision import number_format
 
     dtypes = [number_format(each) for each in _dtypes(options)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from oversquash_lens.capture.hooked_model import is_a_class
 from oversquash_lens.capture.proof import TOKENS, Predictions, keep_reference, proof_ids, wrapped_predictions
 from oversquash_lens.errors import InputError, ModelError, one_line
-from oversquash_lens.models import conversion, default_model, sources
+from oversquash_lens.models import default_model, sources
 from oversquash_lens.models.default_model import CachedModel, cache_folder, cached_models
 from oversquash_lens.models.sources import Loading, Weights
 
@@ -238,7 +238,7 @@ def _bridge(model_class: Any, found: Weights, loading: Loading) -> Any:
 
 def _hooked(model_class: Any, found: Weights, loading: Loading, fold_ln: bool) -> Any:
     """HookedTransformer: from plain weights where we can, else by TransformerLens' own list of hub models."""
-    obstacle = conversion.obstacle(found.model.config, found.architecture)
+    obstacle = sources.obstacle(found.model.config, found.architecture)
     if obstacle is not None and found.hub_name is None:
         raise ModelError(
             f"{found.label} cannot become a HookedTransformer from local files: {obstacle}. Expected a plain "
@@ -251,7 +251,7 @@ def _hooked(model_class: Any, found: Weights, loading: Loading, fold_ln: bool) -
         )
     with _tokenizer_kept(found.tokenizer), _no_deprecations():
         if obstacle is None:
-            return conversion.converted(model_class, found, loading, fold_ln)
+            return sources.converted(model_class, found, loading, fold_ln)
         try:
             with redirect_stdout(sys.stderr):  # it prints that it has loaded; stdout is for results alone
                 return model_class.from_pretrained(

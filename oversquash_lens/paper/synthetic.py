@@ -22,8 +22,7 @@ from oversquash_lens.paper.agreement import (
     spread_verdict,
 )
 from oversquash_lens.paper.gaussian_layer import ENCODINGS, NORMS, differences
-from oversquash_lens.viz.chart import Chart, Panel, Series
-from oversquash_lens.viz.diagrams import Paths
+from oversquash_lens.viz.chart import Chart, Panel, Paths, Series
 
 LENGTHS_8 = tuple(published.FIGURE_8.points)
 LENGTHS_9 = (500, 750, 1000, 1500, 2000, 2500, 3000, 4000, 5000, 10000)

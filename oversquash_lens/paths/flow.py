@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import effective_number, json_numbers, without_autocast

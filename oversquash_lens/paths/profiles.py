@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.attention import KeptAttention
-from oversquash_lens.capture.support import refuse_unsupported
+from oversquash_lens.capture.subject import refuse_unsupported
 from oversquash_lens.capture.trace import Trace, check_trace
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import without_autocast

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.about import About
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.errors import InputError
 from oversquash_lens.numerics import json_numbers, to_float64, without_autocast
 from oversquash_lens.paths.blocks import EdgeBlock

@@ -8,21 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oversquash_lens.analyses.plan import Plan, duration, plan
-from oversquash_lens.capture.about import software_versions
-from oversquash_lens.capture.identity import model_identity
+from oversquash_lens.analyses.plan import Plan, plan
+from oversquash_lens.capture.fingerprint import model_identity
+from oversquash_lens.capture.fused import check_attention
+from oversquash_lens.capture.hooked_model import software_versions
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES
-from oversquash_lens.capture.route import check_attention
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.memory import in_words
 from oversquash_lens.parts import RECORDED, WINDOW, Parts, check_results_file
+from oversquash_lens.results import duration
 from oversquash_lens.sweeps.on_ray import Cluster
 from oversquash_lens.sweeps.prompts import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
-from oversquash_lens.sweeps.rows import MEASURES, Effort, checked_measures, columns
-from oversquash_lens.sweeps.work import check_measurable, rows_of
+from oversquash_lens.sweeps.rows import MEASURES, Effort, check_measurable, checked_measures, columns, rows_of
 
 FORMAT = 2  # of the rows
 LENGTHS = 5  # of the prompts' lengths, evenly spread over them, a plan is made
