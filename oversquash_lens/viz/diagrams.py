@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 STAYS, MOVES, GATHERED = COLOURS[0], COLOURS[1], "#a9afb6"
 MOVED = "moves, by layer.head (+: with other heads)"
 MOST_COLUMNS = 512  # of one map; of a wider one, each column is the largest of a few
+ASIDE = 0.75  # inches of width of what stands beside a map
 PIXELS = 2048  # of a map's longer side, about
 WIDEST, HAIRLINE = 26.0, 0.3  # points: the line that all of a flow runs through, and the thinnest one
 NAME = SMALL - 1.0  # type of the heads' names
@@ -119,13 +120,13 @@ def draw_heat(axes: matplotlib.axes.Axes, panel: Panel, inches: float) -> list[s
     axes.spines[:].set(visible=True, color=SOFT)
     beside = [axes]
     if panel.series:
-        places = place.subgridspec(1, 2, width_ratios=[1, 0.14], wspace=0.02)
+        places = place.subgridspec(1, 2, width_ratios=[1, ASIDE / (inches - ASIDE)], wspace=0.02)
         axes.set_subplotspec(places[0])
         beside.append(figure.add_subplot(places[1], sharey=axes))
         one = panel.series[0]
         beside[1].plot(one.y, one.x, color=COLOURS[0], linewidth=1.2, marker="o" if len(one.x) <= 45 else None, ms=1.8)
-        put(beside[1], "x", scale("linear", one.y, margin=0.06, from_zero=True), 0.75)
-        beside[1].set_xlabel(wrapped(one.label, 0.9, LABEL))
+        put(beside[1], "x", scale("linear", one.y, margin=0.06, from_zero=True), ASIDE)
+        beside[1].set_xlabel(wrapped(one.label, ASIDE, LABEL))
         beside[1].grid(axis="x", color=FAINT)
         beside[1].tick_params(axis="y", labelleft=False, length=0)
     tens = [10.0**power for power in range(math.floor(math.log10(1.5 * heat.low)) + 1, 309)]

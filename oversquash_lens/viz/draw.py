@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from oversquash_lens.viz.chart import Chart, Panel, Series
+from oversquash_lens.viz.chart import Chart, Panel, Route, Series
 from oversquash_lens.viz.diagrams import draw_heat, draw_paths, draw_route, name_heads
 from oversquash_lens.viz.style import (
     HEADING,
@@ -67,6 +67,7 @@ def draw(chart: Chart) -> matplotlib.figure.Figure:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
     legend: Legend = {}
+    routes: list[tuple[matplotlib.axes.Axes, Route]] = []
     for place, panel in enumerate(chart.panels):
         row, column = divmod(place, columns)
         axes = figure.add_subplot(grid[row, column])
@@ -82,11 +83,12 @@ def draw(chart: Chart) -> matplotlib.figure.Figure:
                 bbox_to_anchor=(1, 1),
             )
         legend = {**own, **legend}
+        routes += [] if panel.route is None else [(axes, panel.route)]
     _frame(figure, title, model, top, legend if shared is not None else {})
-    for axes, panel in zip(figure.axes, chart.panels, strict=False):
-        if panel.route is not None:
-            figure.draw_without_rendering()  # where the axes lie, which the names have to know
-            name_heads(axes, panel.route)
+    if routes:
+        figure.draw_without_rendering()  # where the axes lie, which the names have to know
+    for axes, route in routes:
+        name_heads(axes, route)
     return figure
 
 

@@ -207,12 +207,12 @@ def put(axes: matplotlib.axes.Axes, which: str, scale: Scale, inches: float, nam
 
 
 def put_counts(axes: matplotlib.axes.Axes, which: str, count: int) -> None:
-    """Number rows or columns 0 … count-1 where matplotlib's locator finds whole numbers."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Number rows or columns 0 … count-1 at whole numbers that matplotlib's locator finds."""
+    from matplotlib.ticker import MaxNLocator
 
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(MaxNLocator(min(MOST_TICKS, count), steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: axis_number(value) if 0 <= value < count else ""))
+    locator = MaxNLocator(min(MOST_TICKS, max(1, count - 1)), steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    ticks = [int(tick) for tick in locator.tick_values(0, count - 1) if tick == int(tick) and 0 <= tick < count]
+    axes.set(**{f"{which}ticks": ticks, f"{which}ticklabels": list(map(axis_number, ticks))})
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
