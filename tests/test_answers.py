@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper.answers import LENIENT, STRICT, UNPARSABLE, Answer, parse_answer
+from oversquash_lens.paper.scores import LENIENT, STRICT, UNPARSABLE, Answer, parse_answer
 
 NUMBER = "The final answer to your maths question is: "
 DIGIT = "The answer to your question is: "

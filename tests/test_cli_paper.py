@@ -21,8 +21,7 @@ from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import collapse_curve
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.generator import Generator, Sampling
-from oversquash_lens.paper.prompts import COTS
-from oversquash_lens.paper.questions import TASKS
+from oversquash_lens.paper.prompts import COTS, TASKS
 from oversquash_lens.paper.reproduce import FIGURES, Reproduced
 from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper import gaussian_layer, readings
+from oversquash_lens.paper import gaussian_layer
 from oversquash_lens.paper.gaussian_layer import ENCODINGS, NORMS, D, Reading
 
 LENGTHS = (1, 2, 5, 12)
 SHAPES = {
-    "stated, figure 8": readings.LAYER_8,
-    "stated, figure 10": readings.LAYER_10,
+    "stated, figure 8": gaussian_layer.LAYER_8,
+    "stated, figure 10": gaussian_layer.LAYER_10,
     "vectors": Reading("", source="vectors", std=0.3, unit_tokens=False, places="q, k, v"),
     "shared": Reading("", source="shared", std=0.2, unit_tokens=False, position_scale=0.5),
-    "residual": replace(readings.LAYER_10, output="residual", bias_inside=False, divisor=1.0),
-    "normed": replace(readings.LAYER_10, output="normed", unit_tokens=False, weight_std=1 / D),
+    "residual": replace(gaussian_layer.LAYER_10, output="residual", bias_inside=False, divisor=1.0),
+    "normed": replace(gaussian_layer.LAYER_10, output="normed", unit_tokens=False, weight_std=1 / D),
 }
 
 
@@ -84,15 +84,15 @@ def test_last_rows_are_those_of_full_attention(shape: str, encoding: str) -> Non
 
 
 def test_without_positions_one_token_repeated_changes_nothing() -> None:
-    drawn = gaussian_layer.draw(readings.LAYER_10, 1, seed=0)
+    drawn = gaussian_layer.draw(gaussian_layer.LAYER_10, 1, seed=0)
     for encoding in ("NoPE", "RoPE", "ALiBi"):
-        moved = gaussian_layer.repeated_token_difference(readings.LAYER_10, encoding, drawn, (1,))
+        moved = gaussian_layer.repeated_token_difference(gaussian_layer.LAYER_10, encoding, drawn, (1,))
         assert moved.abs().max() < 1e-15
 
 
 def test_without_positions_the_change_is_what_the_repeated_token_draws() -> None:
     """v*_{n+1} - v_n = α* (v - v_n), α* the weight of the repeated token: exact, whatever the scores."""
-    reading, n = readings.LAYER_10, 9
+    reading, n = gaussian_layer.LAYER_10, 9
     drawn = gaussian_layer.draw(reading, n, seed=1)
     q, k, v = gaussian_layer.heads(reading, "NoPE", drawn, torch.arange(n), torch.arange(n))
     weights = (torch.cat([k, k[-1:]]) @ q[-1] / math.sqrt(D)).exp()
@@ -115,14 +115,14 @@ def test_rotation_keeps_lengths_and_sees_distances_only() -> None:
 
 def test_the_stated_layer_has_q_k_v_of_variance_one_over_d() -> None:
     """What the paper says of figure 8's q, k and v; a matrix of 64² entries knows it to 2 %."""
-    drawn = gaussian_layer.draw(readings.LAYER_8, 2000, seed=0)
-    qkv = gaussian_layer.heads(readings.LAYER_8, "NoPE", drawn, torch.arange(2000), torch.arange(2000))
+    drawn = gaussian_layer.draw(gaussian_layer.LAYER_8, 2000, seed=0)
+    qkv = gaussian_layer.heads(gaussian_layer.LAYER_8, "NoPE", drawn, torch.arange(2000), torch.arange(2000))
     assert D * qkv.square().mean((1, 2)) == pytest.approx([1.0] * 3, rel=0.1)
 
 
 def test_a_seed_is_a_seed_and_lengths_are_prefixes() -> None:
-    one = gaussian_layer.differences(readings.LAYER_8, ["sinusoidal"], (5, 20), 2)["sinusoidal"]
-    more = gaussian_layer.differences(readings.LAYER_8, ["RoPE", "sinusoidal"], (5, 20), 3)["sinusoidal"]
+    one = gaussian_layer.differences(gaussian_layer.LAYER_8, ["sinusoidal"], (5, 20), 2)["sinusoidal"]
+    more = gaussian_layer.differences(gaussian_layer.LAYER_8, ["RoPE", "sinusoidal"], (5, 20), 3)["sinusoidal"]
     assert torch.equal(one, more[:2])
     assert not torch.equal(more[0], more[1])
 

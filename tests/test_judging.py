@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oversquash_lens.paper.judging import COLLAPSES, STAYS, collapses, exponent, grows
+from oversquash_lens.paper.published import COLLAPSES, STAYS, collapses, exponent, grows
 
 LENGTHS = (1, 2, 6, 11, 51, 101, 501, 1001, 2001)
 WITHIN = 1e-9

@@ -12,7 +12,7 @@ import oversquash_lens as osl
 from oversquash_lens.collapse import families
 from oversquash_lens.paper.remedies import MODEL_REMEDIES, PROMPT_REMEDIES, inner_digits
 from oversquash_lens.paper.reproduce import Reproduced
-from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, planted
+from oversquash_lens.paper.sensitivity_figures import ANSWER, FACT, FILLERS, OPENING, QUESTION, planted
 from oversquash_lens.viz.chart import Panel, Series
 
 NAME = "SmolLM2-135M-Instruct (Q4_1)"
@@ -26,9 +26,9 @@ def made(smollm2: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("oversquash_lens.paper.remedies.PROMPT_REMEDIES", OF_PROMPTS)
         patch.setattr("oversquash_lens.paper.remedies.MODEL_REMEDIES", OF_MODELS)
-        patch.setattr("oversquash_lens.paper.ushape.QUICK_FILLED", 2)
-        patch.setattr("oversquash_lens.paper.ushape.QUICK_PLACES", 3)
-        patch.setattr("oversquash_lens.paper.window.QUICK_WIDTHS", (4, None))
+        patch.setattr("oversquash_lens.paper.sensitivity_figures.QUICK_FILLED", 2)
+        patch.setattr("oversquash_lens.paper.sensitivity_figures.QUICK_PLACES", 3)
+        patch.setattr("oversquash_lens.paper.sensitivity_figures.QUICK_WIDTHS", (4, None))
         found = osl.reproduce(
             ["1", "5", "12", "ushape", "window", "remedies"], smollm2, folder, quick=True, longest=LONGEST, probes=2
         )

@@ -16,6 +16,8 @@ from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper import remedies as recipe
+from oversquash_lens.paper.backends import TransformersBackend
+from oversquash_lens.paper.generator import Generator
 from oversquash_lens.paper.remedies import (
     MODEL_REMEDIES,
     NOTHING,
@@ -167,14 +169,15 @@ def test_who_always_says_the_same_is_half_right(kind: str) -> None:
 def test_without_a_template_the_line_stands_below_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = loaded(HOOKED[0]), []
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    given = recipe.tokenize
-    monkeypatch.setattr(recipe, "tokenize", lambda *a, **o: asked.append((a[1], o["chat"])) or given(*a, **o))
+    read = TransformersBackend.read
+    monkeypatch.setattr(TransformersBackend, "read", lambda *a: asked.append(a[1]) or read(*a))
     assert 0 <= copying_certainty(model, BY_NAME[NOTHING], 3) <= 1
-    assert asked == [(prompts.copy_prompt(digits, "last", False) + "\n", False) for digits in ("110", "111")]
+    texts = [f"{prompts.copy_prompt(digits, 'last', False)}\n{prompts.DIGIT_LINE}" for digits in ("110", "111")]
+    assert [model.tokenizer.decode(ids) for ids in asked] == texts
 
 
 def test_a_tokenizer_that_cannot_tell_digits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "text_ids", lambda model, text, bos: (5,) * len(text))
+    monkeypatch.setattr(Generator, "token_ids", lambda self, text: [5] * len(text))
     with pytest.raises(InputError, match="the same token"):
         copying_certainty(loaded(HOOKED[0]), BY_NAME[NOTHING], 3)
 
@@ -197,9 +200,9 @@ def test_a_remedy_acts_inside_and_leaves_nothing(
     assert count_hooks(model) == hooks
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in weights.items())
-    assert (again.heard, again.certainty) == (plain.heard, plain.certainty)
-    assert (tried.heard, tried.certainty) != (plain.heard, plain.certainty)
-    assert tried.heard > 0
+    assert (again.sensitivity, again.certainty) == (plain.sensitivity, plain.certainty)
+    assert (tried.sensitivity, tried.certainty) != (plain.sensitivity, plain.certainty)
+    assert tried.sensitivity > 0
     one, other = (outcome.curve.l1[outcome.remedy.dtype] for outcome in (plain, tried))
     assert not torch.allclose(one.double(), other.double(), rtol=1e-6)
 
@@ -287,5 +290,5 @@ def test_higher_precision_changes_no_distance(chart: Chart) -> None:
 
 
 def test_too_short_is_refused_before_the_model_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected at least 11, the shortest of figure, got a longest length of 5"):
+    with pytest.raises(InputError, match=r"expected at least 11, the shortest of figure remedies, got .* of 5"):
         remedies(RunConfig(Options("no such model", longest=5), tmp_path))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper import agreement, published, readings, synthetic
+from oversquash_lens.paper import gaussian_layer, published, synthetic
 from oversquash_lens.paths.squashing import count_paths
 from oversquash_lens.viz.chart import Chart, Series, Verdict
 
@@ -76,8 +76,8 @@ def test_figure_10_is_about_seven_over_n(figures: dict[str, Chart]) -> None:
 
 def test_tables_show_the_stated_reading_first_and_which_others_meet(figures: dict[str, Chart]) -> None:
     for name, stated, norm, others in (
-        ("8", readings.LAYER_8, "L∞", readings.OTHERS_8),
-        ("10", readings.LAYER_10, "L1", readings.OTHERS_10),
+        ("8", gaussian_layer.LAYER_8, "L∞", gaussian_layer.OTHERS_8),
+        ("10", gaussian_layer.LAYER_10, "L1", gaussian_layer.OTHERS_10),
     ):
         (table,) = figures[name].tables
         assert table.rows[0][:2] == (stated.name, norm)
@@ -123,13 +123,13 @@ X = PRINTED.x
 
 
 def verdicts_of(y: list[float]) -> list[Verdict]:
-    one = {"curve": agreement.agree(X, y, PRINTED)}
+    one = {"curve": published.agree(X, y, PRINTED)}
     curve = Series("curve", X, tuple(y))
     return [
-        agreement.decline_verdict("converges", (curve,)),
-        agreement.exponent_verdict(one),
-        agreement.level_verdict(one),
-        agreement.close_verdict(tuple(one.values()), 0.1),
+        published.decline_verdict("converges", (curve,)),
+        published.exponent_verdict(one),
+        published.level_verdict(one),
+        published.close_verdict(tuple(one.values()), 0.1),
     ]
 
 
@@ -147,15 +147,15 @@ def test_verdicts_turn_on_data_that_contradict_them() -> None:
 
 
 def test_one_curve_of_several_is_enough_to_fail() -> None:
-    good, bad = agreement.agree(X, PRINTED.y, PRINTED), agreement.agree(X, [1.0] * len(X), PRINTED)
-    assert agreement.level_verdict({"good": good, "bad": bad}).held is False
-    assert agreement.exponent_verdict({"good": good, "bad": bad}).held is False
-    assert agreement.level_verdict({"good": good}).held is True
+    good, bad = published.agree(X, PRINTED.y, PRINTED), published.agree(X, [1.0] * len(X), PRINTED)
+    assert published.level_verdict({"good": good, "bad": bad}).held is False
+    assert published.exponent_verdict({"good": good, "bad": bad}).held is False
+    assert published.level_verdict({"good": good}).held is True
 
 
 def test_the_fan_is_judged_by_its_ends_and_its_top() -> None:
     def judged(**values: float) -> bool | None:
-        return agreement.spread_verdict(values, (0.0015, 0.004), "ALiBi", 5000).held
+        return published.spread_verdict(values, (0.0015, 0.004), "ALiBi", 5000).held
 
     assert judged(NoPE=0.0014, ALiBi=0.0035) is True
     assert judged(NoPE=0.0035, ALiBi=0.0034) is False
@@ -165,11 +165,11 @@ def test_the_fan_is_judged_by_its_ends_and_its_top() -> None:
 
 
 def test_agreement_of_a_zero_and_of_nothing() -> None:
-    zero = agreement.agree(X, [0.0] * len(X), PRINTED)
+    zero = published.agree(X, [0.0] * len(X), PRINTED)
     assert zero.worst == math.inf
     assert zero.level == 0
     assert zero.level_met is False
-    nothing = agreement.agree((6.0,), (1.0,), PRINTED)
+    nothing = published.agree((6.0,), (1.0,), PRINTED)
     assert nothing.ratios == ()
     assert math.isnan(nothing.worst)
     assert math.isnan(nothing.level)

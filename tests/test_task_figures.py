@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 
 from oversquash_lens.paper import task_figures as recipe
-from oversquash_lens.paper.answers import parse_answer
 from oversquash_lens.paper.generator import Sampling
-from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE
-from oversquash_lens.paper.questions import TASKS, questions
+from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE, TASKS, questions
 from oversquash_lens.paper.run_config import Options, RunConfig
-from oversquash_lens.paper.scores import Score, TaskScores
+from oversquash_lens.paper.scores import Score, TaskScores, parse_answer
 from oversquash_lens.paper.task_figures import BIN, QUICK_TOKENS
 from oversquash_lens.paper.tasks import NEW_TOKENS, TaskAnswer, TaskResult
 from oversquash_lens.viz.chart import Chart, Panel, Series

@@ -21,7 +21,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.models.loading import load_twin
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.generator import Generator, Sampling
-from oversquash_lens.paper.questions import TASKS, Task, questions
+from oversquash_lens.paper.prompts import TASKS, Task, questions
 from oversquash_lens.paper.scores import MEASURES, Score, TaskScores, score_task
 from oversquash_lens.paper.tasks import TaskAnswer, TaskResult, histogram, run_task
 
@@ -242,7 +242,7 @@ def test_digits_are_scored_against_all_ten() -> None:
 def test_the_highest_number_can_be_chosen() -> None:
     found = score_task(Parrot(right), "ones", [5], highest=9)
     assert len(found.scores[0][0].log_probabilities) == 10
-    with pytest.raises(InputError, match="expected at least 5, got highest=4"):
+    with pytest.raises(InputError, match="expected at least 5, the largest right answer, got highest=4"):
         score_task(Parrot(right), "ones", [5], highest=4)
     with pytest.raises(InputError, match="expected one of probability, margin"):
         found.mean("luck")
@@ -251,10 +251,10 @@ def test_the_highest_number_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda: run_task(Parrot(right), "tidy up"), "expected one of sum, ones, got task 'tidy up'"),
+        (lambda: run_task(Parrot(right), "tidy up"), "expected one of sum, ones, .* got task 'tidy up'"),
         (lambda: run_task(Parrot(right), "ones", cot="some"), "cot='some'"),
-        (lambda: run_task(Parrot(right), "ones", []), r"lengths \(\) came"),
-        (lambda: run_task(Parrot(right), "ones", [5, 5]), r"lengths \(5, 5\) came; expected whole numbers, each once"),
+        (lambda: run_task(Parrot(right), "ones", []), r"got lengths \(\)"),
+        (lambda: run_task(Parrot(right), "ones", [5, 5]), r"expected whole numbers, each once, got lengths \(5, 5\)"),
         (lambda: run_task(Parrot(right), "ones", [0]), "got a length of 0"),
         (lambda: run_task(Parrot(right), "bernoulli", [5], samples=0), "samples=0"),
     ],
@@ -262,6 +262,16 @@ def test_the_highest_number_can_be_chosen() -> None:
 def test_what_cannot_be_is_refused(ask: object, said: str) -> None:
     with pytest.raises(InputError, match=said):
         ask()
+
+
+def test_a_result_says_itself_in_a_few_lines_and_as_a_table() -> None:
+    result = run_task(Parrot(right), "ones", range(1, 31))
+    assert len(repr(result).splitlines()) <= 13
+    assert repr(result).startswith("ones, chain of thought none: answers per length, leniently read (model parrot")
+    frame = result.to_frame()
+    assert list(frame["length"]) == list(range(1, 31))
+    assert list(frame["rank"]) == list(result.scores.mean("rank"))
+    assert "rank" not in run_task(Parrot(right), "ones", [3], score=False).to_frame()
 
 
 def test_a_task_of_ones_own() -> None:

@@ -15,9 +15,17 @@ from small_generators import KINDS, characters, loaded
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
-from oversquash_lens.paper import ushape as recipe
+from oversquash_lens.paper import sensitivity_figures as recipe
 from oversquash_lens.paper.run_config import Options, RunConfig
-from oversquash_lens.paper.ushape import ANSWER, FACT, FILLERS, OPENING, QUESTION, ends_over_middle, planted
+from oversquash_lens.paper.sensitivity_figures import (
+    ANSWER,
+    FACT,
+    FILLERS,
+    OPENING,
+    QUESTION,
+    ends_over_middle,
+    planted,
+)
 
 HOOKED = KINDS[1:]
 
@@ -84,7 +92,7 @@ def test_bos_is_put_in_front_and_moves_the_fact() -> None:
 
 @pytest.mark.parametrize("before", [-1, 5])
 def test_a_place_outside_the_prompt_is_refused(before: int) -> None:
-    with pytest.raises(InputError, match=f"expected 0 … 4, got before={before}"):
+    with pytest.raises(InputError, match=f"expected 0 … 4, the number of filler sentences, got before={before}"):
         planted(Reader(), 4, before)
 
 

@@ -14,9 +14,9 @@ from small_generators import KINDS, loaded
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
-from oversquash_lens.paper import window as recipe
+from oversquash_lens.paper import sensitivity_figures as recipe
 from oversquash_lens.paper.run_config import Options, RunConfig
-from oversquash_lens.paper.window import START, early_share, least_heard, window
+from oversquash_lens.paper.sensitivity_figures import START, early_share, lowest_decile, window
 from oversquash_lens.viz.chart import Chart
 
 HOOKED = KINDS[1:]
@@ -68,7 +68,7 @@ def test_against_the_width_are_the_same_numbers(chart: Chart) -> None:
 
 def test_longest_is_the_longest_and_too_short_is_refused(tmp_path: Path) -> None:
     assert RunConfig(Options(longest=13), tmp_path).lengths("window") == (11, 12, 13)
-    with pytest.raises(InputError, match="expected at least 11, got a longest length of 10"):
+    with pytest.raises(InputError, match=r"expected at least 11, the shortest of figure window, got .* of 10"):
         window(RunConfig(Options(longest=10), tmp_path))
 
 
@@ -89,9 +89,9 @@ def heard(one: MeasuredSensitivity, values: Sequence[float]) -> MeasuredSensitiv
     return replace(one, values=torch.tensor(values, dtype=one.values.dtype))
 
 
-def test_the_least_heard_and_the_early_share_by_hand(sensitivity: MeasuredSensitivity) -> None:
+def test_the_lowest_decile_and_the_early_share_by_hand(sensitivity: MeasuredSensitivity) -> None:
     one = heard(sensitivity, [5.0, 1.0, 2.0, 3.0, 4.0, 10.0, 9.0, 8.0, 7.0, 6.0, 11.0])
-    assert least_heard(one) == pytest.approx(2.0)  # of 11 numbers the second smallest
+    assert lowest_decile(one) == pytest.approx(2.0)  # of 11 numbers the second smallest
     assert early_share(one) == pytest.approx(15 / 66)
     assert early_share(heard(sensitivity, [1.0] * 11)) == pytest.approx(5 / 11)
 

@@ -119,7 +119,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     from oversquash_lens.models.default_model import NAME
     from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.generator import Generator, Sampling
-    from oversquash_lens.paper.questions import find_task
+    from oversquash_lens.paper.prompts import find_task
     from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 
     if options.kind != "auto":
@@ -149,7 +149,7 @@ def run_tasks(options: argparse.Namespace) -> None:
 def _plan_tasks(options: argparse.Namespace, task: Any, lengths: tuple[int, ...] | None, new_tokens: int) -> None:
     """A pass over the longest prompt with its reply, as often as there are replies."""
     from oversquash_lens.capture.subject import Subject
-    from oversquash_lens.paper.questions import questions
+    from oversquash_lens.paper.prompts import questions
 
     asked = questions(task, lengths, options.cot, options.samples)
     model = load(options)

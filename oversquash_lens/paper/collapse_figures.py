@@ -9,7 +9,7 @@ from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.families import Family
 from oversquash_lens.paper import prompts, published
-from oversquash_lens.paper.judging import collapses, exponent
+from oversquash_lens.paper.published import collapses, exponent
 from oversquash_lens.paper.run_config import PAPER_MODEL, RunConfig
 from oversquash_lens.paper.synthetic import figure_1_paths
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
@@ -44,7 +44,7 @@ def figure_1(config: RunConfig) -> Chart:
     a = Panel("(a) counting ones", "layer", "relative L2 of the last residual", tuple(shown), y_axis="log")
     first, last = (curve.relative["float32"][i].item() for i in (0, -1))
     b = figure_1_paths()
-    early, late = (panel.paths.total for panel in b)
+    early, late = (panel.paths for panel in b if panel.paths is not None)
     verdicts = (
         Verdict(
             "the more ones, the closer the last token's representations",
@@ -53,8 +53,8 @@ def figure_1(config: RunConfig) -> Chart:
         ),
         Verdict(
             "an early token reaches the last one on more paths than a late one",
-            f"{early} paths for token {b[0].paths.token + 1}, {late} for token {b[1].paths.token + 1}",
-            early > late,
+            f"{early.total} paths for token {early.token + 1}, {late.total} for token {late.token + 1}",
+            early.total > late.total,
         ),
     )
     return Chart(

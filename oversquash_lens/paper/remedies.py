@@ -6,25 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from oversquash_lens.capture.edits import Edit, adaptive_temperature, edited_attention, sliding_window, without_first
-from oversquash_lens.capture.prefixes import common
-from oversquash_lens.capture.tokens import text_ids, tokenize
+import oversquash_lens as osl
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
-from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import prompts
+from oversquash_lens.paper.generator import Generator, common_beginning
 from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
 from oversquash_lens.viz.result_charts import curve_numbers
 
 TASK_LENGTHS, QUICK_TASKS = (5, 11, 26, 51, 101, 251, 501), (5, 11, 51)
 WINDOW = 32
-HEARD_AT = 51  # ones in the prompt whose measured sensitivity is compared
+PROBED_AT = 51  # ones in the prompt whose measured sensitivity is compared
 
 MakeFamily = Callable[[Any, bool | None], Family]
 
@@ -48,7 +44,7 @@ class Remedy:
     spell: Callable[[str, int], str] = ones_then
     hint: bool = False
     dtype: str = "float32"
-    edit: Edit | None = None
+    edit: osl.Edit | None = None
 
 
 def _commas(model: Any, bos: bool | None) -> Family:
@@ -81,10 +77,10 @@ MODEL_REMEDIES = (
     Remedy(NOTHING),
     Remedy("bfloat16 (lower precision)", dtype="bfloat16"),
     Remedy("float64 (higher precision)", dtype="float64"),
-    Remedy(f"sliding window of {WINDOW}", edit=sliding_window(WINDOW)),
-    Remedy(f"sliding window of {WINDOW}, first token kept", edit=sliding_window(WINDOW, keep_first=True)),
-    Remedy("first token dropped", edit=without_first()),
-    Remedy("adaptive temperature", edit=adaptive_temperature()),
+    Remedy(f"sliding window of {WINDOW}", edit=osl.edits.window(WINDOW)),
+    Remedy(f"sliding window of {WINDOW}, first token kept", edit=osl.edits.window(WINDOW, keep_first=True)),
+    Remedy("first token dropped", edit=osl.edits.without_first()),
+    Remedy("adaptive temperature", edit=osl.edits.adaptive_temperature()),
 )
 
 
@@ -94,7 +90,7 @@ class Outcome:
 
     remedy: Remedy
     curve: CollapseCurve
-    heard: float
+    sensitivity: float
     certainty: tuple[float, ...]
 
 
@@ -129,14 +125,14 @@ def remedies(config: RunConfig) -> Chart:
 def try_remedy(config: RunConfig, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]) -> Outcome:
     """What a remedy makes of its family's curve, of the sensitivity to the digits, and of the copying task."""
     model, options = config.model, config.options
-    heard_at = min(HEARD_AT, lengths[-1])
-    with edited_attention(model, remedy.edit):
+    probed_at = min(PROBED_AT, lengths[-1])
+    with osl.edited_attention(model, remedy.edit):
         curve = collapse_curve(model, family, lengths, (remedy.dtype,), progress=options.progress)
         with computing_in(model, number_format(remedy.dtype)):
             certainty = tuple(copying_certainty(model, remedy, k) for k in tasks)
-            prompt = list(family.pair(heard_at)[0])
-            heard = measured_sensitivity(model, prompt, probes=options.probes, seed=options.seed)
-    return Outcome(remedy, curve, heard.values[inner_digits(family, heard_at)].mean().item(), certainty)
+            prompt = list(family.pair(probed_at)[0])
+            measured = osl.measured_sensitivity(model, prompt, probes=options.probes, seed=options.seed)
+    return Outcome(remedy, curve, measured.values[inner_digits(family, probed_at)].mean().item(), certainty)
 
 
 def inner_digits(family: Family, k: int) -> slice:
@@ -145,7 +141,7 @@ def inner_digits(family: Family, k: int) -> slice:
     They stand between what it shares with the shortest prompt, question and first digit, and the text behind.
     """
     shortest, prompt = family.pair(1)[0], family.pair(k)[0]
-    begin = common(shortest, prompt)
+    begin = common_beginning(shortest, prompt)
     behind = len(shortest) - begin
     return slice(begin, len(prompt) - behind - 1)
 
@@ -160,20 +156,15 @@ def copying_certainty(model: Any, remedy: Remedy, k: int) -> float:
 
 
 def _certainty(model: Any, digits: str, last: str, hint: bool) -> float:
-    chat = bool(getattr(model.tokenizer, "chat_template", None))
+    generator = Generator(model)
     question = prompts.copy_prompt(digits, "last", hint)
-    ids = tokenize(model, question if chat else f"{question}\n", chat=chat).ids.tolist()
-    right, wrong = (text_ids(model, prompts.DIGIT_LINE + digit, bos=False) for digit in (last, _other(last)))
-    same = common(right, wrong)
-    if same == min(len(right), len(wrong)):
+    right, wrong = (prompts.DIGIT_LINE + digit for digit in (last, _other(last)))
+    asked = generator.render(question)
+    if generator.token_ids(asked + right) == generator.token_ids(asked + wrong):
         raise InputError(
-            f"the tokenizer of {model.cfg.model_name} writes 0 and 1 as the same token; expected one that tells digits "
-            "apart"
+            f"the tokenizer of {generator.label} writes 0 and 1 as the same token; expected one that tells digits apart"
         )
-    lead, choices = right[:same], [right[same], wrong[same]]
-    with torch.no_grad():
-        logits = model(torch.tensor([[*ids, *lead]], device=model.W_E.device))[0, -1, choices]
-    return logits.double().softmax(0)[0].item()
+    return generator.log_likelihoods(question, [right, wrong]).softmax(0)[0].item()
 
 
 def _other(digit: str) -> str:
@@ -221,7 +212,7 @@ def _table(outcomes: list[Outcome], lengths: tuple[int, ...], tasks: tuple[int, 
         f"at {lengths[-1]} at least its own at {lengths[0]}",
         f"at {lengths[-1]} at least {_at(outcomes[0], lengths[0]):.3g}, that as it is at {lengths[0]}",
         f"relative distance / epsilon at {lengths[-1]}",
-        f"mean sensitivity to the digits at {min(HEARD_AT, lengths[-1])}",
+        f"mean sensitivity to the digits at {min(PROBED_AT, lengths[-1])}",
         *(f"certainty at {k}" for k in tasks),
     )
     rows = []
@@ -232,7 +223,7 @@ def _table(outcomes: list[Outcome], lengths: tuple[int, ...], tasks: tuple[int, 
             "yes" if _keeps(o, lengths) else "no",
             "yes" if _at(o, lengths[-1]) >= _at(outcomes[0], lengths[0]) else "no",
             relative,
-            o.heard,
+            o.sensitivity,
             *o.certainty,
         )
         rows.append((o.remedy.name, *(f"{n:.3g}" if isinstance(n, float) else n for n in numbers)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.run_config import LENGTHS, Options, RunConfig
+from oversquash_lens.results import Result
 from oversquash_lens.storage import folder_for
 from oversquash_lens.viz.chart import Chart
 from oversquash_lens.viz.gallery import write_chart, write_index
@@ -42,19 +43,36 @@ FIGURES = {
     "10": Recipe("convergence under four positional encodings", "synthetic:figure_10", synthetic=True),
     "11": Recipe("copying under prompt Types 1 and 2", "task_figures:figure_11"),
     "12": Recipe("collapse under prompt Type 1", "collapse_figures:figure_12"),
-    "ushape": Recipe("a planted fact at every depth", "ushape:ushape"),
-    "window": Recipe("sliding-window attention", "window:window"),
+    "ushape": Recipe("a planted fact at every depth", "sensitivity_figures:ushape"),
+    "window": Recipe("sliding-window attention", "sensitivity_figures:window"),
     "remedies": Recipe("remedies, before and after", "remedies:remedies"),
 }
 
 
-@dataclass(frozen=True)
-class Reproduced:
+@dataclass(frozen=True, repr=False)
+class Reproduced(Result):
     """A figure that was made: its chart and its files by ending."""
 
     name: str
     chart: Chart
     files: dict[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the chart's numbers and verdicts, and where its files are."""
+        return {**self.chart.to_dict(), "files": {ending: str(path) for ending, path in self.files.items()}}
+
+    def _title(self) -> str:
+        place = next(iter(self.files.values())).parent if self.files else "not written"
+        return f"{self.chart.title}, {self.chart.model} ({place})"
+
+    def _table(self) -> dict[str, Sequence[Any]]:
+        """One row a claim of the paper: whether it held, and the number that decides it."""
+        verdicts = self.chart.verdicts
+        return {
+            "claim": [one.claim for one in verdicts],
+            "verdict": [one.word for one in verdicts],
+            "number": [one.number for one in verdicts],
+        }
 
     def __str__(self) -> str:
         return "\n".join(f"{self.name}: {verdict}" for verdict in self.chart.verdicts)

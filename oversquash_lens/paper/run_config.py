@@ -14,8 +14,8 @@ from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.paper.generator import Generator, Sampling
+from oversquash_lens.paper.prompts import COPYING_LENGTHS, COUNTING_LENGTHS, PROMPT_TYPE_LENGTHS
 from oversquash_lens.paper.published import FIGURE_5_LENGTHS, FIGURE_12
-from oversquash_lens.paper.questions import COPYING_LENGTHS, COUNTING_LENGTHS, PROMPT_TYPE_LENGTHS
 
 PAPER_MODEL = "Gemma 7B"
 _COUNTING = (COUNTING_LENGTHS, (5, 15, 45))

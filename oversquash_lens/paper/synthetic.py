@@ -12,8 +12,19 @@ from torch import Tensor
 
 from oversquash_lens.collapse.lemmas import softmax_total_variation
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper import published, readings
-from oversquash_lens.paper.agreement import (
+from oversquash_lens.paper import published
+from oversquash_lens.paper.gaussian_layer import (
+    ENCODINGS,
+    LAYER_8,
+    LAYER_10,
+    NORM_8,
+    NORM_10,
+    NORMS,
+    differences,
+    table_8,
+    table_10,
+)
+from oversquash_lens.paper.published import (
     agree,
     close_verdict,
     decline_verdict,
@@ -21,7 +32,6 @@ from oversquash_lens.paper.agreement import (
     level_verdict,
     spread_verdict,
 )
-from oversquash_lens.paper.gaussian_layer import ENCODINGS, NORMS, differences
 from oversquash_lens.viz.chart import Chart, Panel, Paths, Series
 
 LENGTHS_8 = tuple(published.FIGURE_8.points)
@@ -38,7 +48,7 @@ FAN_OUT = 5000  # figure 10: where the paper's four curves part
 def figure_8(seeds: int = SEEDS, lengths: Sequence[int] | None = None) -> Chart:
     """One layer with sinusoidal positions: the last output before and after its token is repeated."""
     lengths = _checked(seeds, LENGTHS_8 if lengths is None else lengths)
-    layer, norm = readings.LAYER_8, readings.NORM_8
+    layer, norm = LAYER_8, NORM_8
     moved = differences(layer, ("sinusoidal",), lengths, seeds)["sinusoidal"]
     curves = {name: banded("sinusoidal", lengths, measure(moved)) for name, measure in NORMS.items()}
     agreements = {name: agree(each.x, each.y, published.FIGURE_8) for name, each in curves.items()}
@@ -63,7 +73,7 @@ def figure_8(seeds: int = SEEDS, lengths: Sequence[int] | None = None) -> Chart:
             f"in their mean {agreements['L1/d'].level:.2g} times, with about the printed slope. {norm}, the norm of "
             "the paper's figure 5, has the printed level too. The table has every reading.",
         ),
-        tables=(readings.table_8(lengths, seeds),) if len(agreements[norm].lengths) > 1 else (),
+        tables=(table_8(lengths, seeds),) if len(agreements[norm].lengths) > 1 else (),
         data={"agreement": {name: asdict(one) for name, one in compared.items()}},
     )
 
@@ -97,7 +107,7 @@ def figure_9(seeds: int = SEEDS, lengths: Sequence[int] | None = None) -> Chart:
 def figure_10(seeds: int = SEEDS, lengths: Sequence[int] | None = None) -> Chart:
     """As figure 8, for four ways to tell a layer the positions."""
     lengths = _checked(seeds, LENGTHS_10 if lengths is None else lengths)
-    layer, norm = readings.LAYER_10, readings.NORM_10
+    layer, norm = LAYER_10, NORM_10
     moved = differences(layer, ENCODINGS, lengths, seeds)
     curves = {encoding: banded(encoding, lengths, NORMS[norm](each)) for encoding, each in moved.items()}
     compared = {name: agree(one.x, one.y, published.FIGURE_10[name]) for name, one in curves.items()}
@@ -123,7 +133,7 @@ def figure_10(seeds: int = SEEDS, lengths: Sequence[int] | None = None) -> Chart
             "ALiBi's bias inside the division by √d: added after it, the last few hundred tokens alone share the "
             "attention, and the curve levels off. The paper's four curves lie on one another up to 1000.",
         ),
-        tables=(readings.table_10(lengths, seeds),) if len(compared["NoPE"].lengths) > 1 else (),
+        tables=(table_10(lengths, seeds),) if len(compared["NoPE"].lengths) > 1 else (),
         data={"agreement": {name: asdict(one) for name, one in compared.items()}},
     )
 

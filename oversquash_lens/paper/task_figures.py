@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from oversquash_lens.paper.generator import Sampling
-from oversquash_lens.paper.judging import all_of, grows
 from oversquash_lens.paper.prompts import COTS, OURS
+from oversquash_lens.paper.published import all_of, grows
 from oversquash_lens.paper.run_config import RunConfig
 from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
@@ -122,7 +122,7 @@ def _copying_chart(
     config: RunConfig,
     name: str,
     title: str,
-    groups: dict[str, Sequence[str]],
+    groups: Mapping[str, Sequence[str]],
     results: dict[str, TaskResult],
     verdicts: tuple[Verdict, ...],
 ) -> Chart:
@@ -154,7 +154,7 @@ def _marks_panel(title: str, results: Sequence[TaskResult]) -> Panel:
 
 
 def _margin_panel(title: str, results: Sequence[TaskResult]) -> Panel:
-    series = [Series(COPYING[one.task], _floats(one.lengths), one.scores.mean("margin")) for one in results]
+    series = [Series(COPYING[one.task], _floats(one.lengths), _scored(one, "margin")) for one in results]
     y_label = "margin of the right digit, nats"
     return Panel(f"{title}, likelihood", "length", y_label, tuple(series), reference=(0.0, "even"))
 
@@ -204,7 +204,7 @@ def _error_verdict(cot: str, results: Sequence[TaskResult]) -> Verdict:
 
 
 def _likelihood_verdict(results: Sequence[TaskResult]) -> Verdict:
-    errors = {COUNTING[one.task]: one.scores.mean("expected_error") for one in results}
+    errors = {COUNTING[one.task]: _scored(one, "expected_error") for one in results}
     return _growth("the expected error under the likelihoods grows with the length", results[0].lengths, errors)
 
 
@@ -223,7 +223,7 @@ def _histogram_chart(config: RunConfig, name: str, title: str, notes: tuple[str,
     panels, verdicts = [], []
     for task, label in COUNTING.items():
         plain, thought = results["none", task], [results[cot, task] for cot in COTS[1:]]
-        given = {
+        given: dict[str, list[int | None]] = {
             "true answer": [int(answer.truth) for row in plain.answers for answer in row],
             "without CoT": list(plain.given()),
             "with CoT": [answer for one in thought for answer in one.given()],
@@ -291,6 +291,12 @@ def _above(results: Iterable[TaskResult]) -> tuple[str, ...]:
 def _examples(results: Iterable[TaskResult]) -> tuple[str, ...]:
     ours = sorted({COUNTING[one.task] for one in results if one.examples == OURS})
     return (f"Few-shot examples of our own, as the paper prints none: {', '.join(ours)}.",) if ours else ()
+
+
+def _scored(result: TaskResult, measure: str) -> tuple[float, ...]:
+    """Per length, of a task that was asked with its likelihoods."""
+    assert result.scores is not None
+    return result.scores.mean(measure)
 
 
 def _floats(values: Sequence[int]) -> tuple[float, ...]:

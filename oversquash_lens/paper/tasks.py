@@ -14,16 +14,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.paper.answers import parse_answer
 from oversquash_lens.paper.generator import Answering, Completion, Sampling
-from oversquash_lens.paper.questions import TASKS, Question, Task, find_task, questions
-from oversquash_lens.paper.scores import TaskScores, score_questions, score_task
+from oversquash_lens.paper.prompts import TASKS, Question, Task, find_task, questions
+from oversquash_lens.paper.scores import TaskScores, parse_answer, score_questions, score_task
 from oversquash_lens.parts import AnswerFile, Key
+from oversquash_lens.results import Result
 
 __all__ = ["TASKS", "Histogram", "Task", "TaskAnswer", "TaskResult", "histogram", "run_task", "score_task"]
 
 NEW_TOKENS = {"none": 64, "zero_shot": 512, "few_shot": 512}  # at most, where the caller does not say
 READINGS = ("strict", "lenient")
+SHOWN = ("probability", "rank")  # of the scores, in a table, besides the expected error
 SPIKE = 100  # the number that the paper's models answer so often
 
 
@@ -47,12 +48,25 @@ class TaskAnswer:
         return self.strict if how == "strict" else self.lenient
 
 
-@dataclass(frozen=True)
-class TaskResult:
+@dataclass(frozen=True, repr=False)
+class TaskResult(Result):
     """Answers of one task, [length][sample]; `settings` name the model and how it was sampled.
 
     `examples`: whether few-shot examples were "printed" in the paper or are "ours"; empty without examples.
     """
+
+    def _title(self) -> str:
+        about = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.task}, chain of thought {self.cot}: answers per length, leniently read ({about})"
+
+    def _table(self) -> dict[str, Sequence[Any]]:
+        """One row a length: the right answer, how it was answered, and what the likelihoods say of the numbers."""
+        likely = {} if self.scores is None else {name: self.scores.mean(name) for name in ("expected_error", *SHOWN)}
+        return {
+            **{"length": self.lengths, "truth": self.truths, "accuracy": self.accuracy()},
+            **{"strict": self.accuracy("strict"), "error": self.error(), "unparsable": self.unparsable()},
+            **likely,
+        }
 
     task: str
     kind: str
@@ -75,7 +89,7 @@ class TaskResult:
     def errors(self, how: str = "lenient") -> tuple[tuple[int, ...], ...]:
         """|answer - truth| of every answer that can be read."""
         return tuple(
-            tuple(abs(answer.read(how) - answer.truth) for answer in row if answer.read(how) is not None)
+            tuple(abs(number - answer.truth) for answer in row if (number := answer.read(how)) is not None)
             for row in self.answers
         )
 
