@@ -26,10 +26,15 @@ if TYPE_CHECKING:
     from oversquash_lens.models.loading import load_model
     from oversquash_lens.paper.reproduce import reproduce
     from oversquash_lens.paper.tasks import run_task
-    from oversquash_lens.paths.expected_error import expected_error
     from oversquash_lens.paths.flow import flow
     from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
-    from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound, path_products, profiles
+    from oversquash_lens.paths.profiles import (
+        expected_error,
+        mean_field_sensitivity,
+        path_bound,
+        path_products,
+        profiles,
+    )
     from oversquash_lens.paths.squashing import squashing
     from oversquash_lens.sweeps.run import sweep
     from oversquash_lens.viz import figures, views

@@ -11,8 +11,8 @@ from oversquash_lens.analyses.audit import Audit, AuditRow
 from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.blocks import EdgeBlock, HeadEdges
-from oversquash_lens.paths.expected_error import ExpectedError
 from oversquash_lens.paths.flow import Flow
+from oversquash_lens.paths.profiles import ExpectedError
 from oversquash_lens.paths.recursion import PathProfile
 
 TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")

@@ -15,10 +15,11 @@ from zoo import CELLS, lacking, zoo
 import oversquash_lens as osl
 from oversquash_lens.capture import batch
 from oversquash_lens.capture.batch import batch_bytes, record_batch, unpadded
-from oversquash_lens.capture.size import record_bytes, size_of
+from oversquash_lens.capture.hooked_model import size_of
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Gains, Trace
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
+from oversquash_lens.memory import record_bytes
 
 LENGTHS = (3, 12, 7, 12, 2)
 SAME = {torch.float64: 1e-6, torch.float32: 2e-5}  # relative; bridges of float64 weights compute norms in float32

@@ -10,7 +10,7 @@ from browsing import CELLS, Opened, contrast, luminance, page_of, screen, seen
 from small_charts import collapse, grid
 from small_results import EVIL, TOKENS, flow_result, profile, truth
 
-from oversquash_lens.viz.gallery import write_chart, write_index
+from oversquash_lens.viz.reports import write_chart, write_index
 from oversquash_lens.viz.views import heads, layers, positions, side_by_side
 from oversquash_lens.viz.words import visible_token
 

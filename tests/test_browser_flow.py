@@ -10,8 +10,7 @@ from browsing import CELLS, PHONE, Opened, contrast, dark, page_of, screen, seen
 from small_results import EVIL, TOKENS, flow_result, profile
 
 from oversquash_lens.paths.heaviest import heaviest_edges
-from oversquash_lens.viz.flow_views import activations
-from oversquash_lens.viz.views import heads, layers, prompts, route
+from oversquash_lens.viz.views import activations, heads, layers, prompts, route
 from oversquash_lens.viz.words import visible_token
 
 pytestmark = pytest.mark.browser

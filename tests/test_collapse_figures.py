@@ -18,7 +18,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paper import collapse_figures as recipe
 from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.collapse_figures import FIGURE_1_LINES, Case, figure_1, figure_5, figure_12
-from oversquash_lens.paper.run_config import LENGTHS, Options, RunConfig
+from oversquash_lens.paper.reproduce import LENGTHS, Options, RunConfig
 from oversquash_lens.viz.chart import Chart, Panel
 from oversquash_lens.viz.result_charts import (
     collapse_chart,

@@ -12,9 +12,8 @@ from small_models import CASES, case
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.expected_error import OFFSET, OFFSET_ERROR, SPREAD, ExpectedError
 from oversquash_lens.paths.kinds import MEAN_FIELD_FIXED
-from oversquash_lens.paths.profiles import paths_of_trace
+from oversquash_lens.paths.profiles import OFFSET, OFFSET_ERROR, SPREAD, ExpectedError, paths_of_trace
 
 
 def without_response(trace: osl.Trace) -> osl.Trace:

@@ -34,7 +34,7 @@ from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route
 from oversquash_lens.viz.diagrams import GATHERED, MOST_COLUMNS, MOVES, STAYS
-from oversquash_lens.viz.gallery import write_chart, write_index
+from oversquash_lens.viz.reports import write_chart, write_index
 from oversquash_lens.viz.result_charts import (
     MOST_ALONE,
     heads_panel,

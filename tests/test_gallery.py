@@ -19,7 +19,7 @@ from test_page import Outline
 from oversquash_lens.errors import InputError
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
-from oversquash_lens.viz.gallery import write_chart, write_index
+from oversquash_lens.viz.reports import write_chart, write_index
 
 FILES = ("pdf", "svg", "png", "csv", "json")
 

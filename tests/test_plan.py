@@ -18,14 +18,14 @@ import oversquash_lens as osl
 from oversquash_lens import memory as memory_module
 from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse, plans_together
 from oversquash_lens.capture.architecture import read_architecture
-from oversquash_lens.capture.size import BASE, Size, check_recording, kept_bytes, size_of
+from oversquash_lens.capture.hooked_model import check_recording, size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian import products
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import differentiate
-from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, in_words, parse_bytes
+from oversquash_lens.memory import BASE, MEMORY_VARIABLE, Size, available_bytes, in_words, kept_bytes, parse_bytes
 from oversquash_lens.results import duration
 
 SMOLLM2 = Size(30, 9, 3, 64, 576, 1536, 3, 49152, 4, "bridge")

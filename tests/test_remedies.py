@@ -32,7 +32,7 @@ from oversquash_lens.paper.remedies import (
     remedies,
     try_remedy,
 )
-from oversquash_lens.paper.run_config import Options, RunConfig
+from oversquash_lens.paper.reproduce import Options, RunConfig
 from oversquash_lens.viz.chart import Chart
 
 HOOKED = KINDS[1:]

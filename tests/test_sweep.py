@@ -23,7 +23,7 @@ from zoo import lacking, zoo
 import oversquash_lens as osl
 from oversquash_lens import storage
 from oversquash_lens.capture.batch import batch_bytes
-from oversquash_lens.capture.size import size_of
+from oversquash_lens.capture.hooked_model import size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 from oversquash_lens.sweeps import rows as work

@@ -15,7 +15,7 @@ import pytest
 from oversquash_lens.paper import task_figures as recipe
 from oversquash_lens.paper.generator import Sampling
 from oversquash_lens.paper.prompts import DIGIT_LINE, NUMBER_LINE, TASKS, questions
-from oversquash_lens.paper.run_config import Options, RunConfig
+from oversquash_lens.paper.reproduce import Options, RunConfig
 from oversquash_lens.paper.scores import Score, TaskScores, parse_answer
 from oversquash_lens.paper.task_figures import BIN, QUICK_TOKENS
 from oversquash_lens.paper.tasks import NEW_TOKENS, TaskAnswer, TaskResult

@@ -16,7 +16,7 @@ from small_generators import KINDS, characters, loaded
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import measured_sensitivity
 from oversquash_lens.paper import sensitivity_figures as recipe
-from oversquash_lens.paper.run_config import Options, RunConfig
+from oversquash_lens.paper.reproduce import Options, RunConfig
 from oversquash_lens.paper.sensitivity_figures import (
     ANSWER,
     FACT,

@@ -15,7 +15,7 @@ from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.paper import sensitivity_figures as recipe
-from oversquash_lens.paper.run_config import Options, RunConfig
+from oversquash_lens.paper.reproduce import Options, RunConfig
 from oversquash_lens.paper.sensitivity_figures import START, early_share, lowest_decile, window
 from oversquash_lens.viz.chart import Chart
 

@@ -15,18 +15,16 @@ from torch import Tensor
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
-from oversquash_lens.capture.size import HELD, kept_bytes, record_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
 from oversquash_lens.jacobian.products import MOST_FROZEN, differentiate, fitting_memory, truth_bytes, truth_route
-from oversquash_lens.memory import check_memory
+from oversquash_lens.memory import HELD, check_memory, kept_bytes, record_bytes
 from oversquash_lens.numerics import json_numbers
-from oversquash_lens.paths.expected_error import ExpectedError, predicted_error
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
-from oversquash_lens.paths.profiles import paths_of_trace, profiles_in_one_sweep
+from oversquash_lens.paths.profiles import ExpectedError, paths_of_trace, predicted_error, profiles_in_one_sweep
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import Result
 

@@ -18,7 +18,6 @@ import torch
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.passes import last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import plan as shared_passes
-from oversquash_lens.capture.size import BASE, HELD, Size, kept_bytes, logits_bytes, record_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.weights import weights_known
@@ -27,7 +26,17 @@ from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.jacobian import products
 from oversquash_lens.jacobian.measured import MEMORY
-from oversquash_lens.memory import available_bytes, in_words, resident_bytes
+from oversquash_lens.memory import (
+    BASE,
+    HELD,
+    Size,
+    available_bytes,
+    in_words,
+    kept_bytes,
+    logits_bytes,
+    record_bytes,
+    resident_bytes,
+)
 from oversquash_lens.results import Result, duration
 
 Bytes = dict[str, int]

@@ -21,12 +21,11 @@ from oversquash_lens.capture.checks import verify_pass
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.recorder import NODE_PROBES, Recorder
-from oversquash_lens.capture.size import AT_WORK, BASE, Size, kept_bytes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError
-from oversquash_lens.memory import check_memory
+from oversquash_lens.memory import AT_WORK, BASE, Size, check_memory, kept_bytes
 
 SQUARE = (LAYER_HOOKS["scores"], LAYER_HOOKS["pattern"])  # [prompt, head, dest, src]; all others [prompt, pos, …]
 

@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.attention import halves_turned_back, per_head
-from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
+from oversquash_lens.capture.hooked_model import HookedModel, device_of, size_of, wrapped_model
 from oversquash_lens.capture.passes import hooks_on
-from oversquash_lens.capture.size import device_of, record_bytes, size_of
 from oversquash_lens.errors import InputError, ModelError, one_line
-from oversquash_lens.memory import available_bytes
+from oversquash_lens.memory import available_bytes, record_bytes
 
 NAME = "oversquash_lens"  # in transformers' tables
 Report = Callable[[int, str, Tensor], None]  # layer, key of LAYER_HOOKS or checks.REPORTED, [1, pos, head, d_head]

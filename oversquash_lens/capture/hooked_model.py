@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from oversquash_lens.memory import Size, check_memory, record_bytes
 from oversquash_lens.numerics import to_float64
 
 if TYPE_CHECKING:
@@ -232,3 +233,35 @@ def describe(model: HookedModel, architecture: Architecture) -> About:
         chat=False,
         versions=software_versions(),
     )
+
+
+def size_of(model: Any) -> Size:
+    """The shapes of a HookedTransformer or TransformerBridge, as its cfg and its first weight tell them."""
+    cfg = model.cfg
+    heads = cfg.n_heads
+    gated = bool(getattr(cfg, "gated_mlp", False))
+    experts = getattr(cfg, "experts_per_token", None) or 1
+    return Size(
+        n_layers=len(model.blocks),
+        n_heads=heads,
+        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or heads,
+        d_head=getattr(cfg, "d_head", None) or cfg.d_model // heads,
+        d_model=cfg.d_model,
+        d_mlp=(getattr(cfg, "d_mlp", None) or 0) * experts,
+        matrices=3 if gated else 2,
+        d_vocab=cfg.d_vocab,
+        itemsize=next(model.parameters()).dtype.itemsize,
+        kind="hooked" if is_hooked_transformer(model) else "bridge",
+    )
+
+
+def device_of(model: Any) -> Any:
+    """Where the model's first weight lies."""
+    return next(model.parameters()).device
+
+
+def check_recording(model: Any, n: int, route: str = "kept", *, verify: bool = False) -> None:
+    """Refuse a recording that would not fit, with the numbers, before it begins."""
+    name = getattr(model.cfg, "model_name", None) or "this model"
+    needed = record_bytes(size_of(model), n, route, verify=verify)
+    check_memory(needed, device_of(model), f"recording {n} tokens with {name}")

@@ -64,8 +64,7 @@ def run_bound(options: argparse.Namespace) -> None:
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
-    from oversquash_lens.paths.expected_error import estimate_and_error
-    from oversquash_lens.paths.profiles import path_bound
+    from oversquash_lens.paths.profiles import estimate_and_error, path_bound
 
     model = load(options)
     if planned(options, model, prompt, "bound"):

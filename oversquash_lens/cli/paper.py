@@ -193,8 +193,7 @@ def run_reproduce(options: argparse.Namespace) -> None:
 def _plan_figures(options: argparse.Namespace) -> None:
     """A pass over the longest sequence of these figures, as often as they have lengths."""
     from oversquash_lens.capture.subject import Subject
-    from oversquash_lens.paper.reproduce import chosen_figures
-    from oversquash_lens.paper.run_config import LENGTHS, Options
+    from oversquash_lens.paper.reproduce import LENGTHS, Options, chosen_figures
 
     asked = Options(quick=options.quick, longest=options.longest, samples=options.samples, dtypes=_dtypes(options))
     lengths = [length for name in chosen_figures(options.figures) if name in LENGTHS for length in asked.lengths(name)]

@@ -24,8 +24,7 @@ from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.products import Differentiated, differentiate, fitting_memory
 from oversquash_lens.numerics import json_numbers
-from oversquash_lens.paths.expected_error import LEVEL, deviations
-from oversquash_lens.paths.profiles import mean_field_sensitivity
+from oversquash_lens.paths.profiles import LEVEL, deviations, mean_field_sensitivity
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import Result
 

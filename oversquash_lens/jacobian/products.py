@@ -24,11 +24,10 @@ from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import foreign_hooks, fused_attention, why_not_fused
 from oversquash_lens.capture.passes import NamedHook, attached, last_logits_only, without_cache
-from oversquash_lens.capture.size import BASE, Size
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
-from oversquash_lens.memory import MEMORY_VARIABLE, available_bytes, in_words
+from oversquash_lens.memory import BASE, MEMORY_VARIABLE, Size, available_bytes, in_words
 from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
 
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows

@@ -10,7 +10,7 @@ from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.families import Family
 from oversquash_lens.paper import prompts, published
 from oversquash_lens.paper.published import collapses, exponent
-from oversquash_lens.paper.run_config import PAPER_MODEL, RunConfig
+from oversquash_lens.paper.reproduce import PAPER_MODEL, RunConfig
 from oversquash_lens.paper.synthetic import figure_1_paths
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 from oversquash_lens.viz.result_charts import collapse_series, head_series, marks_of

@@ -14,7 +14,7 @@ from oversquash_lens.collapse.precision import computing_in, number_format
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper import prompts
 from oversquash_lens.paper.generator import Generator, common_beginning
-from oversquash_lens.paper.run_config import RunConfig
+from oversquash_lens.paper.reproduce import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Table, Verdict
 from oversquash_lens.viz.result_charts import curve_numbers
 

@@ -20,7 +20,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paper.generator import common_beginning
 from oversquash_lens.paper.published import exponent
-from oversquash_lens.paper.run_config import RunConfig
+from oversquash_lens.paper.reproduce import RunConfig
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 from oversquash_lens.viz.result_charts import curve_numbers
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from oversquash_lens.paper.generator import Sampling
 from oversquash_lens.paper.prompts import COTS, OURS
 from oversquash_lens.paper.published import all_of, grows
-from oversquash_lens.paper.run_config import RunConfig
+from oversquash_lens.paper.reproduce import RunConfig
 from oversquash_lens.paper.tasks import NEW_TOKENS, SPIKE, TaskResult, histogram, run_task
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 

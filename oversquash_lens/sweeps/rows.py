@@ -12,13 +12,12 @@ from torch import Tensor
 
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
 from oversquash_lens.capture.recorder import record_tokens
-from oversquash_lens.capture.size import Size
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError, OversquashError, one_line, one_of
 from oversquash_lens.jacobian.measured import measured_sensitivity
-from oversquash_lens.memory import available_bytes
+from oversquash_lens.memory import Size, available_bytes
 from oversquash_lens.numerics import effective_number
 from oversquash_lens.paths.flow import Flow, flow
 from oversquash_lens.paths.kinds import VARIANTS
