@@ -32,10 +32,10 @@ from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
 from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
-from oversquash_lens.capture.fingerprint import model_identity
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.storage import write_atomically
+from oversquash_lens.sweeps.rows import model_identity
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oversquash_lens.analyses.audit import audit
     from oversquash_lens.analyses.findings import findings
-    from oversquash_lens.analyses.plan import plan
-    from oversquash_lens.analyses.what_if import what_if
     from oversquash_lens.capture import edits
     from oversquash_lens.capture.batch import record_batch
     from oversquash_lens.capture.edits import edited_attention
     from oversquash_lens.capture.hooks import attention_path_hooks, last_token_residual_hooks
+    from oversquash_lens.capture.prefixes import plan
     from oversquash_lens.capture.recorder import record, recording
     from oversquash_lens.capture.subject import support
     from oversquash_lens.capture.trace import Trace
@@ -28,7 +27,13 @@ if TYPE_CHECKING:
     from oversquash_lens.paper.tasks import run_task
     from oversquash_lens.paths.flow import flow
     from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
-    from oversquash_lens.paths.profiles import (
+    from oversquash_lens.paths.profiles import expected_error, mean_field_sensitivity, path_bound, path_products, profiles
+    from oversquash_lens.paths.squashing import squashing
+    from oversquash_lens.sweeps.run import sweep
+    from oversquash_lens.viz import figures, views
+    from oversquash_lens.viz.report import report
+    from oversquash_lens.viz.reports import reports
+    from oversquash_lens.viz.views import what_if
         expected_error,
         mean_field_sensitivity,
         path_bound,
@@ -88,7 +93,7 @@ _HOME = {
     "collapse_curve": "collapse.curve",
     "edited_attention": "capture.edits",
     "edits": "capture",
-    "expected_error": "paths.expected_error",
+    "expected_error": "paths.profiles",
     "families": "collapse",
     "figures": "viz",
     "findings": "analyses.findings",
@@ -101,7 +106,7 @@ _HOME = {
     "measured_sensitivity": "jacobian.measured",
     "path_bound": "paths.profiles",
     "path_products": "paths.profiles",
-    "plan": "analyses.plan",
+    "plan": "capture.prefixes",
     "probe_corrected_sensitivity": "jacobian.measured",
     "profiles": "paths.profiles",
     "record": "capture.recorder",
@@ -115,7 +120,7 @@ _HOME = {
     "support": "capture.subject",
     "sweep": "sweeps.run",
     "views": "viz",
-    "what_if": "analyses.what_if",
+    "what_if": "viz.views",
 }
 _MODULES = {"edits", "families", "figures", "views"}  # public names that are modules
 # Names of version 0.1.0 that are reached elsewhere now.

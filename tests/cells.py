@@ -21,7 +21,7 @@ from zoo import float64_throughout, zoo
 import oversquash_lens as osl
 from oversquash_lens.analyses.audit import compare
 from oversquash_lens.capture.architecture import read_architecture
-from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.subject import MEASURES, STATES, Verdict
 from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.paths.kinds import PRINTED

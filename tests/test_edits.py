@@ -27,7 +27,7 @@ from oversquash_lens.capture.edits import (
     without_bos,
     without_first,
 )
-from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.recorder import record
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError

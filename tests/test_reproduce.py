@@ -15,7 +15,7 @@ import pytest
 from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.paper import reproduce as reproducing
 from oversquash_lens.paper.reproduce import FIGURES, LENGTHS, Reproduced, chosen_figures, reproduce
-from oversquash_lens.viz import gallery
+from oversquash_lens.viz import reports as gallery
 from oversquash_lens.viz.chart import Chart, Panel, Series, Verdict
 
 SYNTHETIC = ("8", "9", "10")

@@ -18,7 +18,7 @@ import oversquash_lens as osl
 from oversquash_lens.analyses.what_if import MEASURES, OPPOSITE, Change, Outcome, WhatIf, what_if
 from oversquash_lens.capture import edits
 from oversquash_lens.capture.hooked_model import ACTIVATIONS
-from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.recorder import record
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from oversquash_lens.capture.fused import choose_route
-from oversquash_lens.capture.passes import last_logits_only, without_cache
+from oversquash_lens.capture.hooks import last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import plan as shared_passes
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt

@@ -19,7 +19,7 @@ from torch import Tensor
 from oversquash_lens.capture.architecture import LAYER_HOOKS
 from oversquash_lens.capture.checks import verify_pass
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.passes import Hook, NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.recorder import NODE_PROBES, Recorder
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt

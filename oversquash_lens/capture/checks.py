@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.passes import NamedHook, attached
+from oversquash_lens.capture.hooks import NamedHook, attached
 from oversquash_lens.capture.weights import LayerWeights, WeightGains
 from oversquash_lens.errors import HookMismatchError
 from oversquash_lens.numerics import to_float64

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.passes import attached
+from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids
 from oversquash_lens.capture.trace import Trace

@@ -20,7 +20,7 @@ from torch.nn import functional
 from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.attention import halves_turned_back, per_head
 from oversquash_lens.capture.hooked_model import HookedModel, device_of, size_of, wrapped_model
-from oversquash_lens.capture.passes import hooks_on
+from oversquash_lens.capture.hooks import hooks_on
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.memory import available_bytes, record_bytes
 

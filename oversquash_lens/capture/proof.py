@@ -19,10 +19,18 @@ from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
-from oversquash_lens.capture.fingerprint import named_weights, weights_fingerprint
 from oversquash_lens.capture.fused import copied_projections_differ, fused_attention, why_not_fused
 from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
-from oversquash_lens.capture.passes import NamedHook, all_modules, attached, hooked_places, without_cache, without_hooks
+from oversquash_lens.capture.hooks import (
+    NamedHook,
+    all_modules,
+    attached,
+    hooked_places,
+    named_weights,
+    weights_fingerprint,
+    without_cache,
+    without_hooks,
+)
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
 TOKENS = 8

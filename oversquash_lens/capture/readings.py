@@ -16,7 +16,7 @@ from torch import Tensor
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.passes import Hook, NamedHook, attached
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached
 from oversquash_lens.capture.prefixes import Ids, Plan, Start, plan, run_branches, run_trunk, separate
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, one_line

@@ -15,9 +15,9 @@ from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.checks import PassContext
 from oversquash_lens.capture.fused import ASKED_KEPT, Route, choose_route, fused_attention, own_route, patterns_fit
 from oversquash_lens.capture.hooked_model import HookedModel, check_recording, norm_bias, norm_gain
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.capture.passes import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject, architecture_support
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenized_ids
 from oversquash_lens.capture.trace import Gains, Trace

@@ -13,9 +13,16 @@ import torch
 from torch import nn
 
 from oversquash_lens.capture.architecture import Architecture, read_architecture
-from oversquash_lens.capture.fingerprint import hooks_fingerprint, settings_fingerprint, weights_fingerprint
 from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, size_of
-from oversquash_lens.capture.passes import ordinary_tensors, surroundings, uncompiled, without_hooks
+from oversquash_lens.capture.hooks import (
+    hooks_fingerprint,
+    ordinary_tensors,
+    settings_fingerprint,
+    surroundings,
+    uncompiled,
+    weights_fingerprint,
+    without_hooks,
+)
 from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, refuse_dropout, rows_of
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line

@@ -23,7 +23,7 @@ from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import foreign_hooks, fused_attention, why_not_fused
-from oversquash_lens.capture.passes import NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.hooks import NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError

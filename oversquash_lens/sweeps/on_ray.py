@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
-from oversquash_lens.capture.fingerprint import model_identity
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, ModelError, OversquashError, one_line
 from oversquash_lens.parts import differences
 from oversquash_lens.sweeps.prompts import SweepPrompt
-from oversquash_lens.sweeps.rows import Effort, check_measurable, refused_rows, rows_of
+from oversquash_lens.sweeps.rows import Effort, check_measurable, model_identity, refused_rows, rows_of
 
 CHUNK = 32  # prompts of one task
 RETRIES = 3  # of a task whose worker is lost

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oversquash_lens.analyses.plan import Plan, plan
-from oversquash_lens.capture.fingerprint import model_identity
 from oversquash_lens.capture.fused import check_attention
 from oversquash_lens.capture.hooked_model import software_versions
 from oversquash_lens.capture.mlp import random_source
@@ -22,7 +21,15 @@ from oversquash_lens.results import duration
 from oversquash_lens.sweeps.on_ray import Cluster
 from oversquash_lens.sweeps.prompts import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
-from oversquash_lens.sweeps.rows import MEASURES, Effort, check_measurable, checked_measures, columns, rows_of
+from oversquash_lens.sweeps.rows import (
+    MEASURES,
+    Effort,
+    check_measurable,
+    checked_measures,
+    columns,
+    model_identity,
+    rows_of,
+)
 
 FORMAT = 2  # of the rows
 LENGTHS = 5  # of the prompts' lengths, evenly spread over them, a plan is made
