@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oversquash_lens.analyses.audit import audit
     from oversquash_lens.analyses.findings import findings
+    from oversquash_lens.analyses.what_if import what_if
     from oversquash_lens.capture import edits
     from oversquash_lens.capture.batch import record_batch
     from oversquash_lens.capture.edits import edited_attention
@@ -25,15 +26,8 @@ if TYPE_CHECKING:
     from oversquash_lens.models.loading import load_model
     from oversquash_lens.paper.reproduce import reproduce
     from oversquash_lens.paper.tasks import run_task
-    from oversquash_lens.paths.flow import flow
     from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
-    from oversquash_lens.paths.profiles import expected_error, mean_field_sensitivity, path_bound, path_products, profiles
-    from oversquash_lens.paths.squashing import squashing
-    from oversquash_lens.sweeps.run import sweep
-    from oversquash_lens.viz import figures, views
-    from oversquash_lens.viz.report import report
-    from oversquash_lens.viz.reports import reports
-    from oversquash_lens.viz.views import what_if
+    from oversquash_lens.paths.profiles import (
         expected_error,
         mean_field_sensitivity,
         path_bound,
@@ -43,6 +37,7 @@ if TYPE_CHECKING:
     from oversquash_lens.paths.squashing import squashing
     from oversquash_lens.sweeps.run import sweep
     from oversquash_lens.viz import figures, views
+    from oversquash_lens.viz.figures import flow
     from oversquash_lens.viz.report import report
     from oversquash_lens.viz.reports import reports
 
@@ -97,7 +92,7 @@ _HOME = {
     "families": "collapse",
     "figures": "viz",
     "findings": "analyses.findings",
-    "flow": "paths.flow",
+    "flow": "viz.figures",
     "heaviest_edges": "paths.heaviest",
     "heaviest_paths": "paths.heaviest",
     "last_token_residual_hooks": "capture.hooks",
@@ -120,7 +115,7 @@ _HOME = {
     "support": "capture.subject",
     "sweep": "sweeps.run",
     "views": "viz",
-    "what_if": "viz.views",
+    "what_if": "analyses.what_if",
 }
 _MODULES = {"edits", "families", "figures", "views"}  # public names that are modules
 # Names of version 0.1.0 that are reached elsewhere now.
