@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oversquash_lens.analyses.audit import audit
     from oversquash_lens.analyses.findings import findings
+    from oversquash_lens.analyses.plan import plan
     from oversquash_lens.analyses.what_if import what_if
     from oversquash_lens.capture import edits
     from oversquash_lens.capture.batch import record_batch
     from oversquash_lens.capture.edits import edited_attention
     from oversquash_lens.capture.hooks import attention_path_hooks, last_token_residual_hooks
-    from oversquash_lens.capture.prefixes import plan
     from oversquash_lens.capture.recorder import record, recording
     from oversquash_lens.capture.subject import support
     from oversquash_lens.capture.trace import Trace
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oversquash_lens.models.loading import load_model
     from oversquash_lens.paper.reproduce import reproduce
     from oversquash_lens.paper.tasks import run_task
+    from oversquash_lens.paths.flow import flow
     from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
     from oversquash_lens.paths.profiles import (
         expected_error,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from oversquash_lens.paths.squashing import squashing
     from oversquash_lens.sweeps.run import sweep
     from oversquash_lens.viz import figures, views
-    from oversquash_lens.viz.figures import flow
     from oversquash_lens.viz.report import report
     from oversquash_lens.viz.reports import reports
 
@@ -92,7 +92,7 @@ _HOME = {
     "families": "collapse",
     "figures": "viz",
     "findings": "analyses.findings",
-    "flow": "viz.figures",
+    "flow": "paths.flow",
     "heaviest_edges": "paths.heaviest",
     "heaviest_paths": "paths.heaviest",
     "last_token_residual_hooks": "capture.hooks",
@@ -101,7 +101,7 @@ _HOME = {
     "measured_sensitivity": "jacobian.measured",
     "path_bound": "paths.profiles",
     "path_products": "paths.profiles",
-    "plan": "capture.prefixes",
+    "plan": "analyses.plan",
     "probe_corrected_sensitivity": "jacobian.measured",
     "profiles": "paths.profiles",
     "record": "capture.recorder",

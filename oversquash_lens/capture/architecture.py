@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from oversquash_lens.capture.hooked_model import (
     ACTIVATIONS,
@@ -196,13 +196,23 @@ class Architecture:
             raise ModelError(f"{self.name} has {self.obstacle}")
 
 
-def read_architecture(model: Any) -> Architecture:
-    """Read a model's structure, no pass is made; an InputError or ModelError for what is no causal hooked model."""
-    if not (hasattr(model, "hook_dict") and hasattr(model, "cfg") and hasattr(model, "blocks")):
+def check_class(model: Any) -> None:
+    """Raise an InputError for what is no hooked model, a ModelError for one that is no decoder."""
+    if not (isinstance(model, nn.Module) and hasattr(model, "hook_dict") and hasattr(model, "cfg")):
         raise InputError(
             f"expected a HookedTransformer or TransformerBridge, got a {type(model).__name__}: load one with "
             "oversquash_lens.load_model()"
         )
+    if not all(hasattr(model, name) for name in ("blocks", "embed", "unembed")):
+        raise ModelError(
+            f"{getattr(model.cfg, 'model_name', None) or 'this model'} has no embedding, blocks and unembedding of one "
+            "stack; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …)"
+        )
+
+
+def read_architecture(model: Any) -> Architecture:
+    """Read a model's structure, no pass is made; an InputError or ModelError for what is no causal hooked model."""
+    check_class(model)
     hooks = model.hook_dict  # a bridge builds it anew at every look
     cfg, block = model.cfg, model.blocks[0]
     name = getattr(cfg, "model_name", None) or "this model"

@@ -66,10 +66,13 @@ def wrapped_config(model: Any) -> Any:
 
 
 def weight_of(module: Any, name: str) -> Tensor | None:
-    """A weight by its TransformerLens name; None where the module has none, or (latent attention) refuses to say."""
+    """A weight by its TransformerLens name; None where the module has none, or cannot say what it would be.
+
+    A bridge's latent attention, and one whose heads differ from its config's, raise errors of their own kinds.
+    """
     try:
         found = getattr(module, name, None)
-    except NotImplementedError:
+    except Exception:
         return None
     return found if isinstance(found, Tensor) else None
 

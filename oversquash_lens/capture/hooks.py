@@ -212,11 +212,15 @@ def _module_of(hook: Any) -> str:
 
 def hooked_places(model: HookedModel) -> list[str]:
     """Names of what has a forward hook of the user's."""
+    points: dict[int, str] = {}
+    for name, point in model.hook_dict.items():  # of several names of one point the shortest
+        points[id(point)] = min(points.get(id(point), name), name, key=len)
     found: dict[int, str] = {}
     for owner in (model, wrapped_model(model)):
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
             if hooks_on(module):
-                found.setdefault(id(module), name or "the model")
+                named = points.get(id(module), name.replace("_original_component.", "")) or "the model"
+                found.setdefault(id(module), named)
     return list(found.values())
 
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
-from oversquash_lens.capture.architecture import Architecture, read_architecture
+from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
 from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, size_of
 from oversquash_lens.capture.hooks import (
     hooks_fingerprint,
@@ -66,8 +65,7 @@ class Subject:
         if isinstance(model, Subject):
             return model
         model = uncompiled(model)
-        if not isinstance(model, nn.Module):
-            return cls(model, read_architecture(model))
+        check_class(model)
         ordinary_tensors(model)
         with surroundings(model):
             known = _read(model)
@@ -155,7 +153,17 @@ def _read(model: HookedModel) -> _Known:
     mark = (weights_fingerprint(model), settings_fingerprint(model))
     known = _known.get(model)
     if known is None or known.mark != mark:
-        known = _known[model] = _Known(mark, read_architecture(model))
+        try:
+            architecture = read_architecture(model)
+        except OversquashError:
+            raise
+        except Exception as error:
+            name = getattr(model.cfg, "model_name", None) or "this model"
+            raise ModelError(
+                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a causal decoder "
+                "of one kind of blocks"
+            ) from error
+        known = _known[model] = _Known(mark, architecture)
     return known
 
 
