@@ -160,8 +160,8 @@ def _read(model: HookedModel) -> _Known:
         except Exception as error:
             name = getattr(model.cfg, "model_name", None) or "this model"
             raise ModelError(
-                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a causal decoder "
-                "of one kind of blocks"
+                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a causal "
+                "decoder of one kind of blocks"
             ) from error
         known = _known[model] = _Known(mark, architecture)
     return known
