@@ -177,7 +177,7 @@ def _head(axes: matplotlib.axes.Axes, title: str, note: str, inches: float) -> N
         text = wrapped(note, inches, SMALL)
         place: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, height), "textcoords": "offset points"}
         axes.annotate(text, (0, 1), **place, va="bottom", color=SOFT, fontsize=SMALL)
-        height += _points(text, SMALL)
+        height += _points(text, SMALL) + 2  # a title stands on its baseline: letters reach below it
     axes.set_title(wrapped(title, inches, HEADING), loc="left", pad=height)
 
 
