@@ -118,7 +118,8 @@ def without_bos() -> Edit:
     def spell(model: Any, prompt: TokenizedPrompt) -> Spelling:
         if not prompt.bos:
             raise InputError("expected one that starts with it, got a prompt without BOS: ask for it with bos=True")
-        return [(token, place) for place, token in enumerate(prompt.ids.tolist())][1:]
+        spelt: Spelling = [(token, place) for place, token in enumerate(prompt.ids.tolist())]
+        return spelt[1:]
 
     return Edit("without BOS", spell=spell)
 
@@ -194,7 +195,8 @@ def adaptive_temperature() -> Edit:
     def attend(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head dest src"]:
         log = _log(pattern)
         entropy = -(pattern * log).sum(-1, keepdim=True)
-        power = sum(factor * entropy**i for i, factor in enumerate(reversed(ADAPTIVE)))
+        terms = (factor * entropy**i for i, factor in enumerate(reversed(ADAPTIVE)))
+        power = sum(terms, torch.zeros_like(entropy))
         return _to_power(pattern, torch.where(entropy > ADAPTIVE_FROM, power.clamp(min=1.0), 1.0))
 
     return Edit("adaptive temperature", attend=attend, power=None)

@@ -20,7 +20,6 @@ from oversquash_lens.numerics import to_float64
 
 if TYPE_CHECKING:
     from oversquash_lens.capture.architecture import Architecture
-    from oversquash_lens.capture.hooked_model import HookedModel
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS
 from oversquash_lens.capture.hooked_model import HookedModel, is_a, wrapped_config, wrapped_model
 from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError
 
-Hook = Callable[..., None]
+Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what the hook saw
 NamedHook = tuple[str, Hook]
 PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
 LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
@@ -128,10 +128,10 @@ def ordinary_tensors(model: HookedModel) -> None:
                 if value.is_inference():
                     if id(value) not in copies:
                         with torch.inference_mode(False), torch.no_grad():
-                            copy = value.clone()
-                        copies[id(value)] = (
-                            nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
-                        )
+                            copy: Tensor = value.clone()
+                        if isinstance(value, nn.Parameter):
+                            copy = nn.Parameter(copy, value.requires_grad)
+                        copies[id(value)] = copy
                     kept[name] = copies[id(value)]
 
 

@@ -77,7 +77,7 @@ def keep_reference(model: HookedModel, ids: Int[Tensor, "one pos"], predictions:
     _references[model] = Reference(ids, predictions, weights_fingerprint(model))
 
 
-def wrapped_predictions(model: nn.Module, ids: Int[Tensor, "one pos"]) -> Predictions:
+def wrapped_predictions(model: Any, ids: Int[Tensor, "one pos"]) -> Predictions:
     """What a transformers model predicts by itself."""
     caught: dict[str, Tensor] = {}
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
@@ -191,10 +191,11 @@ class _Mixed:
             self.z = z.detach().clone()
 
         def halve(pattern: Tensor, hook: Any = None) -> Tensor:
+            assert halved is not None
             row = torch.arange(pattern.shape[-2], device=pattern.device)[:, None]
             return torch.where(row == halved, pattern * 0.5, pattern)
 
-        found = [(f"blocks.0.{LAYER_HOOKS['z']}", keep)]
+        found: list[NamedHook] = [(f"blocks.0.{LAYER_HOOKS['z']}", keep)]
         if halved is not None:
             found += [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(self.layers)]
         return [(name, hook) for name, hook in found if name in self.points]

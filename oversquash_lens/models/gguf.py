@@ -50,7 +50,8 @@ def notice_scaled_rope(path: Path) -> None:
 
     reader = gguf.GGUFReader(str(path))
     tensors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    scaling = reader.get_field(f"{reader.get_field('general.architecture').contents()}.rope.scaling.type")
+    architecture = reader.get_field("general.architecture")
+    scaling = None if architecture is None else reader.get_field(f"{architecture.contents()}.rope.scaling.type")
     if tensors or (scaling is not None and scaling.contents() != "none"):
         say(
             f"{path.name} scales its rotary positions, which transformers does not read from GGUF: far "

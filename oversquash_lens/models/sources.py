@@ -214,7 +214,7 @@ def _pretrained(
         if "gguf_file" not in where:  # of these the header is checked already
             _check_depth(AutoConfig.from_pretrained(source, **where, **trust))
         tokenizer = AutoTokenizer.from_pretrained(source, **where, **trust, **(for_tokenizer or {}))
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=loading.dtype,
             attn_implementation="eager",  # the fused ones give no patterns
@@ -225,6 +225,7 @@ def _pretrained(
             **placing,
             **(for_model or {}),
         )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise ModelError(

@@ -98,7 +98,8 @@ class Completion:
 class Answering(Protocol):
     """What the tasks need of what answers them; a model behind somebody's service can stand in for a `Generator`."""
 
-    settings: dict[str, Any]
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def batches(self, prompts: Sequence[str], sampling: Sampling) -> list[list[int]]: ...
 

@@ -136,8 +136,8 @@ class SweepResult(Result):
             x = (np.arange(bins) + 0.5) / bins
         else:
             values, x = np.stack(rows), np.arange(len(rows[0]), dtype=float)
-        levels = (tuple(row.tolist()) for row in np.quantile(values, QUANTILES, axis=0))
-        return Bands(measure, by, tuple(x.tolist()), *levels, n=len(rows))
+        least, lower, median, upper, most = (tuple(row.tolist()) for row in np.quantile(values, QUANTILES, axis=0))
+        return Bands(measure, by, tuple(x.tolist()), least, lower, median, upper, most, len(rows))
 
     def to_frame(self) -> pandas.DataFrame:
         """All rows as a pandas DataFrame, one a prompt."""

@@ -278,7 +278,7 @@ def _fit(size: Size, lengths: Sequence[int], budget: int) -> bool:
 
 
 def _batch_rows(subject: Subject, batch: Sequence[Ready], effort: Effort) -> list[Values]:
-    options = {"node_probes": effort.node_probes, "seed": effort.seed, "verify": effort.verify}
+    options: dict[str, Any] = {"node_probes": effort.node_probes, "seed": effort.seed, "verify": effort.verify}
     tokenized = [each for _, each in batch]
     begun = time.perf_counter()
     try:

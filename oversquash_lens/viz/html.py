@@ -132,7 +132,7 @@ def script_json(value: object) -> Markup:
 @cache
 def asset(name: str) -> str:
     """One of our own style sheets or scripts."""
-    return resources.files(__package__).joinpath("templates", name).read_text("utf-8")
+    return resources.files(__package__).joinpath("templates").joinpath(name).read_text("utf-8")
 
 
 @cache

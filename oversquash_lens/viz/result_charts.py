@@ -19,7 +19,7 @@ from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.sweeps.result import Bands, SweepResult
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route, Series, Verdict
 from oversquash_lens.viz.style import short
-from oversquash_lens.viz.words import measure_name, visible_token
+from oversquash_lens.viz.words import measure_name, place, visible_token
 
 FEW = 12  # positions that a route draws all of
 MOST_ALONE = 12  # positions of a longer prompt that have a column of their own, besides the source and the last token
@@ -136,7 +136,7 @@ def route_of(flow: Flow) -> Route:
     names = tuple(_name(flow, span, node[:, i].max().item()) for i, span in enumerate(spans))
     source = None
     if flow.source is not None:
-        source = next(i for i, (start, end) in enumerate(spans) if start <= flow.source < end)
+        source = next(i for i, (start, end) in enumerate(spans) if start <= _source_positions(flow)[0] < end)
     return Route(names, tuple(spans), _rows(node), _rows(torch.stack(stays)), tuple(moves), source, SEEN)
 
 
@@ -145,7 +145,7 @@ def _spans(flow: Flow) -> list[tuple[int, int]]:
     n = len(flow.tokens)
     peak = flow.node.amax(0)
     alone = set(range(n)) if n <= FEW else {i for i in peak.topk(MOST_ALONE).indices.tolist() if peak[i] >= MATTERS}
-    alone |= {n - 1} if flow.source is None else {n - 1, flow.source}
+    alone |= {n - 1, *_source_positions(flow)}
     runs = [list(run) for _, run in groupby(range(n), key=lambda i: i if i in alone else -1)]
     return [(run[0], run[-1] + 1) for run in runs]
 
@@ -168,7 +168,8 @@ def _moved(flow: Flow, layer: int, belongs: Float[Tensor, "pos stop"]) -> Float[
 
 
 def _chart(name: str, title: str, flow: Flow, panel: Panel) -> Chart:
-    data = {"paths": flow.kind, "source": flow.source}
+    source = [*_source_positions(flow)] if isinstance(flow.source, slice) else flow.source
+    data = {"paths": flow.kind, "source": source}
     return Chart(name, title, (panel,), (), str(flow.about), notes=flow.notes, data=data)
 
 
@@ -176,7 +177,18 @@ def _of(flow: Flow) -> str:
     name = measure_name(flow.kind)
     if flow.source is None:
         return f"{name}, from all tokens"
-    return f"{name}, from {short([visible_token(flow.tokens[flow.source])])[0]} (token {flow.source})"
+    positions = _source_positions(flow)
+    text = short(["".join(visible_token(flow.tokens[i]) for i in positions)])[0]
+    return f"{name}, from {text} ({place(positions.start, positions.stop)})"
+
+
+def _source_positions(flow: Flow) -> range:
+    """The positions of a flow's source, none where it is all tokens."""
+    if flow.source is None:
+        return range(0)
+    if isinstance(flow.source, slice):
+        return range(flow.source.start, flow.source.stop)
+    return range(flow.source, flow.source + 1)
 
 
 def _check(flow: Flow) -> None:

@@ -36,6 +36,7 @@ from oversquash_lens.viz.words import (
     named,
     percent,
     rounded,
+    source_named,
     title_and_gloss,
 )
 
@@ -254,7 +255,7 @@ def route(flow: Flow | object) -> View:
     checked = _checked(flow)
     by_layer = heaviest_by_layer(checked, MOVES)
     heaviest = sorted((edge for edges in by_layer for edge in edges), key=lambda edge: -edge.share)[:MOVES]
-    topic = "Route of all tokens" if checked.source is None else f"Route of {named(checked.tokens, checked.source)}"
+    topic = "Route of all tokens" if checked.source is None else f"Route of {source_named(checked)}"
     return strip_view(
         layer_rows(checked),
         *title_and_gloss(checked, topic),

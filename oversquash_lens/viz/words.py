@@ -115,6 +115,15 @@ def named(tokens: Sequence[str], i: int) -> str:
     return f"token {i} {visible_token(tokens[i], 24)}"
 
 
+def source_named(flow: Flow) -> str:
+    """A flow's source, one token or a span, in words."""
+    if isinstance(flow.source, slice):
+        start, stop = flow.source.start, flow.source.stop
+        return f"{place(start, stop)} {span_text(flow.tokens, start, stop)}"
+    assert flow.source is not None
+    return named(flow.tokens, flow.source)
+
+
 # -- measures ------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +135,7 @@ def measure_name(kind: str) -> str:
 def title_and_gloss(result: PathProfile | MeasuredSensitivity | Flow | object, topic: str = "Flow") -> tuple[str, str]:
     """Name of the result, and what it is; `topic` is what is shown of a flow."""
     if isinstance(result, Flow):
-        source = "all tokens" if result.source is None else f"{named(result.tokens, result.source)} alone"
+        source = "all tokens" if result.source is None else f"{source_named(result)} alone"
         return topic, f"{measure_name(result.kind)}, paths from {source} to the last one"
     if isinstance(result, PathProfile):
         return measure_name(result.kind), GLOSSES.get(result.kind, "")
