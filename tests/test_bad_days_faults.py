@@ -220,7 +220,7 @@ from oversquash_lens.models import loading
 from oversquash_lens.paper.generator import Generator
 from oversquash_lens.models.sources import Weights
 loading.load_twin = lambda name, **options: Weights(model(), characters(), "a small model")
-replies = Generator.completions
+completions = Generator.completions
 def slowly(self, *arguments, **options):
     time.sleep({pause})
     return completions(self, *arguments, **options)

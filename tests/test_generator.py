@@ -19,7 +19,7 @@ from small_generators import (
     other_architecture,
     plain_generator,
 )
-from transformers import GPT2Config, MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from oversquash_lens.capture import edits
 from oversquash_lens.errors import InputError, ModelError
@@ -211,7 +211,7 @@ def test_batches_hold_to_memory_and_size() -> None:
 
 def test_the_memory_estimate_counts_the_cache_exactly() -> None:
     who = generator()
-    _, (_, cache) = who.backend.read(who.token_ids("11111"), 1)
+    _, (_, (_, cache)) = who.backend.read(who.token_ids("11111"), 1)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert who.backend.cache_bytes(5) == held
     assert generator("hooked").backend.cache_bytes(5) == held
@@ -246,23 +246,21 @@ def test_what_cannot_be_is_refused(make: object, said: str) -> None:
         make()
 
 
-def test_a_model_that_keeps_no_cache_is_refused() -> None:
-    class Forgetful(torch.nn.Module):
-        config = GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=110)
-        generation_config = None
+def test_a_model_that_keeps_no_cache_reads_everything_again() -> None:
+    """As a bridge does whose attention does not know the cache's new name."""
+    who, sampling = plain_generator(), Sampling(max_new_tokens=12)
+    expected, likely = who.completions(PROMPTS, sampling), who.log_likelihoods(PROMPTS[1], ["12", "1", "x"])
+    forgetful = plain_generator()
+    forward = forgetful.backend.inner.forward
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+    def without_cache(ids: torch.Tensor | None = None, **options: object) -> object:
+        options = {name: value for name, value in options.items() if name not in ("cache", "past_key_values")}
+        return forward(ids if ids is not None else options.pop("input_ids"), **options | {"use_cache": False})
 
-        def generate(self) -> None: ...
-
-        def forward(self, ids: torch.Tensor, **ignored: object) -> SimpleNamespace:
-            return SimpleNamespace(logits=torch.zeros(*ids.shape, 110), past_key_values=None)
-
-    who = Generator(Weights(Forgetful(), characters(), "forgetful"))
-    with pytest.raises(ModelError, match="kept no key/value cache of its 6 tokens"):
-        who.log_likelihoods("11", ["1"])
+    forgetful.backend.inner.forward = without_cache
+    assert not forgetful.backend.keeps_cache
+    assert forgetful.completions(PROMPTS, sampling) == expected
+    torch.testing.assert_close(forgetful.log_likelihoods(PROMPTS[1], ["12", "1", "x"]), likely, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_whose_logits_are_no_numbers_is_refused() -> None:

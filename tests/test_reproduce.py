@@ -120,16 +120,20 @@ def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "unknown figure": (["5", "13"], {}, "expected any of 1, 2, 3,, got figure 13"),
-    "no figure": ([], {}, r"figure \(none\) came"),
-    "unknown option": ("5", {"lenght": 3, "quik": True}, r"options \['lenght', 'quik'\] came; expected some of bos,"),
-    "longest, too short": (["8", "2"], {"longest": 99}, "expected at least 100, the, got a longest length of 99"),
+    "unknown figure": (["5", "13"], {}, "expected any of 1, 2, 3, .* or all, got figure 13"),
+    "no figure": ([], {}, r"got figure \(none\)"),
+    "unknown option": ("5", {"lenght": 3, "quik": True}, r"expected some of bos, .*, got options \['lenght', 'quik'\]"),
+    "longest, too short": (
+        ["8", "2"],
+        {"longest": 99},
+        "expected at least 100, the shortest of figure 2, got a longest length of 99",
+    ),
     "longest, zero": ("all", {"longest": 0, "quick": True}, "got a longest length of 0"),
     "number format": ("5", {"dtypes": ("float32", "float7")}, "got 'float7' as the format to compute in"),
     "computing in float8": ("5", {"dtypes": ("float8_e4m3",)}, "no device here computes in it"),
-    "samples": ("3", {"samples": 0}, "expected at least 1, got samples=0"),
-    "probes": ("ushape", {"probes": 0}, "expected at least 1, got probes=0"),
-    "temperature": ("3", {"temperature": -0.5}, r"temperature=-0.5 came; expected 0 \(greedy\) or more"),
+    "samples": ("3", {"samples": 0}, "expected at least 1, as a whole number, got samples=0"),
+    "probes": ("ushape", {"probes": 0}, "expected at least 1, as a whole number, got probes=0"),
+    "temperature": ("3", {"temperature": -0.5}, r"expected 0 \(greedy\) or more, got temperature=-0.5"),
     "a number as the model": ("5", {"model": 7}, "expected a name, a path or a hooked model, got a int as the model"),
 }
 
@@ -231,3 +235,13 @@ def test_a_disk_full_at_any_file_leaves_old_or_new(
         assert set(found) == set(old)
         assert sum(found[name] != old[name] for name in found) == at
         assert all(content in (old[name], new[name]) for name, content in found.items())
+
+
+def test_what_was_made_says_itself(tmp_path: Path) -> None:
+    (made,) = reproduce("9", out=tmp_path)
+    assert repr(made).startswith("Figure 9: total variation of softmax(x) and softmax(x*)")
+    assert len(repr(made).splitlines()) <= 12
+    assert list(made.to_frame()["verdict"]) == [one.word for one in made.chart.verdicts]
+    written = made.to_dict()
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
+    assert written["files"]["csv"] == str(tmp_path / "9.csv")

@@ -354,7 +354,7 @@ KILLED = """
     from oversquash_lens.paper.generator import Sampling
     from oversquash_lens.paper.tasks import run_task
     who, asked = generator(batch_size=2), 0
-    replies = who.completions
+    completions = who.completions
     def mortal(*arguments, **options):
         global asked
         asked += 1

@@ -1,7 +1,8 @@
 """What generates: a transformers model, the one inside a TransformerBridge, or a model with hooks of its own.
 
 Each backend says how much it can take (`pads`: whether rows of different lengths may share a batch; `n_ctx`: the most
-tokens that the model says it reads, None where it does not say) and has three verbs. Hooks of the user's see every
+tokens that the model says it reads, None where it does not say; `keeps_cache`: whether what was read is not read again
+for every new token) and has three verbs. Hooks of the user's see every
 pass.
 
 - `generate(ids, mask, limit, stops, pick)`: at most `limit` tokens behind each row, written by the model's own
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,7 +105,11 @@ class TransformersBackend:
         own = self.inner.generation_config
         # What the model's file asks for (penalties, suppressed tokens, …) would be filled in where ours says nothing.
         self.inner.generation_config = GenerationConfig(
-            max_new_tokens=limit, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=min(stops, default=0)
+            max_new_tokens=limit,
+            do_sample=False,
+            use_cache=self.keeps_cache,
+            eos_token_id=list(stops) or None,
+            pad_token_id=min(stops, default=0),
         )
         try:
             out = self.inner.generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList([pick]))
@@ -111,24 +117,40 @@ class TransformersBackend:
             self.inner.generation_config = own
         return out[:, ids.shape[1] :]
 
+    @cached_property
+    def keeps_cache(self) -> bool:
+        """Whether attention puts its keys and values into the cache that is handed through: a bridge of an older
+        TransformerLens does not find it under its new name, and would attend to the newest token alone.
+        """
+        with torch.no_grad():
+            _, cache = self._cached(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        return cache is not None and cache[1].get_seq_length() == 2
+
     def read(self, ids: Sequence[int], keep: int) -> tuple[Float[Tensor, "keep vocab"], Any]:
-        """The memory is (the cache's name, the cache): newer versions call past_key_values cache, in and out."""
-        some = {"logits_to_keep": keep} if self._keeps_last else {}
-        out = self.inner(torch.tensor([list(ids)], device=self.device), use_cache=True, **some)
-        for name in ("cache", "past_key_values"):
-            cache = getattr(out, name, None)
-            if cache is not None and cache.get_seq_length() == len(ids):
-                return out.logits[0, -keep:], (name, cache)
-        raise ModelError(
-            f"{type(self.inner).__name__} kept no key/value cache of its {len(ids)} tokens; expected all of them: load "
-            "a causal language model that attends to them"
-        )
+        """The memory is (prompt, (the cache's name, the cache) or None)."""
+        prompt = torch.tensor([list(ids)], device=self.device)
+        logits, cache = self._cached(prompt, keep)
+        return logits[0, -keep:], (prompt, cache if self.keeps_cache else None)
 
     def extend(self, memory: Any, rows: Int[Tensor, "row new"]) -> Float[Tensor, "row new vocab"]:
-        name, cache = memory
+        prompt, kept = memory
+        new = rows.shape[1]
+        if kept is None:
+            whole = torch.cat([prompt.expand(len(rows), -1), rows], 1)
+            return self.inner(whole, use_cache=False, **self._last(new)).logits[:, -new:]
+        name, cache = kept
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(rows))
         return self.inner(rows, use_cache=True, **{name: cache}).logits
+
+    def _cached(self, ids: Int[Tensor, "row n"], keep: int = 1) -> tuple[Float[Tensor, "row some vocab"], Any]:
+        """Logits of one pass and (name, cache): newer versions call past_key_values cache, in and out."""
+        out = self.inner(ids, use_cache=True, **self._last(keep))
+        found = ((name, getattr(out, name, None)) for name in ("cache", "past_key_values"))
+        return out.logits, next(((name, cache) for name, cache in found if cache is not None), None)
+
+    def _last(self, keep: int) -> dict[str, int]:
+        return {"logits_to_keep": keep} if self._keeps_last else {}
 
 
 class HookedBackend:
@@ -136,6 +158,7 @@ class HookedBackend:
 
     kind = "hooked"
     pads = False
+    keeps_cache = True
     end_tokens = None
 
     def __init__(self, model: Any) -> None:

@@ -244,8 +244,9 @@ class Generator:
         """Indices of candidates with as many tokens left, as many as fit into the memory, one at the least."""
         for size, same in groupby(sorted(range(len(sizes)), key=sizes.__getitem__), key=sizes.__getitem__):
             some = list(same)
-            logits = 3 * 4 * (size + 1) * len(self.tokenizer)
-            rows = max(1, self.memory // (self.backend.cache_bytes(read + size) + logits))
+            row = self.backend.cache_bytes(read + size) + 3 * 4 * (size + 1) * len(self.tokenizer)
+            row += 0 if self.backend.keeps_cache else self.backend.prompt_bytes(read + size)
+            rows = max(1, self.memory // row)
             yield from (some[start : start + rows] for start in range(0, len(some), rows))
 
     def _stop(self, log_probabilities: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
