@@ -204,7 +204,9 @@ class Counting:
 
     def __call__(self, value: torch.Tensor, hook: Any = None) -> torch.Tensor:
         self.calls += 1
-        return value + 0.1 * self.calls
+        edited = value.clone()
+        edited[..., ::2] += 0.3 * self.calls
+        return edited
 
 
 @pytest.mark.parametrize("make_hook", [lambda: random_hook, Counting], ids=["random", "stateful"])
@@ -440,7 +442,7 @@ def test_autocast_is_off_inside(single: Model) -> None:
             single(torch.tensor([IDS]))
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(found[0].last_residuals, expected[0].last_residuals)
-    assert torch.equal(recorder.trace().last_residuals, expected[0].last_residuals)
+    assert torch.allclose(recorder.trace().last_residuals, expected[0].last_residuals, atol=1e-5)  # another route
     assert torch.equal(found[1].values, expected[1].values)
 
 

@@ -47,15 +47,22 @@ def surroundings(model: HookedModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_alone(model))
-        device = next(iter(model.parameters())).device.type
-        for kind in sorted({device, "cpu"}):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision(next(iter(model.parameters())).device))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())  # leaving inference mode has turned gradients on
         if any(getattr(module, "_compiled_call_impl", None) is not None for module in all_modules(model)):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within the block autocast is off, on this device and the CPU."""
+    with ExitStack() as stack:
+        for kind in sorted({device.type, "cpu"}):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -165,6 +165,11 @@ def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
             f"expected integers of shape [pos] or [1, pos], got token ids of shape {tuple(ids.shape)} and "
             f"{ids.dtype}: record one prompt at a time"
         )
+    if ids.device.type == "meta" or ids.layout != torch.strided:
+        what = "on the meta device" if ids.device.type == "meta" else f"in the sparse layout {ids.layout}"
+        raise InputError(
+            f"expected numbers in an ordinary tensor, got token ids {what}: give ids.tolist() of real ones"
+        )
     return ids.detach().long().cpu().clone()
 
 

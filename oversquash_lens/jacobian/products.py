@@ -23,7 +23,7 @@ from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import foreign_hooks, fused_attention, why_not_fused
-from oversquash_lens.capture.hooks import NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.hooks import NamedHook, attached, full_precision, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
@@ -173,9 +173,12 @@ def vjp(
 
 
 def _gradients(output: Tensor, leaf: Tensor, covectors: Float[Tensor, "row ..."]) -> Tensor:
-    if len(covectors) == 1:
-        return torch.autograd.grad(output, leaf, covectors[0], retain_graph=True)[0][None]
-    return torch.autograd.grad(output, leaf, covectors, is_grads_batched=True, retain_graph=True)[0]
+    """One product for each covector; anomaly detection asks for numbers that a batch of products has not."""
+    with full_precision(output.device):
+        if len(covectors) == 1 or torch.is_anomaly_enabled():
+            rows = [torch.autograd.grad(output, leaf, each, retain_graph=True)[0] for each in covectors]
+            return torch.stack(rows)
+        return torch.autograd.grad(output, leaf, covectors, is_grads_batched=True, retain_graph=True)[0]
 
 
 # ------------------------------------------------------------ the pass
