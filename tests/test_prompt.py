@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import NO_BRIDGE, bridge, has_bridge
+from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked
 
 import oversquash_lens as osl
-from oversquash_lens.capture.tokens import token_strings, tokenize
+from oversquash_lens.capture.tokens import text_ids, token_strings, tokenize
 from oversquash_lens.errors import InputError
 
 D_VOCAB, N_CTX = 12, 8
@@ -18,17 +19,29 @@ TEMPLATE = "{% for m in messages %}u {{ m.content }} {% endfor %}{% if add_gener
 
 
 class Stub:
-    """As much of a hooked model as a prompt needs."""
+    """As much of a hooked model as a prompt needs; BOS by TransformerLens' rule, from `cfg.default_prepend_bos`."""
+
+    blocks = embed = unembed = None
+    W_E = torch.zeros(1)
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.cfg = SimpleNamespace(n_ctx=N_CTX, d_vocab=D_VOCAB)
+        begins = tokenizer is not None and tokenizer("w3")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.cfg = SimpleNamespace(n_ctx=N_CTX, d_vocab=D_VOCAB, default_prepend_bos=begins)
         self.hook_dict: dict = {}
+
+    def to_tokens(self, text: str, prepend_bos: bool | None = None, **options: Any) -> torch.Tensor:
+        assert options == {"truncate": False, "move_to_device": False}
+        wanted = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        ids = self.tokenizer(text)["input_ids"]
+        begins = ids[:1] == [self.tokenizer.bos_token_id]
+        ids = ids[1:] if begins and not wanted else ids
+        return torch.tensor([[self.tokenizer.bos_token_id, *ids] if wanted and not begins else ids])
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         raise AssertionError("tokenizing runs no model")
 
-    run_with_hooks = __call__
+    run_with_hooks = parameters = modules = __call__
 
 
 def made_tokenizer(*, adds_bos: bool, has_bos: bool = True, template: str | None = None) -> Any:
@@ -148,16 +161,16 @@ def test_a_token_that_is_half_a_character_keeps_its_name(smollm2: Any) -> None:
     ("model", "prompt", "options", "said"),
     [
         (PLAIN, "", {}, "empty prompt"),
-        (PLAIN, "   ", {}, "got 0 tokens"),
+        (PLAIN, "   ", {}, "got a prompt of 0 tokens"),
         (PLAIN, "w3", {}, "got a prompt of 1 token"),
         (WITH_BOS, "w3", {"bos": False}, "got a prompt of 1 token"),
-        (PLAIN, "w3 " * 9, {}, "got 9 tokens; this model reads at most n_ctx = 8"),
+        (PLAIN, "w3 " * 9, {}, "expected at most n_ctx = 8 tokens, got 9 tokens"),
         (WITH_BOS, "w3 " * 8, {}, "got 9 tokens"),
         (PLAIN, [3] * 9, {}, "got 9 tokens"),
-        (PLAIN, [3], {}, "got 1 token"),
+        (PLAIN, [3], {}, "got a prompt of 1 token"),
         (PLAIN, [], {}, "shape (0,)"),
         (PLAIN, 3, {}, "shape ()"),
-        (PLAIN, [3, 12], {}, "expected ids in 0 … 11, got token id 12"),
+        (PLAIN, [3, 12], {}, "expected ids in 0 … 11, this model's vocabulary, got token id 12"),
         (PLAIN, [-1, 3], {}, "got token id -1"),
         (PLAIN, [3.0, 4.0], {}, "float32"),
         (PLAIN, [True, False], {}, "bool"),
@@ -183,3 +196,87 @@ def test_prompts_that_are_refused(model: Stub, prompt: Any, options: dict, said:
         tokenize(model, prompt, **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- the model's own rule
+
+
+def loaded_with(single: str, folder: Path, kind: str, **special: str) -> Any:
+    """A tiny Llama by `load_model`, with a tokenizer of words w3 … that puts special tokens where `single` says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=D_VOCAB, num_key_value_heads=2, max_position_embeddings=N_CTX, **size)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, "u": 2, **{f"w{i}": i for i in range(3, D_VOCAB)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="u"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "u"} | special
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+    return osl.load_model(folder, kind=kind, device="cpu")
+
+
+KINDS = [
+    pytest.param("hooked", marks=pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)),
+    pytest.param("bridge", marks=pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prepend", [None, True, False])
+@pytest.mark.parametrize("single", ["$A", "<s> $A"])
+def test_a_text_becomes_what_the_model_itself_makes_of_it(
+    single: str, prepend: bool | None, kind: str, tmp_path: Path
+) -> None:
+    model = loaded_with(single, tmp_path, kind)
+    if prepend is not None:
+        model.cfg.default_prepend_bos = prepend
+    text = "w3 w4 w5"
+    expected = model.to_tokens(text)[0].tolist()
+    with osl.recording(model) as recorder, torch.no_grad():
+        model(text)
+    assert recorder.trace().token_ids.tolist() == expected
+    assert osl.record(model, text).token_ids.tolist() == expected
+    assert list(osl.measured_sensitivity(model, text, probes=2).tokens) == list(osl.record(model, text).tokens)
+    assert osl.record(model, text, bos=True).token_ids.tolist() == [0, 3, 4, 5]
+    assert osl.record(model, text, bos=False).token_ids.tolist() == [3, 4, 5]
+    assert text_ids(model, text) == (3, 4, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("single", ["$A </s>", "<s> $A </s>"])
+def test_a_special_token_behind_the_last_word_is_never_added_in_silence(single: str, kind: str, tmp_path: Path) -> None:
+    """A bridge's own rule takes it off; where the class leaves it, the text is refused, and says so."""
+    model = loaded_with(single, tmp_path, kind)
+    own = model.to_tokens("w3 w4 w5")[0].tolist()
+    if own[-1] == 1:
+        with pytest.raises(InputError, match=r"puts '</s>' behind it: give token ids.*\[0, :-1\]"):
+            osl.record(model, "w3 w4 w5")
+        assert osl.record(model, own[:-1]).token_ids.tolist() == own[:-1]
+    else:
+        assert osl.record(model, "w3 w4 w5").token_ids.tolist() == own
+    assert text_ids(model, "w4 w5") == (4, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_special_token_that_was_typed_stays(kind: str, tmp_path: Path) -> None:
+    model = loaded_with("<s> $A", tmp_path, kind)
+    assert osl.record(model, "w3 w4 </s>").token_ids.tolist()[-1] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_longer_than_the_model_reads_is_refused_and_not_cut(kind: str, tmp_path: Path) -> None:
+    model = loaded_with("<s> $A", tmp_path, kind)
+    with pytest.raises(InputError, match=r"at most n_ctx = 8 tokens, got 9 tokens"):
+        osl.record(model, "w3 " * 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chat_template_keeps_its_own_tokens(kind: str, tmp_path: Path) -> None:
+    model = loaded_with("<s> $A", tmp_path, kind)
+    model.tokenizer.chat_template = "<s> w5 {{ messages[0].content }} </s>"
+    assert osl.record(model, "w3 w4", chat=True).token_ids.tolist() == [0, 5, 3, 4, 1]
+    assert osl.record(model, "w3 w4", chat=True, bos=False).token_ids.tolist() == [5, 3, 4, 1]

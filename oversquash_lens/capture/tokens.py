@@ -113,7 +113,10 @@ def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None, piece: boo
 
 
 def _own_ids(model: HookedModel, text: str, bos: bool | None, piece: bool) -> list[int]:
-    """What the model's own rule makes of a text; with `piece` special tokens behind it are taken off."""
+    """What the model's own rule makes of a text; a `piece` of one has no special token behind it."""
+    typed = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if piece and bos is False:
+        return typed
     own = {} if bos is None else {"prepend_bos": bos}
     try:
         ids = model.to_tokens(text, truncate=False, move_to_device=False, **own)[0].tolist()
@@ -122,7 +125,6 @@ def _own_ids(model: HookedModel, text: str, bos: bool | None, piece: bool) -> li
             f"expected a text that the model's tokenizer takes, got {type(error).__name__} from model.to_tokens: "
             f"{one_line(error, 160)}: give token ids, or set the tokenizer up"
         ) from error
-    typed = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     special = set(model.tokenizer.all_special_ids)
     added = _ending(ids, special) - _ending(typed, special)
     if added > 0 and typed and not piece:
