@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.numerics import to_float64
 
 PatternEdit = Callable[[Tensor], Tensor]
-Spelling = list[tuple[int, int | None]]  # each token's id, and the place it had before; None: it had none
+Spelling = Sequence[tuple[int, int | None]]  # each token's id, and the place it had before; None: it had none
 Speller = Callable[[Any, TokenizedPrompt], Spelling]
 
 # Polynomial of the entropy that gives the inverse temperature, highest power first: Veličković et al. 2024,
@@ -84,7 +84,7 @@ def separators(every: int = 3, text: str = ",", from_right: bool = False) -> Edi
             raise InputError("expected one that can spell it, got a separator for a model without tokenizer")
         separator = [(token, None) for token in text_ids(model, text, bos=False)]
         start, n = int(prompt.bos), len(prompt.ids)
-        spelled: Spelling = []
+        spelled: list[tuple[int, int | None]] = []
         for place, token in enumerate(prompt.ids.tolist()):
             spelled.append((token, place))
             count = n - 1 - place if from_right else place + 1 - start

@@ -72,7 +72,7 @@ def fused_attention(model: HookedModel, report: Report) -> Iterator[None]:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     wrapped = [block.attn.original_component for block in model.blocks]
-    configs = {id(each.config): each.config for each in (model.original_model, *wrapped)}.values()
+    configs = {id(each.config): each.config for each in (wrapped_model(model), *wrapped)}.values()
     before = [config._attn_implementation for config in configs]
     try:
         for layer, (block, component) in enumerate(zip(model.blocks, wrapped, strict=True)):

@@ -31,6 +31,7 @@ class _Capture:
         self.lock = threading.RLock()
         self.thread: int | None = None
         self.depth = 0
+        self.compiled = False  # whether a module of the model was compiled in place, as the last door has seen it
 
 
 _captures: WeakKeyDictionary[Any, _Capture] = WeakKeyDictionary()
@@ -51,7 +52,7 @@ def surroundings(model: HookedModel) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())  # leaving inference mode has turned gradients on
-        if any(getattr(module, "_compiled_call_impl", None) is not None for module in all_modules(model)):
+        if _captures[model].compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -116,14 +117,22 @@ def all_modules(model: HookedModel) -> Iterator[nn.Module]:
                 yield module
 
 
-def ordinary_tensors(model: HookedModel) -> None:
+def note_compiled(model: HookedModel, modules: Sequence[nn.Module]) -> None:
+    """Remember whether passes of this model have to be told to run eagerly, so that hooks fire."""
+    with _captures_lock:
+        capture = _captures.setdefault(model, _Capture())
+    capture.compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+
+
+def ordinary_tensors(modules: Sequence[nn.Module]) -> None:
     """Replace what was made inside torch.inference_mode() by equal tensors that can be differentiated, for good.
 
     Weights that several modules share go on being shared. A model on the meta device is refused: it has no numbers.
     """
     copies: dict[int, Tensor] = {}
-    for module in all_modules(model):
-        for kept in (module._parameters, module._buffers):
+    for module in modules:
+        stored: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kept in stored:
             for name, value in kept.items():
                 if value is None:
                     continue
@@ -203,6 +212,8 @@ def _hook_points(model: HookedModel) -> tuple[dict[str, Any], Any]:
 
 def hooks_on(module: nn.Module, *, ours: bool = False) -> list[int]:
     """Ids of the user's forward hooks of any kind on one module, with `ours` of ours as well; of no library's own."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return []
     point = is_a(module, "transformer_lens.hook_points", "HookPoint")  # wraps whatever hook it is given in its own
     return [
         number
@@ -386,7 +397,7 @@ def _sample(weight: Tensor) -> Float[Tensor, " number"]:
     return (flat if weight.numel() <= SMALL else flat[:: weight.numel() // SAMPLES]).float()
 
 
-def settings_fingerprint(model: HookedModel) -> tuple:
+def settings_fingerprint(model: HookedModel, modules: Sequence[nn.Module]) -> tuple:
     """Changes with the settings of either config and with the mode of any module."""
     words = [
         (key, value)
@@ -394,9 +405,9 @@ def settings_fingerprint(model: HookedModel) -> tuple:
         for key, value in sorted(vars(config).items() if config is not None else ())
         if isinstance(value, str | int | float | bool | None | torch.dtype)
     ]
-    return tuple(words), bytes(module.training for module in all_modules(model))
+    return tuple(words), bytes(module.training for module in modules)
 
 
-def hooks_fingerprint(model: HookedModel) -> tuple[int, ...]:
+def hooks_fingerprint(modules: Sequence[nn.Module]) -> tuple[int, ...]:
     """The user's forward hooks by their ids, which are never given twice."""
-    return tuple(number for module in all_modules(model) for number in hooks_on(module))
+    return tuple(number for module in modules for number in hooks_on(module))

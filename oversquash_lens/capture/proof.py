@@ -191,9 +191,9 @@ class _Mixed:
             self.z = z.detach().clone()
 
         def halve(pattern: Tensor, hook: Any = None) -> Tensor:
-            assert halved is not None
-            row = torch.arange(pattern.shape[-2], device=pattern.device)[:, None]
-            return torch.where(row == halved, pattern * 0.5, pattern)
+            edited = pattern.clone()
+            edited[..., halved, :] *= 0.5
+            return edited
 
         found: list[NamedHook] = [(f"blocks.0.{LAYER_HOOKS['z']}", keep)]
         if halved is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
 from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, size_of
 from oversquash_lens.capture.hooks import (
+    all_modules,
     hooks_fingerprint,
+    note_compiled,
     ordinary_tensors,
     settings_fingerprint,
     surroundings,
@@ -66,10 +69,12 @@ class Subject:
             return model
         model = uncompiled(model)
         check_class(model)
-        ordinary_tensors(model)
+        modules = list(all_modules(model))
+        ordinary_tensors(modules)
+        note_compiled(model, modules)
         with surroundings(model):
-            known = _read(model)
-            hooks = hooks_fingerprint(model) if with_hooks else ()
+            known = _read(model, modules)
+            hooks = hooks_fingerprint(modules) if with_hooks else ()
             if hooks in known.failures:
                 raise ModelError(known.failures[hooks])
             if hooks not in known.sequences:
@@ -149,8 +154,8 @@ def support(model: Any) -> dict[str, Verdict]:
     return Subject.of(model).support
 
 
-def _read(model: HookedModel) -> _Known:
-    mark = (weights_fingerprint(model), settings_fingerprint(model))
+def _read(model: HookedModel, modules: Sequence[nn.Module]) -> _Known:
+    mark = (weights_fingerprint(model), settings_fingerprint(model, modules))
     known = _known.get(model)
     if known is None or known.mark != mark:
         try:

@@ -48,7 +48,7 @@ def notice_scaled_rope(path: Path) -> None:
     """transformers drops what a GGUF file says of scaled rotary positions (Llama 3.1 and later): say so."""
     import gguf
 
-    reader = gguf.GGUFReader(str(path))
+    reader: Any = gguf.GGUFReader(str(path))
     tensors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
     architecture = reader.get_field("general.architecture")
     scaling = None if architecture is None else reader.get_field(f"{architecture.contents()}.rope.scaling.type")
