@@ -168,7 +168,7 @@ def run_bound(options: argparse.Namespace) -> None:
 
 
 def run_models(options: argparse.Namespace) -> None:
-    from oversquash_lens.models.embedded import cache_folder, cached_models
+    from oversquash_lens.models.loading import cache_folder, cached_models
 
     found = cached_models()
     if options.json:

@@ -111,8 +111,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     from oversquash_lens.models.embedded import NAME
     from oversquash_lens.models.loading import load_twin
     from oversquash_lens.paper.questions import find_task
-    from oversquash_lens.paper.sampling import Sampling
-    from oversquash_lens.paper.speakers import Speaker
+    from oversquash_lens.paper.speakers import Sampling, Speaker
     from oversquash_lens.paper.tasks import NEW_TOKENS, run_task
 
     if options.kind != "auto":
