@@ -112,7 +112,7 @@ def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None, piece: boo
     return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
-def _own_ids(model: HookedModel, text: str, bos: bool | None, piece: bool) -> list[int]:
+def _own_ids(model: Any, text: str, bos: bool | None, piece: bool) -> list[int]:
     """What the model's own rule makes of a text; a `piece` of one has no special token behind it."""
     typed = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if piece and bos is False:
