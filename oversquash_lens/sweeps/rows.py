@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
 from oversquash_lens.capture.hooked_model import software_versions
-from oversquash_lens.capture.hooks import SAMPLES
+from oversquash_lens.capture.hooks import SAMPLES, named_weights
 from oversquash_lens.capture.recorder import record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
@@ -343,7 +343,7 @@ def model_identity(subject: Subject) -> dict[str, Any]:
     with a steering hook is another one than without. They compare within a tolerance, everything else exactly.
     """
     about, digest = subject.about, hashlib.sha256()
-    for name, weight in sorted(subject.model.named_parameters()):
+    for name, weight in sorted(named_weights(subject.model), key=lambda each: each[0]):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(_weight_bytes(weight.detach()))
     versions = software_versions()
