@@ -23,8 +23,8 @@ from torch import Tensor
 import oversquash_lens as osl
 from benchmarks.estimate_prompts import REAL, halves, tokens
 from benchmarks.estimate_vs_truth import model_of
-from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.mlp import random_source
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.profiles import paths_of_trace
 
 MODELS = ("hooked", "learned", "deep")

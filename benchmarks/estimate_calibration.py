@@ -24,7 +24,7 @@ from torch import Tensor
 import oversquash_lens as osl
 from benchmarks.estimate_prompts import REAL, Sample
 from benchmarks.estimate_vs_truth import GROUPS, Prompted, Truth, chosen_options, judged, model_of
-from oversquash_lens.analyses.audit import spearman
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.profiles import deviations, estimate_and_error
 from oversquash_lens.storage import write_atomically
 

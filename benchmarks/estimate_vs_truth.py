@@ -30,9 +30,9 @@ import oversquash_lens as osl
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, tokens
 from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
-from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.attention import per_head
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.storage import write_atomically
 from oversquash_lens.sweeps.rows import model_identity

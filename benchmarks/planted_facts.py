@@ -17,8 +17,8 @@ import torch
 
 import oversquash_lens as osl
 from benchmarks.facts import fact_prompts
-from oversquash_lens.analyses.audit import spearman
 from oversquash_lens.capture.hooks import attached
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.storage import write_atomically
 

@@ -72,3 +72,21 @@ class InDouble(TorchFunctionMode):
 
 def _widened(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
+
+
+def spearman(first: Float[Tensor, " pos"], second: Float[Tensor, " pos"]) -> float:
+    """Spearman's rank correlation in [-1, 1], ties sharing their mean rank; nan where one side is constant.
+
+    >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 15.0])), 9)
+    0.5
+    """
+    ranks = torch.stack([_ranks(first), _ranks(second)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    size = centred.norm(dim=1).prod()
+    return (centred[0] @ centred[1] / size).item() if size > 0 else math.nan
+
+
+def _ranks(values: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]

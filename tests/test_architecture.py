@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 DOCS = ROOT.parent / "docs"
 
 # What each folder, or module at the root, may import besides itself.
-BASE = {"errors", "numerics", "storage", "memory", "results"}
+BASE = {"errors", "numerics", "storage", "parts", "memory", "results"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "numerics": {"errors"},
     "results": {"errors", "numerics"},
     "storage": {"errors", "numerics"},
+    "parts": {"errors", "numerics", "storage"},
     "memory": {"errors", "numerics"},
     "models": BASE | {"capture"},
     "capture": BASE,
@@ -40,8 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "paper": BASE | {"models", "capture", "paths", "jacobian", "collapse", "analyses", "viz"},
     "cli": BASE | {"models", "capture", "paths", "jacobian", "collapse", "analyses", "sweeps", "viz", "paper"},
 }
-# From the library's own folders, paper/ takes what is public only: documented names, and these modules.
+# From the library's own folders, paper/ takes what is public only: documented names, these modules, and these names:
+# a result's class, the rule that makes ids of a piece of text, and the class of HookedTransformer's cache.
 PAPER_MAY = {"capture.edits", "collapse.families", "collapse.curve", "collapse.precision", "collapse.lemmas"}
+PAPER_MAY |= {"jacobian.measured.MeasuredSensitivity", "capture.tokens.text_ids", "capture.prefixes.hooked_cache_class"}
 
 NEVER_AT_IMPORT = {"transformer_lens", "transformers", "matplotlib", "gguf", "safetensors", "rich", "huggingface_hub"}
 NEVER_AT_IMPORT |= {"pyarrow", "ray", "pandas", "jinja2"}
@@ -203,7 +207,8 @@ def test_only_capture_knows_hook_names_and_model_classes() -> None:
 
 def test_folders_and_modules_keep_their_size() -> None:
     for place in [ROOT, *(each for each in ROOT.iterdir() if each.is_dir())]:
-        assert len(list(place.glob("*.py"))) <= 18, f"{place.name} has more than 18 modules: group them"
+        modules = [path for path in place.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+        assert len(modules) <= 18, f"{place.name} has more than 18 modules: group them"
     for path in MODULES:
         if path.name in ("__init__.py", "__main__.py"):
             continue
@@ -263,10 +268,9 @@ def test_a_misspelt_or_moved_name_says_what_was_meant() -> None:
         with pytest.raises(AttributeError, match=re.escape(new)):
             getattr(oversquash_lens, old)
         module, _, attribute = new.rpartition(".")
-        try:
-            assert hasattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError:
-            importlib.import_module(new)
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(new)  # it is a module itself, which its package then has as an attribute
+        assert hasattr(importlib.import_module(module), attribute)
     with pytest.raises(AttributeError, match=r"docs/api\.md"):
         _ = oversquash_lens.zzzzzzzzz
     assert re.fullmatch(r"\d+\.\d+.*", oversquash_lens.__version__)

@@ -16,8 +16,9 @@ from small_results import audit_result
 from zoo import zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare, spearman
+from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare
 from oversquash_lens.errors import ModelError
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")

@@ -21,7 +21,7 @@ from benchmarks import estimate_anatomy as anatomy
 from benchmarks import estimate_calibration as calibration
 from benchmarks import estimate_vs_truth as harness
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, samples, tokens
-from oversquash_lens.analyses.audit import spearman
+from oversquash_lens.numerics import spearman
 
 BYTES = SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(d_vocab=256))  # a model that reads bytes
 

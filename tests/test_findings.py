@@ -16,11 +16,12 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.analyses import audit as audit_module
 from oversquash_lens.analyses import findings as findings_module
-from oversquash_lens.analyses.audit import audit_trace, compare, measure_truths, spearman
+from oversquash_lens.analyses.audit import audit_trace, compare, measure_truths
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, assumptions, chosen_sources, findings
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
+from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
 from oversquash_lens.paths.squashing import squashing
 

@@ -13,7 +13,7 @@ from test_page import Outline
 
 from oversquash_lens.analyses.findings import Findings
 from oversquash_lens.viz.report import MOST_ROWS, render_page
-from oversquash_lens.viz.tokens import FEW_BINS, MOST_BINS, MOST_INSIDE, context_windows
+from oversquash_lens.viz.token_strips import FEW_BINS, MOST_BINS, MOST_INSIDE, context_windows
 from oversquash_lens.viz.views import layers, positions, route
 from oversquash_lens.viz.words import visible_token
 

@@ -27,7 +27,7 @@ from oversquash_lens.capture.hooked_model import size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 from oversquash_lens.sweeps import rows as work
-from oversquash_lens.sweeps.prompts import read_prompts
+from oversquash_lens.sweeps.prompt_files import read_prompts
 from oversquash_lens.sweeps.result import SweepResult, density
 from oversquash_lens.sweeps.rows import MEASURES as ALL_MEASURES
 from oversquash_lens.sweeps.rows import checked_measures, columns, summary

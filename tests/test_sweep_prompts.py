@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from oversquash_lens.errors import InputError
-from oversquash_lens.sweeps.prompts import mark_of, read_prompt, read_prompts
+from oversquash_lens.sweeps.prompt_files import mark_of, read_prompt, read_prompts
 
 
 def named(prompts: Any, column: str | None = None) -> list[tuple[str | None, Any]]:

@@ -17,7 +17,7 @@ from small_results import EVIL, TOKENS, profile, truth
 from oversquash_lens.errors import InputError, OversquashError
 from oversquash_lens.viz import html as html_module
 from oversquash_lens.viz.html import LARGEST_PAYLOAD, View, inert, runtime, script_json
-from oversquash_lens.viz.tokens import LONG, MOST_BINS
+from oversquash_lens.viz.token_strips import LONG, MOST_BINS
 from oversquash_lens.viz.views import layers, positions, side_by_side
 from oversquash_lens.viz.words import visible_token
 

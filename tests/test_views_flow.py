@@ -15,7 +15,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_by_layer, heaviest_edges
 from oversquash_lens.viz.html import View
-from oversquash_lens.viz.tokens import bins_for, millionths
+from oversquash_lens.viz.token_strips import bins_for, millionths
 from oversquash_lens.viz.views import activations, heads, layers, prompts, route
 from oversquash_lens.viz.words import named, percent, visible_token
 

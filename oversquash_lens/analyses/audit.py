@@ -22,7 +22,7 @@ from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
 from oversquash_lens.jacobian.products import MOST_FROZEN, differentiate, fitting_memory, truth_bytes, truth_route
 from oversquash_lens.memory import HELD, check_memory, kept_bytes, record_bytes
-from oversquash_lens.numerics import json_numbers
+from oversquash_lens.numerics import json_numbers, spearman
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
 from oversquash_lens.paths.profiles import ExpectedError, paths_of_trace, predicted_error, profiles_in_one_sweep
 from oversquash_lens.paths.recursion import PathProfile
@@ -361,24 +361,6 @@ def compare(first: Profile | Any, second: Profile | Any) -> Comparison:
     ordered = ratio.sort().values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return Comparison(spearman(*logs), middle.item(), ordered[0].item(), ordered[-1].item())
-
-
-def spearman(first: Float[Tensor, " pos"], second: Float[Tensor, " pos"]) -> float:
-    """Spearman's rank correlation in [-1, 1], ties sharing their mean rank; nan where one side is constant.
-
-    >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 15.0])), 9)
-    0.5
-    """
-    ranks = torch.stack([_ranks(first), _ranks(second)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    size = centred.norm(dim=1).prod()
-    return (centred[0] @ centred[1] / size).item() if size > 0 else math.nan
-
-
-def _ranks(values: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _has_size(profile: Profile) -> bool:

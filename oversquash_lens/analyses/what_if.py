@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.analyses.audit import check_effort, spearman
+from oversquash_lens.analyses.audit import check_effort
 from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
 from oversquash_lens.capture.hooked_model import About
@@ -23,7 +23,7 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
-from oversquash_lens.numerics import effective_number, json_numbers
+from oversquash_lens.numerics import effective_number, json_numbers, spearman
 from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound
 from oversquash_lens.paths.recursion import PathProfile

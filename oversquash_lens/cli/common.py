@@ -10,7 +10,7 @@ from typing import Any
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.storage import check_place, check_writable, write_atomically
-from oversquash_lens.sweeps.prompts import read_prompt
+from oversquash_lens.sweeps.prompt_files import read_prompt
 
 # Names of registries whose modules need torch, which a command's help must not wait for; a test holds them equal.
 FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")

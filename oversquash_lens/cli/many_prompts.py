@@ -22,7 +22,7 @@ from oversquash_lens.cli.common import (
     verify_option,
 )
 from oversquash_lens.errors import InputError
-from oversquash_lens.sweeps.prompts import read_prompts
+from oversquash_lens.sweeps.prompt_files import read_prompts
 
 PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
 FILES = "one prompt a line, or .json, .jsonl, .csv, .tsv, .parquet"

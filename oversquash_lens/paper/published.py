@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from oversquash_lens.analyses.audit import spearman
+from oversquash_lens.numerics import spearman
 from oversquash_lens.viz.chart import Number, Series, Verdict
 
 # The dashed line of figures 5, 8, 9, 10 and 12: bfloat16's precision at 1, drawn as an absolute distance.

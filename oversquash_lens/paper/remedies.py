@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import oversquash_lens as osl
+from oversquash_lens.capture.edits import Edit
 from oversquash_lens.collapse import families
 from oversquash_lens.collapse.curve import CollapseCurve, collapse_curve
 from oversquash_lens.collapse.families import Family
@@ -44,7 +45,7 @@ class Remedy:
     spell: Callable[[str, int], str] = ones_then
     hint: bool = False
     dtype: str = "float32"
-    edit: osl.Edit | None = None
+    edit: Edit | None = None
 
 
 def _commas(model: Any, bos: bool | None) -> Family:

@@ -17,7 +17,7 @@ from typing import Any
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, ModelError, OversquashError, one_line
 from oversquash_lens.parts import differences
-from oversquash_lens.sweeps.prompts import SweepPrompt
+from oversquash_lens.sweeps.prompt_files import SweepPrompt
 from oversquash_lens.sweeps.rows import Effort, check_measurable, model_identity, refused_rows, rows_of
 
 CHUNK = 32  # prompts of one task

@@ -28,7 +28,7 @@ from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import profiles
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import squashing
-from oversquash_lens.sweeps.prompts import SweepPrompt
+from oversquash_lens.sweeps.prompt_files import SweepPrompt
 
 Values = dict[str, Any]
 NUMBER, COUNT, ROW, WORD, IDS, WORDS = "number", "count", "row", "word", "ids", "words"  # types of columns

@@ -19,7 +19,7 @@ from oversquash_lens.memory import in_words
 from oversquash_lens.parts import RECORDED, WINDOW, Parts, check_results_file
 from oversquash_lens.results import duration
 from oversquash_lens.sweeps.on_ray import Cluster
-from oversquash_lens.sweeps.prompts import SweepPrompt, mark_of, read_prompts
+from oversquash_lens.sweeps.prompt_files import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
 from oversquash_lens.sweeps.rows import (
     MEASURES,

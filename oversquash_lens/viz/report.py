@@ -20,7 +20,7 @@ from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.storage import check_writable, write_atomically
 from oversquash_lens.viz import views
 from oversquash_lens.viz.html import page, runtime
-from oversquash_lens.viz.tokens import MOST_BINS, PICKED, context_windows, readable
+from oversquash_lens.viz.token_strips import MOST_BINS, PICKED, context_windows, readable
 from oversquash_lens.viz.words import DASH, measure_name, number, percent, place, span_text
 
 TITLE = "What of its prompt does the last token still hear?"

@@ -16,7 +16,7 @@ from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import HeavyEdge, heaviest_by_layer
 from oversquash_lens.paths.recursion import ROWS, PathProfile
 from oversquash_lens.viz.html import View, Views
-from oversquash_lens.viz.tokens import (
+from oversquash_lens.viz.token_strips import (
     SHARE,
     Bins,
     bins_for,
