@@ -22,7 +22,7 @@ import oversquash_lens as osl
 from oversquash_lens.analyses.audit import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooks import attached
-from oversquash_lens.capture.subject import MEASURES, STATES, Verdict
+from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict
 from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.paths.kinds import PRINTED
 
@@ -157,16 +157,16 @@ def judge(name: str, kind: str, seeds: tuple[int, ...] = (0,)) -> Cell:
     return Cell(name, kind, measures, tuple(f"{name}, {kind}, {fault}" for fault in faults))
 
 
-def _declared(model: Any) -> dict[str, Verdict]:
+def _declared(model: Any) -> dict[str, SupportVerdict]:
     try:
         return osl.support(model)
     except ModelError as error:
-        return dict.fromkeys(MEASURES, Verdict("refused", str(error)))
+        return dict.fromkeys(MEASURES, SupportVerdict("refused", str(error)))
     except Exception as error:
-        return dict.fromkeys(MEASURES, Verdict("crashed", f"osl.support: {type(error).__name__}: {error}"))
+        return dict.fromkeys(MEASURES, SupportVerdict("crashed", f"osl.support: {type(error).__name__}: {error}"))
 
 
-def _difference(declared: Verdict, found: Found) -> str | None:
+def _difference(declared: SupportVerdict, found: Found) -> str | None:
     """How the declaration and the run tell different stories; None where they agree."""
     if declared.state not in STATES or (declared.state == "refused") != (found.state == "refused"):
         return f"declared {declared.state} ({declared.why}), found {found.state} ({found.why})"

@@ -13,7 +13,7 @@ from zoo import CELLS, float64_throughout, lacking, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.capture.architecture import ROUTES, read_architecture
-from oversquash_lens.capture.fused import Route, why_not_fused
+from oversquash_lens.capture.fused import AttentionRoute, why_not_fused
 from oversquash_lens.capture.recorder import Recorder, record_on
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import ModelError
@@ -51,7 +51,7 @@ class Difference:
 def on_route(model: Any, tokens: Any, route: str, **how: Any) -> osl.Trace:
     """The trace of one route and no other, whatever `attention="auto"` would have chosen."""
     subject = Subject.of(model)
-    recorder = Recorder(subject, how.pop("node_probes", None), 0, **how, route=Route(route, "asked for"))
+    recorder = Recorder(subject, how.pop("node_probes", None), 0, **how, route=AttentionRoute(route, "asked for"))
     return record_on(subject, subject.tokenize(tokens), recorder)
 
 

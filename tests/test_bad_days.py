@@ -78,7 +78,7 @@ def test_a_mistyped_command_is_one_line(command: Command, shell: Callable, tmp_p
 
 # Given out, never taken in: nobody makes one by hand, so there is nothing to do wrong.
 GIVEN_OUT = {"About", "Audit", "Findings", "HeavyEdge", "HeavyPath", "MeasuredSensitivity", "Squashing", "WhatIf"}
-GIVEN_OUT |= {"CorrectedSensitivity", "ExpectedError", "Plan", "Verdict"}
+GIVEN_OUT |= {"CorrectedSensitivity", "ExpectedError", "Plan", "SupportVerdict"}
 # These cannot be asked wrongly: they take nothing.
 UNASKED = {"cached_models", "edits.with_bos", "edits.without_bos", "edits.without_first", "edits.adaptive_temperature"}
 

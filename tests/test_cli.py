@@ -475,6 +475,6 @@ def test_a_plan_of_every_command_on_one_prompt(arguments: list[str], on_tiny: Ca
     found = on_tiny(*arguments, "--prompt", PROMPT, "--plan", "--json")
     assert found.code == 0, found.err
     told = json.loads(found.out)
-    assert (told["kind"], told["n"], told["fits"]) == ("forecast", 5, True)
-    assert told["times"] == (3 if arguments[0] == "what-if" else 1)
+    assert (told["kind"], told["n"], told["fits"]) == ("plan", 5, True)
+    assert told["measure"] == {"bound": "bound", "what-if": "what_if"}.get(arguments[0], arguments[0])
     assert not list(Path().iterdir())

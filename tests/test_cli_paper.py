@@ -390,16 +390,17 @@ def test_the_figure_files_are_those_that_can_be_written() -> None:
 
 
 def test_a_plan_of_every_experiment(cli: Callable) -> None:
-    for command, times in (
-        (("collapse", "--lengths", "1-3", "--dtypes", "float64,float32"), 2),
-        (("tasks", "--task", "ones", "--lengths", "3,5", "--max-new-tokens", "2"), 2),
-        (("reproduce", "1", "--quick", "--longest", "4"), 4),
+    for command, measure in (
+        (("collapse", "--lengths", "1-3", "--dtypes", "float64,float32"), "collapse"),
+        (("tasks", "--task", "ones", "--lengths", "3,5", "--max-new-tokens", "2"), "generate"),
+        (("reproduce", "1", "--quick", "--longest", "4"), "forward"),
     ):
         result = cli(*command, "--plan", "--json")
         assert result.code == 0, result.err
         told = json.loads(result.out)
-        assert (told["kind"], told["times"]) == ("forecast", times)
+        assert (told["kind"], told["measure"]) == ("plan", measure)
         assert told["n"] >= 2
-        assert "of these: about" in cli(*command, "--plan").out
+        assert told["passes"] >= 2
+        assert "memory, while" in cli(*command, "--plan").out
     assert cli("reproduce", "9", "--plan").out == "figures 9 run no model\n"
     assert not list(Path().iterdir())

@@ -364,7 +364,7 @@ def test_words_are_shown_as_they_are() -> None:
 
 def test_figures_need_no_pyplot_and_import_matplotlib_when_drawing() -> None:
     code = (
-        "import sys; from oversquash_lens.viz import figures, gallery\n"
+        "import sys; from oversquash_lens.viz import figures, reports\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from small_charts import decay\n"
         "figures.chart(decay())\n"

@@ -65,7 +65,7 @@ def sized(name: str, **rest: object) -> Flow:
 def shares_of_edges(flow: Flow, layer: int) -> np.ndarray:
     """[head, dest, src] of one layer from the whole rows above and below it: u · edge · f / (u · f)."""
     n = len(flow.tokens)
-    heads = flow.edges.parts(layer, 0, n).heads
+    heads = flow.edges.edge_block(layer, 0, n).by_head().heads
     above, below = flow.log_above[layer + 1].exp(), flow.log_below[layer].exp()
     total = (flow.log_above + flow.log_below)[layer].exp().sum()
     return (above[:, None] * heads * below / total).numpy()

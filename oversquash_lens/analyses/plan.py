@@ -234,17 +234,6 @@ def plan_collapse(
     return _planned(subject, "collapse", _request(subject, longest, 1, MEMORY, times, 0, other), clock)
 
 
-def plans_together(plans: Sequence[Plan], measure: str) -> Plan:
-    """One plan of several runs after another, under a name of their own: the largest memory, all seconds."""
-    largest = max(plans, key=lambda each: each.bytes)
-    steps: dict[str, float] = {}
-    for each in plans:
-        for name, seconds in each.steps.items():
-            steps[name] = steps.get(name, 0.0) + seconds
-    work = sum(each.passes * each.n for each in plans) / largest.n
-    return replace(largest, measure=measure, passes=work, seconds=sum(steps.values()), steps=steps)
-
-
 def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[], float]) -> Plan:
     available, size = available_bytes(subject.device), subject.size
     course, verdict = MEASURES[measure](request), "fits"

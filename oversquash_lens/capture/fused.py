@@ -166,21 +166,21 @@ ATTENTION = ("auto", "kept", "recomputed")
 COMFORT = 16  # patterns that take less than one part in so many of the memory that is there are kept
 
 
-class Route(str):
+class AttentionRoute(str):
     """The name of a route, one of `architecture.ROUTES`, and `why` it was taken."""
 
     why: str
 
-    def __new__(cls, name: str, why: str) -> Route:
+    def __new__(cls, name: str, why: str) -> AttentionRoute:
         made = super().__new__(cls, name)
         made.why = why
         return made
 
 
-ASKED_KEPT = Route("kept", "asked for")
+ASKED_KEPT = AttentionRoute("kept", "asked for")
 
 
-def choose_route(model: HookedModel, architecture: Architecture, n: int, attention: str = "auto") -> Route:
+def choose_route(model: HookedModel, architecture: Architecture, n: int, attention: str = "auto") -> AttentionRoute:
     """One of `architecture.ROUTES` for a prompt of n tokens, and why.
 
     "kept" keeps the patterns. "recomputed" keeps queries, keys and log-normalisers: in a pass of fused attention
@@ -196,29 +196,29 @@ def choose_route(model: HookedModel, architecture: Architecture, n: int, attenti
     if attention == "recomputed":
         _refuse_recomputed(architecture, somebody)
     elif somebody is not None:
-        return Route("kept", f"a hook of yours on {somebody} changes or reads what rows made anew would not")
+        return AttentionRoute("kept", f"a hook of yours on {somebody} changes or reads what rows made anew would not")
     obstacle = why_not_fused(model, architecture)
     if obstacle is None:
-        return Route("fused", "fused attention gives the class's own predictions")
+        return AttentionRoute("fused", "fused attention gives the class's own predictions")
     if attention == "recomputed":
-        return Route("recomputed", f"asked for; not fused: {obstacle}")
+        return AttentionRoute("recomputed", f"asked for; not fused: {obstacle}")
     if architecture.rotation == "unknown":
-        return Route("kept", f"its rows cannot be made anew; not fused: {obstacle}")
+        return AttentionRoute("kept", f"its rows cannot be made anew; not fused: {obstacle}")
     if patterns_fit(model, n, COMFORT):
-        return Route("kept", f"the patterns fit into memory {COMFORT} times; not fused: {obstacle}")
-    return Route("recomputed", f"the patterns do not fit into memory {COMFORT} times; not fused: {obstacle}")
+        return AttentionRoute("kept", f"the patterns fit into memory {COMFORT} times; not fused: {obstacle}")
+    return AttentionRoute("recomputed", f"the patterns do not fit into memory {COMFORT} times; not fused: {obstacle}")
 
 
-def planned_route(model: Any, n: int, attention: str = "auto") -> Route:
+def planned_route(model: Any, n: int, attention: str = "auto") -> AttentionRoute:
     """The route that recording n tokens would take now."""
     return choose_route(model, read_architecture(model), n, attention)
 
 
-def own_route(architecture: Architecture, model: HookedModel, attention: str) -> Route:
+def own_route(architecture: Architecture, model: HookedModel, attention: str) -> AttentionRoute:
     """The route within the pass that somebody else makes."""
     if attention == "recomputed":
         _refuse_recomputed(architecture, next(foreign_hooks(model), None))
-    return Route(check_attention(attention, ATTENTION[1:]), "asked for")
+    return AttentionRoute(check_attention(attention, ATTENTION[1:]), "asked for")
 
 
 def check_attention(attention: Any, known: tuple[str, ...] = ATTENTION) -> str:

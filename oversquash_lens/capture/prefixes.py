@@ -65,7 +65,7 @@ class Home:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """`places[i]` belongs to the i-th sequence that was planned for."""
 
     trunks: tuple[Trunk, ...]
@@ -77,7 +77,7 @@ class Plan:
         return sum(len(t.ids) + sum(len(b.suffix) for b in t.branches) for t in self.trunks)
 
 
-def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids] = frozenset()) -> Plan:
+def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids] = frozenset()) -> PassPlan:
     """The fewest trunks for these sequences; without `branching` only whole prefixes are shared.
 
     A sequence branches off where at least half of it is shared; else it is a trunk itself. The last token of a
@@ -107,13 +107,13 @@ def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids]
                 others.append(leaf)
         trunks.append(Trunk(ids, tuple(branches)))
         waiting = others
-    return Plan(tuple(trunks), _places(sequences, homes))
+    return PassPlan(tuple(trunks), _places(sequences, homes))
 
 
-def separate(sequences: Sequence[Ids]) -> Plan:
+def separate(sequences: Sequence[Ids]) -> PassPlan:
     """Every sequence in a pass of its own: the way that sharing is checked against."""
     places = tuple(Place(number, None, len(ids) - 1) for number, ids in enumerate(sequences))
-    return Plan(tuple(Trunk(ids, ()) for ids in sequences), places)
+    return PassPlan(tuple(Trunk(ids, ()) for ids in sequences), places)
 
 
 def _leaves(sequences: Set[Ids]) -> list[Ids]:

@@ -17,7 +17,7 @@ from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached
-from oversquash_lens.capture.prefixes import Ids, Plan, Start, plan, run_branches, run_trunk, separate
+from oversquash_lens.capture.prefixes import Ids, PassPlan, Start, plan, run_branches, run_trunk, separate
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, one_line
 
@@ -66,7 +66,7 @@ def read(
     sequence by itself.
     """
 
-    def reading(way: Plan, shared: bool) -> Readings:
+    def reading(way: PassPlan, shared: bool) -> Readings:
         return _Reader(subject, sequences, compared or [False] * len(sequences)).run(way, shared)
 
     if not share:
@@ -118,7 +118,7 @@ def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> T
     return torch.where(gain == 0, 0, y / gain).to(y) if undo else (y * gain).to(y)
 
 
-def _as_alone(subject: Subject, sequences: Sequence[Ids], way: Plan, found: Readings) -> bool:
+def _as_alone(subject: Subject, sequences: Sequence[Ids], way: PassPlan, found: Readings) -> bool:
     """Whether branches say what passes of their own say: the longest one, and the one that hides most of its trunk."""
     hidden: dict[int, int] = {}  # sequence -> how many tokens of its trunk its branch must not see
     for i, place in enumerate(way.places):
@@ -150,7 +150,7 @@ class _Reader:
         self.self_attention = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
         self.passes = 0
 
-    def run(self, way: Plan, shared: bool) -> Readings:
+    def run(self, way: PassPlan, shared: bool) -> Readings:
         rows = defaultdict(list)
         for sequence, place in enumerate(way.places):
             rows[place.trunk, place.branch].append((sequence, place.position))

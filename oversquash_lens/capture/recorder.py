@@ -13,7 +13,14 @@ from torch import Tensor
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import Architecture, read_architecture
 from oversquash_lens.capture.checks import PassContext
-from oversquash_lens.capture.fused import ASKED_KEPT, Route, choose_route, fused_attention, own_route, patterns_fit
+from oversquash_lens.capture.fused import (
+    ASKED_KEPT,
+    AttentionRoute,
+    choose_route,
+    fused_attention,
+    own_route,
+    patterns_fit,
+)
 from oversquash_lens.capture.hooked_model import HookedModel, check_recording, norm_bias, norm_gain
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
 from oversquash_lens.capture.layer import KEPT, LayerRecord
@@ -89,7 +96,7 @@ def record_tokens(
         if attention != "auto" or route == "kept" or not patterns_fit(subject.model, n):
             raise
         # Rows made anew do not describe this model: its own patterns may, or say better what is wrong.
-        route = Route("kept", f"attention on the route {route!r} does not describe the model: {error}")
+        route = AttentionRoute("kept", f"attention on the route {route!r} does not describe the model: {error}")
     return record_on(subject, tokenized, Recorder(subject, node_probes, seed, verify, route))
 
 
@@ -189,7 +196,7 @@ class Recorder:
         node_probes: int | None,
         seed: int,
         verify: bool = False,
-        route: Route = ASKED_KEPT,
+        route: AttentionRoute = ASKED_KEPT,
         *,
         read_again: bool = False,
         beside: Recorder | None = None,

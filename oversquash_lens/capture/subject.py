@@ -91,7 +91,7 @@ class Subject:
         return describe(self.model, self.architecture)
 
     @cached_property
-    def support(self) -> dict[str, Verdict]:
+    def support(self) -> dict[str, SupportVerdict]:
         """Which measures hold, by name, as a recording of the proof's tokens has shown."""
         known = _known.get(self.model)
         if known is None or known.function is None:
@@ -106,7 +106,7 @@ class Subject:
         )
 
     @property
-    def declared(self) -> dict[str, Verdict]:
+    def declared(self) -> dict[str, SupportVerdict]:
         """Which measures hold, by name, as structure and the proof say; no recording is tried."""
         return architecture_support(self.architecture, patterns_used=self.patterns_used)
 
@@ -144,7 +144,7 @@ class Subject:
             yield
 
 
-def support(model: Any) -> dict[str, Verdict]:
+def support(model: Any) -> dict[str, SupportVerdict]:
     """What may be said of a HookedTransformer or TransformerBridge, measure by measure.
 
     Keys are those of `oversquash_lens.capture.subject.MEASURES`; values say "supported", "approximate" or "refused",
@@ -205,7 +205,7 @@ RECORDED = MEASURES[:4]  # what is made of a recording
 FEW = 8  # tokens of the proof: what only longer prompts use is not seen by it
 
 
-class Verdict(NamedTuple):
+class SupportVerdict(NamedTuple):
     """`state` is one of `STATES`; `why` says what is left out, unproven or in the way, empty where nothing is."""
 
     state: str
@@ -214,7 +214,7 @@ class Verdict(NamedTuple):
 
 def architecture_support(
     architecture: Architecture, *, unrecordable: str = "", patterns_used: bool = True, unproven: str = ""
-) -> dict[str, Verdict]:
+) -> dict[str, SupportVerdict]:
     """Verdicts by measure; `unrecordable`, `patterns_used` and `unproven` are what passes have shown."""
     experts = "a mixture of experts has no rigorous bound on what its router's choice does"
     hidden = "attention is computed out of the hooks' sight, so its weights cannot be held fixed"
@@ -226,15 +226,15 @@ def architecture_support(
         "calibrated": bound,
         "calibrated_full": bound,
         "mean_field": _approximate(left_out),
-        "truth": Verdict("supported", "; ".join(filter(None, (unproven, _by_length(architecture))))),
+        "truth": SupportVerdict("supported", "; ".join(filter(None, (unproven, _by_length(architecture))))),
         "attention frozen": _refused_if(architecture.delegated or not patterns_used, hidden),
     }
     if architecture.obstacle is not None:
         unrecordable = f"{architecture.name} has {architecture.obstacle}"
-    return found | dict.fromkeys(RECORDED, Verdict("refused", unrecordable)) if unrecordable else found
+    return found | dict.fromkeys(RECORDED, SupportVerdict("refused", unrecordable)) if unrecordable else found
 
 
-def refuse_unsupported(supported: dict[str, Verdict], measure: str, model: str) -> None:
+def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model: str) -> None:
     """Raise the ModelError that says why, where a measure is refused."""
     verdict = supported[measure]
     if verdict.state == "refused":
@@ -270,9 +270,9 @@ def _left_out(architecture: Architecture) -> dict[str, bool]:
     }
 
 
-def _approximate(reasons: list[str]) -> Verdict:
-    return Verdict("approximate", "; ".join(reasons)) if reasons else Verdict("supported", "")
+def _approximate(reasons: list[str]) -> SupportVerdict:
+    return SupportVerdict("approximate", "; ".join(reasons)) if reasons else SupportVerdict("supported", "")
 
 
-def _refused_if(applies: bool, why: str) -> Verdict:
-    return Verdict("refused", why) if applies else Verdict("supported", "")
+def _refused_if(applies: bool, why: str) -> SupportVerdict:
+    return SupportVerdict("refused", why) if applies else SupportVerdict("supported", "")

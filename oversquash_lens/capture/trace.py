@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
 from oversquash_lens.capture.hooked_model import About
-from oversquash_lens.capture.subject import Verdict
+from oversquash_lens.capture.subject import SupportVerdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.numerics import to_float64
@@ -80,7 +80,7 @@ class Trace(Result):
     gains: Gains
     gated_mlp: bool
     parallel: bool
-    support: dict[str, Verdict]
+    support: dict[str, SupportVerdict]
     route_reason: str = ""
 
     def __post_init__(self) -> None:
@@ -289,6 +289,6 @@ def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
         gains=Gains(weights=WeightGains(**weights), **gains),
         gated_mlp=header["gated_mlp"],
         parallel=header["parallel"],
-        support={measure: Verdict(*verdict) for measure, verdict in header["support"].items()},
+        support={measure: SupportVerdict(*verdict) for measure, verdict in header["support"].items()},
         route_reason=str(header.get("route_reason", "")),
     )

@@ -75,24 +75,29 @@ def recording_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def planned(
-    options: argparse.Namespace, model: Any, prompt: Any, measure: str, probes: int | None = None, times: int = 1
+    options: argparse.Namespace,
+    model: Any,
+    prompt: Any,
+    measure: str,
+    probes: int | None = None,
+    times: int = 1,
+    new_tokens: int = 0,
 ) -> bool:
-    """With --plan print what `times` such measures would take in place of the result; says whether it did.
+    """With --plan print what the measure would take, `times` over, in place of the result; says whether it did.
 
-    `prompt`: a prompt, or a number of tokens.
+    `prompt`: a prompt, or a number of tokens; `new_tokens`: of each completion.
     """
     if not options.plan:
         return False
     from oversquash_lens.analyses.plan import plan
-    from oversquash_lens.results import duration
 
     how = {"chat": options.chat, "bos": options.bos} if isinstance(prompt, str) else {}
-    found = plan(model, prompt, measure, probes=probes, **how)
-    if options.json:
-        print(json.dumps(found.to_dict() | {"times": times}))
-    else:
-        print(found if times == 1 else f"{found}\n\n{times:,} of these: about {duration(times * found.seconds)}")
+    show_plan(options, plan(model, prompt, measure, probes=probes, times=times, new_tokens=new_tokens, **how))
     return True
+
+
+def show_plan(options: argparse.Namespace, plan: Any) -> None:
+    print(json.dumps(plan.to_dict()) if options.json else plan)
 
 
 def load(options: argparse.Namespace) -> Any:

@@ -126,7 +126,7 @@ def run_what_if(options: argparse.Namespace) -> None:
     from oversquash_lens.analyses.what_if import what_if
 
     model, probes = load(options), None if options.exact else options.probes
-    if planned(options, model, prompt, "audit", probes, times=len(edits) + 1):
+    if planned(options, model, prompt, "what_if", probes, times=len(edits)):
         return
     result = what_if(
         model,

@@ -19,6 +19,7 @@ from oversquash_lens.cli.common import (
     load,
     model_command,
     planned,
+    show_plan,
 )
 from oversquash_lens.errors import InputError, one_of
 
@@ -96,9 +97,9 @@ def run_collapse(options: argparse.Namespace) -> None:
     dtypes = [number_format(each) for each in _dtypes(options)]
     model = load(options)
     if options.plan:
-        longest = max(map(len, _family(model, options).pair(lengths[-1])))
-        planned(options, model, longest, "forward", times=len(dtypes))
-        return
+        from oversquash_lens.analyses.plan import plan_collapse
+
+        return show_plan(options, plan_collapse(model, _family(model, options).pairs(lengths), dtypes))
     keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
     curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
     if options.figure:
@@ -154,8 +155,9 @@ def _plan_tasks(options: argparse.Namespace, task: Any, lengths: tuple[int, ...]
     asked = questions(task, lengths, options.cot, options.samples)
     model = load(options)
     subject = Subject.of(model)
-    n = max(len(subject.tokenize(each.prompt, bos=options.bos).ids) for each in asked) + new_tokens
-    planned(options, model, min(n, subject.architecture.n_ctx), "forward", times=len(asked))
+    n = max(len(subject.tokenize(each.prompt, bos=options.bos).ids) for each in asked)
+    most = subject.architecture.n_ctx - new_tokens
+    planned(options, model, min(n, most), "generate", times=len(asked), new_tokens=new_tokens)
 
 
 def run_reproduce(options: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ MODEL_REMEDIES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RemedyOutcome:
     """One remedy's curve, the mean sensitivity to the sequence's tokens, and how sure the right digit is."""
 
     remedy: Remedy
@@ -102,7 +102,7 @@ def remedies(config: RunConfig) -> Chart:
     made = [remedy.family(config.model, config.options.bos) for remedy in everything]
     lengths, left_out = config.readable(wanted, *made)
     tasks = tuple(k for k in (QUICK_TASKS if config.options.quick else TASK_LENGTHS) if k <= lengths[-1])
-    done: dict[str, Outcome] = {}
+    done: dict[str, RemedyOutcome] = {}
     for remedy, family in zip(everything, made, strict=True):
         done[remedy.name] = try_remedy(config, remedy, family, range(1, lengths[-1] + 1), tasks)
     panels = []
@@ -123,7 +123,9 @@ def remedies(config: RunConfig) -> Chart:
     )
 
 
-def try_remedy(config: RunConfig, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]) -> Outcome:
+def try_remedy(
+    config: RunConfig, remedy: Remedy, family: Family, lengths: range, tasks: tuple[int, ...]
+) -> RemedyOutcome:
     """What a remedy makes of its family's curve, of the sensitivity to the digits, and of the copying task."""
     model, options = config.model, config.options
     probed_at = min(PROBED_AT, lengths[-1])
@@ -133,7 +135,7 @@ def try_remedy(config: RunConfig, remedy: Remedy, family: Family, lengths: range
             certainty = tuple(copying_certainty(model, remedy, k) for k in tasks)
             prompt = list(family.pair(probed_at)[0])
             measured = osl.measured_sensitivity(model, prompt, probes=options.probes, seed=options.seed)
-    return Outcome(remedy, curve, measured.values[inner_digits(family, probed_at)].mean().item(), certainty)
+    return RemedyOutcome(remedy, curve, measured.values[inner_digits(family, probed_at)].mean().item(), certainty)
 
 
 def inner_digits(family: Family, k: int) -> slice:
@@ -176,17 +178,17 @@ def _grouped(digits: str) -> str:
     return ",".join(digits[i : i + 3] for i in range(0, len(digits), 3))
 
 
-def _at(outcome: Outcome, k: int) -> float:
+def _at(outcome: RemedyOutcome, k: int) -> float:
     curve = outcome.curve
     return curve.l1[outcome.remedy.dtype][curve.lengths.index(k)].item()
 
 
-def _keeps(outcome: Outcome, lengths: tuple[int, ...]) -> bool:
+def _keeps(outcome: RemedyOutcome, lengths: tuple[int, ...]) -> bool:
     """Whether the prompts stay as far apart at the longest length as they are at the shortest asked."""
     return _at(outcome, lengths[-1]) >= _at(outcome, lengths[0])
 
 
-def _curves(title: str, outcomes: list[Outcome]) -> Panel:
+def _curves(title: str, outcomes: list[RemedyOutcome]) -> Panel:
     series = [
         Series(o.remedy.name, tuple(map(float, o.curve.lengths)), tuple(o.curve.l1[o.remedy.dtype].tolist()))
         for o in outcomes
@@ -194,7 +196,7 @@ def _curves(title: str, outcomes: list[Outcome]) -> Panel:
     return Panel(f"remedies in {title}: collapse", "length", "change of y, L1", tuple(series), "log", "log")
 
 
-def _tasks(title: str, outcomes: list[Outcome], tasks: tuple[int, ...]) -> Panel:
+def _tasks(title: str, outcomes: list[RemedyOutcome], tasks: tuple[int, ...]) -> Panel:
     x = tuple(map(float, tasks))
     return Panel(
         f"remedies in {title}: copying the last digit",
@@ -206,7 +208,7 @@ def _tasks(title: str, outcomes: list[Outcome], tasks: tuple[int, ...]) -> Panel
     )
 
 
-def _table(outcomes: list[Outcome], lengths: tuple[int, ...], tasks: tuple[int, ...]) -> Table:
+def _table(outcomes: list[RemedyOutcome], lengths: tuple[int, ...], tasks: tuple[int, ...]) -> Table:
     columns = (
         "remedy",
         *(f"L1 at {k}" for k in lengths),
@@ -231,7 +233,7 @@ def _table(outcomes: list[Outcome], lengths: tuple[int, ...], tasks: tuple[int, 
     return Table("before and after", columns, tuple(rows))
 
 
-def _verdicts(outcomes: list[Outcome], lengths: tuple[int, ...]) -> tuple[Verdict, ...]:
+def _verdicts(outcomes: list[RemedyOutcome], lengths: tuple[int, ...]) -> tuple[Verdict, ...]:
     keep = [o.remedy.name for o in outcomes if _keeps(o, lengths)]
     baseline = outcomes[0]
     better = [o.remedy.name for o in outcomes[1:] if o.certainty[-1] > baseline.certainty[-1] + 0.05]
