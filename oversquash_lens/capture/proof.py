@@ -103,11 +103,11 @@ def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int) -> tuple[Int[Tensor, "on
 def prove_function(model: HookedModel, architecture: Architecture) -> Function:
     """The class's own pass, the fused one and the transformers model inside agree; nobody's hook listens."""
     first, second = rows_of(model)
+    changed = torch.cat([first[:, :MIDDLE], second[:, MIDDLE:]], 1)
     with without_hooks(model):
         before, after = _Mixed(model), _Mixed(model)
         own = predictions(model, first, architecture.name, before.hooks())
         _refuse_not_finite(model, own, architecture)
-        changed = torch.cat([first[:, :MIDDLE], second[:, MIDDLE:]], 1)
         place = min(MIDDLE, first.shape[1]) - 1
         other = predictions(model, changed, architecture.name, after.hooks(halved=place))
         _prove_unmoved(model, architecture, first, own, other, place)

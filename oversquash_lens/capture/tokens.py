@@ -125,6 +125,10 @@ def _own_ids(model: Any, text: str, bos: bool | None, piece: bool) -> list[int]:
             f"expected a text that the model's tokenizer takes, got {type(error).__name__} from model.to_tokens: "
             f"{one_line(error, 160)}: give token ids, or set the tokenizer up"
         ) from error
+    if (
+        typed and ids[-len(typed) :] == typed
+    ):  # also where the words themselves are special tokens, such as unknown ones
+        return ids
     special = set(model.tokenizer.all_special_ids)
     added = _ending(ids, special) - _ending(typed, special)
     if added > 0 and typed and not piece:
