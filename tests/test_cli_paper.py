@@ -323,7 +323,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no tokens": (["tasks", "--max-new-tokens", "0"], "expected at least 1, got max_new_tokens=0"),
     "figure": (["reproduce", "5", "13"], "got figure 13"),
     "no figures": (["reproduce"], "FIGURE"),
-    "longest": (["reproduce", "2", "--longest", "50"], "expected at least 100, got a longest length of 50"),
+    "longest": (["reproduce", "2", "--longest", "50"], "the shortest of figure 2, got a longest length of 50"),
     "reproduce's number format": (["reproduce", "5", "--dtypes", "float7"], "got 'float7'"),
     "reproduce's samples": (["reproduce", "3", "--samples", "-1"], "got samples=-1"),
     "reproduce's probes": (["reproduce", "window", "--probes", "0"], "got probes=0"),
@@ -343,10 +343,10 @@ def test_bad_input_is_one_line_and_no_model(name: str, cli: Callable) -> None:
 WITH_A_MODEL: dict[str, tuple[list[str], str]] = {
     "groups of none": (["collapse", "--family", "separated", "--every", "0"], "got every=0, step=1"),
     "a side": (["collapse", "--family", "separated", "--counted-from", "above"], "got counted_from='above'"),
-    "no words": (["collapse", "--family", "words"], "came as the words"),
+    "no words": (["collapse", "--family", "words"], "got [] as the words"),
     "two equal prompts": (["collapse", "--prompts", "the same", "the same"], "are equal"),
     "a short prompt": (["collapse", "--prompts", "a", "b"], "1 token"),
-    "beyond n_ctx": (["collapse", "--lengths", "1,2000"], "at most n_ctx = 1024: 1 is the longest that fits"),
+    "beyond n_ctx": (["collapse", "--lengths", "1,2000"], "at most n_ctx = 1024 tokens, this model's, got family 'counting ones'"),
     "tasks beyond n_ctx": (["tasks", "--task", "sum", "--lengths", "400"], "n_ctx = 1024"),
     "a length too short to ask about": (["tasks", "--task", "copy_last", "--lengths", "1"], "got a length of 1"),
 }
