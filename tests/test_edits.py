@@ -261,15 +261,15 @@ def test_bos_is_dropped(make: Callable) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: sliding_window(0), "expected at least 1, got window of 0"),
+        (lambda: sliding_window(0), "expected at least 1 position, got a window of 0"),
         (lambda: window(-3), "window of -3"),
         (lambda: mask_position(-1), "expected one from 0 on, got position -1"),
         (lambda: ablate_head(-1, 0), "layer -1"),
         (lambda: ablate_head(0, -2), "head -2"),
-        (lambda: sharpen(0.0), "expected a positive number, got power of 0.0"),
+        (lambda: sharpen(0.0), "expected a positive number, .*, got a power of 0.0"),
         (lambda: sharpen(float("nan")), "power of nan"),
         (lambda: sharpen(float("inf")), "power of inf"),
-        (lambda: separators(0), "got every 0 tokens"),
+        (lambda: separators(0), "got separators behind every 0 tokens"),
         (lambda: separators(3, ""), "an empty separator"),
     ],
 )
@@ -289,11 +289,11 @@ def test_edits_that_nothing_can_do(wrong: Callable, said: str) -> None:
         (
             separators(1, "w9 w9 w9"),
             "w3 w4 w5 w6 w7 w8",
-            "got behind every token: a prompt of 21 tokens; .* n_ctx = 16",
+            "behind every token: expected at most n_ctx = 16 tokens, got 21 tokens",
         ),
-        (without_bos(), "w3 w4", "got without BOS: a prompt without BOS"),
-        (with_bos(), "<bos> w3", "got with BOS: a prompt that starts with BOS"),
-        (without_bos(), "<bos> w3", "got without BOS: a prompt of 1 token"),
+        (without_bos(), "w3 w4", "without BOS: expected one that starts with it, got a prompt without BOS"),
+        (with_bos(), "<bos> w3", "with BOS: expected one without, got a prompt that starts with BOS"),
+        (without_bos(), "<bos> w3", "without BOS: expected at least two, got a prompt of 1 token"),
     ],
     ids=lambda edit: getattr(edit, "label", ""),
 )
