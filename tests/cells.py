@@ -89,6 +89,18 @@ class Subject:
             self._truths[key] = measured
         return self._truths[key]
 
+    @cached_property
+    def patterns(self) -> list[torch.Tensor]:
+        """Each layer's attention weights in a plain pass: [head, dest, src]."""
+        found: dict[int, torch.Tensor] = {}
+        hooks = [
+            (f"blocks.{i}.attn.hook_pattern", lambda p, hook=None, i=i: found.update({i: p[0].detach().clone()}))
+            for i in range(self.model.cfg.n_layers)
+        ]
+        with torch.no_grad(), attached(self.model, hooks):
+            self.model(self.tokens)
+        return [found[i] for i in range(len(found))]
+
     def frozen_spectral(self) -> torch.Tensor:
         """‖∂y_n/∂v_i‖₂ with the attention weights held fixed, also where no hook can hold them: Float[pos]."""
         try:
@@ -124,7 +136,7 @@ class Subject:
         hooks = [("unembed.hook_in", lambda y, hook=None: found.append(y[:, -1].double()))]
         hooks.append(("blocks.0.hook_resid_pre", lambda v, hook=None: v + nudges.to(v)))
         if freeze_attention:
-            kept = [pattern.rows(0, LENGTH) for pattern in self.trace.attention]
+            kept = self.patterns
             hooks += [
                 (f"blocks.{i}.attn.hook_pattern", lambda p, hook=None, kept=kept[i]: kept.to(p).expand_as(p))
                 for i in range(len(kept))

@@ -346,7 +346,10 @@ WITH_A_MODEL: dict[str, tuple[list[str], str]] = {
     "no words": (["collapse", "--family", "words"], "got [] as the words"),
     "two equal prompts": (["collapse", "--prompts", "the same", "the same"], "are equal"),
     "a short prompt": (["collapse", "--prompts", "a", "b"], "1 token"),
-    "beyond n_ctx": (["collapse", "--lengths", "1,2000"], "at most n_ctx = 1024 tokens, this model's, got family 'counting ones'"),
+    "beyond n_ctx": (
+        ["collapse", "--lengths", "1,2000"],
+        "at most n_ctx = 1024 tokens, this model's, got family 'counting ones'",
+    ),
     "tasks beyond n_ctx": (["tasks", "--task", "sum", "--lengths", "400"], "n_ctx = 1024"),
     "a length too short to ask about": (["tasks", "--task", "copy_last", "--lengths", "1"], "got a length of 1"),
 }

@@ -333,6 +333,7 @@ TOO_MUCH = r"needs about [\d.]+ [MG]B of memory beyond what is in use \(.* of it
 def test_what_would_not_fit_is_refused_with_the_numbers(door: str, memory: Callable) -> None:
     memory("1MB")
     for model in both_kinds():
+        osl.support(model)  # the model is proven
         model.forward = lambda *_, **__: pytest.fail("the model ran")
         with pytest.raises(InputError, match=TOO_MUCH) as raised:
             getattr(osl, door)(model, tokens_for(5, 12), probes=2)

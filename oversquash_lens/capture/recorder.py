@@ -338,7 +338,7 @@ class Recorder:
             gated_mlp=architecture.gated,
             parallel=architecture.parallel,
             support=architecture_support(architecture),
-            route_reason=self.route.why,
+            route_reason=self.route.why if isinstance(self.route, Route) else "",
         )
 
     def _complete(self) -> _Pass:
