@@ -245,6 +245,7 @@ def kinds(trace: osl.Trace) -> set[type]:
 
 def test_a_bridge_is_recorded_by_fused_attention(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned_route(llama, 12) == "fused"
+    osl.support(llama)  # its proof compares both
     monkeypatch.setattr(type(llama.blocks[0].attn), "forward", _never)  # the class's own attention is not run
     assert kinds(osl.record(llama, tokens_for(4, 12))) == {RecomputedAttention}
 
@@ -331,6 +332,7 @@ def test_hooks_outside_attention_are_heard_on_the_fused_route(llama: Model) -> N
 
 def test_only_the_last_position_is_unembedded(fresh: tuple[Model, torch.Tensor]) -> None:
     model, tokens = fresh
+    osl.support(model)  # what is proven once is proven on every position
     inner = getattr(model.unembed, "original_component", model.unembed)
     sizes: list[int] = []
     inner.forward = _counted(inner.forward, sizes)
@@ -357,7 +359,7 @@ def test_who_listens_to_the_unembedding_hears_every_position(fresh: tuple[Model,
     heard = []
     model.add_hook("unembed.hook_in", lambda y, hook=None: heard.append(y.shape[1]))
     osl.record(model, tokens)
-    assert heard == [6]
+    assert heard == [8, 8, 6]  # twice by the proof that this hook leaves the model a fixed function
 
 
 # ---------------------------------------------------------------- nothing that grows as pos² stays

@@ -338,7 +338,7 @@ class Recorder:
             gated_mlp=architecture.gated,
             parallel=architecture.parallel,
             support=architecture_support(architecture),
-            route_reason=self.route.why if isinstance(self.route, Route) else "",
+            route_reason=self.route.why if isinstance(self.route, AttentionRoute) else "",
         )
 
     def _complete(self) -> _Pass:
