@@ -465,7 +465,9 @@ def test_a_pattern_edited_beneath_the_hooks_is_caught(name: str, kind: str) -> N
 @needs_bridge
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fused_attention_that_computes_something_else_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, attend = zoo(name, "bridge"), fused._attend
+    """By the proof of a model, and by the recording itself where the proof was made before."""
+    proven, model, attend = zoo(name, "bridge"), zoo(name, "bridge"), fused._attend
+    osl.support(proven)
 
     def other(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
@@ -474,7 +476,9 @@ def test_fused_attention_that_computes_something_else_is_caught(name: str, monke
         return mixed * 1.1, none
 
     monkeypatch.setattr(fused, "_attend", other)
-    caught(model, "fused", "layer 0")
+    caught(proven, "fused", "layer 0")
+    with pytest.raises(ModelError, match="computes another function than the fused pass"):
+        osl.record(model, tokens_for(4, 6))
 
 
 @needs_bridge

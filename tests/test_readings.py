@@ -15,7 +15,7 @@ from oversquash_lens.capture import prefixes, readings
 from oversquash_lens.capture.prefixes import plan
 from oversquash_lens.capture.readings import Readings, read, read_alone, unembedded
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.errors import HookMismatchError
+from oversquash_lens.errors import HookMismatchError, ModelError
 
 Model = Any
 Watch = Callable[..., dict[str, torch.Tensor]]
@@ -412,10 +412,13 @@ def test_nor_after_an_exception(name: str, only_branches: bool, count_hooks: Cal
 
 def test_weights_that_are_no_numbers_are_told() -> None:
     model = made("bridge-gpt2")
+    subject = Subject.of(model)
     with torch.no_grad():
         model.blocks[1].mlp.out.bias[0] = torch.nan
     with pytest.raises(HookMismatchError, match="NaN or infinite"):
-        read(Subject.of(model), endings())
+        read(subject, endings())
+    with pytest.raises(ModelError, match=r"the weights blocks\.1\.mlp\..*bias hold NaN or infinite"):
+        Subject.of(model)
 
 
 @pytest.mark.parametrize("silent", ["attn.hook_pattern", "hook_resid_pre", "attn.hook_z"])

@@ -340,7 +340,8 @@ def _refuse_not_finite(model: HookedModel, own: Predictions, architecture: Archi
     broken = [name for name, weight in named_weights(model) if not bool(torch.isfinite(weight).all())]
     if broken:
         raise ModelError(
-            f"the weights {broken[0]} hold NaN or infinite values; expected finite ones: load {architecture.name} again"
+            f"the weights {broken[0].replace('_original_component.', '')} hold NaN or infinite values; expected finite "
+            f"ones: load {architecture.name} again"
         )
     raise ModelError(
         f"{architecture.name} gives NaN or infinite logits for {TOKENS} tokens; expected finite ones: use a wider "
