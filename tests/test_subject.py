@@ -90,7 +90,7 @@ def loaded(made: Model, folder: Path) -> Model:
 
 
 @needs_bridge
-@pytest.mark.parametrize("family", ["Cohere", "Cohere2"])
+@pytest.mark.parametrize("family", ["Cohere", "Cohere2", "StableLm"])
 @pytest.mark.parametrize("made", ["booted", "loaded"])
 def test_a_bridge_that_computes_another_function_is_refused_at_every_door(
     family: str, made: str, tmp_path: Path
@@ -368,6 +368,33 @@ def test_a_hook_is_blamed_only_where_one_is_attached(fresh: tuple[Model, torch.T
     model, _ = fresh
     model.add_hook("blocks.1.attn.hook_z", lambda value, hook: 2 * value)
     assert "a hook of yours, on blocks.1.attn" in refusal(lambda: osl.record(model, IDS), HookMismatchError)
+
+
+@needs_bridge
+def test_a_model_without_attention_has_a_truth_and_no_paths() -> None:
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=D_VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    made = transformers.MambaForCausalLM(config).eval()
+    made.config.architectures = ["MambaForCausalLM"]
+    model = bridged(made)
+    verdicts = osl.support(model)
+    assert verdicts["truth"].state == "supported"
+    assert verdicts["mean_field"].state == "refused"
+    assert "no attention in its first block" in refusal(lambda: osl.record(model, IDS))
+    assert osl.measured_sensitivity(model, IDS, probes=2).values.shape == (len(IDS),)
+
+
+@needs_bridge
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    import transformers
+
+    size = {"vocab_size": D_VOCAB, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    made = transformers.T5ForConditionalGeneration(transformers.T5Config(**size, decoder_start_token_id=0)).eval()
+    made.config.architectures = ["T5ForConditionalGeneration"]
+    model = bridged(made)
+    for door, ask in DOORS.items():
+        assert "expected a causal decoder" in refusal(lambda ask=ask: ask(model)), door
 
 
 @needs_bridge

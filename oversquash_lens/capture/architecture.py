@@ -289,9 +289,9 @@ def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     architecture = str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or "")
     reasons = {
         "no attention in its first block": weight_of(attention[0], "W_O") is None,
-        "attention without query and key weights of its own (latent attention)": any(
-            weight_of(attention[0], each) is None for each in ("W_Q", "W_K", "W_V")
-        ),
+        "attention without query and key weights of its own (latent attention)": weight_of(attention[0], "W_O")
+        is not None
+        and any(weight_of(attention[0], each) is None for each in ("W_Q", "W_K", "W_V")),
         "norms behind attention and MLP only": "olmo2" in architecture.lower() or "olmo3" in architecture.lower(),
         "norms in some places only": normed != ("ln_final.hook_scale" in hooks),
         "queries and keys normalised across heads": _norms_across_heads(block),

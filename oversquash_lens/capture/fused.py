@@ -38,6 +38,8 @@ def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
     can_switch = getattr(original, "_can_set_attn_implementation", None)
     if can_switch is None:
         return f"a {type(model).__name__} over no transformers model computes its attention itself"
+    if any(getattr(block, "attn", None) is None for block in model.blocks):
+        return "not every block of it has attention"
     reasons = {
         "its scores are capped, which fused attention does not know": architecture.soft_cap is not None,
         "its attention sinks are a term of the softmax that fused attention does not know": architecture.sinks,
@@ -53,7 +55,7 @@ def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
 def copied_projections_differ(model: HookedModel) -> bool:
     """Whether a bridge's own copies of joint projections are no longer those of the modules that it wraps."""
     for block in model.blocks:
-        split = getattr(block.attn, "split_qkv_matrix", None)
+        split = getattr(getattr(block, "attn", None), "split_qkv_matrix", None)
         if split is None:
             continue
         for name, fresh in zip(("q", "k", "v"), split(block.attn.original_component), strict=True):
