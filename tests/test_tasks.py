@@ -329,7 +329,7 @@ def test_tasks_share_a_file_and_settings_do_not(tmp_path: Path) -> None:
     run_task(Parrot(right), "sum", [5], out=path)
     run_task(Parrot(right), TASKS["ones"].separated(","), [5], out=path)
     assert run_task(Parrot(right, patience=0), "ones", [5], out=path) == first
-    with pytest.raises(InputError, match=r"temperature=0\.0, these are of temperature=1\.0"):
+    with pytest.raises(InputError, match=r"temperature: 0\.0 there, 1\.0 now"):
         run_task(Parrot(right), "ones", [5], sampling=Sampling(temperature=1.0), out=path)
     stranger = Parrot(right)
     stranger.settings = {"model": "magpie", "chat": False}
@@ -348,7 +348,7 @@ def test_scores_alone_resume_too(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    from small_speakers import speaker
+    from small_generators import speaker
     from oversquash_lens.paper.generator import Sampling
     from small_generators import generator
     from oversquash_lens.paper.generator import Sampling
