@@ -122,7 +122,10 @@ def findings(
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Findings:
-    """Record a prompt once, measure the truth, and find out all that a report says; options as `audit`'s.
+    """Record a prompt once, measure its sensitivity, and find out all that a report says.
+
+    `probes`: backward products, None for the exact sensitivity; `beta`: what the printed bounds divide by, "measured"
+    or one number; the other options are `record`'s and `measured_sensitivity`'s. Raises what these raise.
 
     A prompt of more than `MOST_FROZEN` tokens is not measured again with attention or norms frozen (see `audit`), and
     the paper's assumptions, which that is for, are not imposed on the estimate either.

@@ -331,7 +331,7 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
     `store["attention_scale"][l]`, `store["mlp_scale"][l]` with the divisors of the two norms [batch, pos], where the
     architecture has them.
     Put them behind hooks of your own that edit patterns, or they see the pattern before the edit. Patterns are kept
-    whole: memory grows as layer·head·pos².
+    entire: memory grows as layer·head·pos². `detach=False` keeps the autograd graph.
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 

@@ -192,6 +192,7 @@ def run_task(
 ) -> TaskResult:
     """Ask `task` at each length and read the answers; lengths None are those of the paper's figure.
 
+    `generator`: what answers, an `oversquash_lens.paper.generator.Generator` of a model. `task`: its name, or a `Task`.
     `cot`: "none", "zero_shot" or "few_shot". `samples` at each length are different sequences, or different draws of
     the same one where the task has only one; a greedy model asked the same again would say the same, so then there is
     one. `sampling` None is greedy with room for an answer (with chain of thought: for reasoning). `score` adds the

@@ -53,8 +53,8 @@ def report(
     """Find out what of the prompt the last output depends on and write the page; returns its absolute path.
 
     `probes=None` measures the truth exactly, which takes minutes; 16 probes take seconds. `probes`, `chat`, `bos` and
-    further `options` (beta=, seed=, progress=, …) are `findings`'. The place is looked at before the model runs, and
-    the file appears whole or not at all.
+    further `options` (beta=, seed=, progress=, …) are `findings`'; `title` is the page's heading. The place is looked
+    at before the model runs, and the file appears whole or not at all.
     """
     target = check_writable(path)
     check_options(options)
