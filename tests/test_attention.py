@@ -498,6 +498,7 @@ def test_a_hook_that_fires_twice_is_caught(fresh: tuple[Model, torch.Tensor]) ->
 
 
 def test_auto_falls_back_to_what_the_hooks_show(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    osl.support(llama)  # proven while it is right
     monkeypatch.setattr("oversquash_lens.capture.fused._CPU_KERNEL", "none")
     monkeypatch.setattr(fused.functional, "scaled_dot_product_attention", lambda query, *rest, **options: query)
     assert kinds(osl.record(llama, tokens_for(4, 12))) == {KeptAttention}
@@ -524,6 +525,7 @@ class InterruptedPassError(Exception):
 @pytest.mark.parametrize("where", ["before", "inside", "never"])
 def test_the_model_is_left_as_it_was(name: str, where: str, count_hooks: Callable, monkeypatch: Any) -> None:
     model, tokens = zoo(name, "bridge"), tokens_for(4, 12)
+    osl.support(model)  # proven: what is interrupted is the recording
     logits, hooks = model(tokens), count_hooks(model)
     implementation = model.original_model.config._attn_implementation
     attend, calls = fused._attend, []
