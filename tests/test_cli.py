@@ -199,7 +199,7 @@ def test_without_a_prompt_it_counts_ones(on_tiny: Callable) -> None:
     """The paper's own kind of prompt; far beyond what this model reads."""
     assert DEFAULT_PROMPT.startswith("How many ones are in the following sequence? 1 1 1")
     n = len(DEFAULT_PROMPT.split()) + 1
-    refused(on_tiny("bound"), f"a prompt of {n} tokens came; this model reads at most n_ctx = 16")
+    refused(on_tiny("bound"), f"expected at most n_ctx = 16 tokens, got {n} tokens")
 
 
 def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
