@@ -284,9 +284,9 @@ def test_ctrl_c_in_a_sweep_keeps_what_is_done(tmp_path: Path, record_property: C
 
 def test_ctrl_c_leaves_no_half_result(tmp_path: Path) -> None:
     """In the middle of loading, before anything is there: nothing but the line."""
-    code = "from oversquash_lens import models\nimport sys, time, signal\n"
+    code = "from oversquash_lens.models import loading\nimport sys, time, signal\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "models.load_model = lambda *a, **o: (print('now', flush=True), time.sleep(60))\n"
+    code += "loading.load_model = lambda *a, **o: (print('now', flush=True), time.sleep(60))\n"
     code += f"from oversquash_lens.cli import main; sys.exit(main({['collapse', '--out', 'curve.json']!r}))"
     child = alone("-c", code, cwd=tmp_path)
     assert child.stdout.readline() == "now\n"

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from oversquash_lens.capture.hooked_model import size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
 from oversquash_lens.sweeps import rows as work
+from oversquash_lens.sweeps import run
 from oversquash_lens.sweeps.prompt_files import read_prompts
 from oversquash_lens.sweeps.result import SweepResult, density
 from oversquash_lens.sweeps.rows import MEASURES as ALL_MEASURES
@@ -351,6 +353,99 @@ def test_another_run_is_refused_and_nothing_touched(
     with pytest.raises(InputError, match=rf"belongs to another run \({what}: .* give another file"):
         call(tiny, out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def steered(residual: Any, hook: Any = None) -> Any:
+    return residual + 0.5 * residual.roll(1, -1)
+
+
+def test_rows_of_the_plain_model_are_not_those_of_a_hooked_one(tiny: Any, out: Path) -> None:
+    """A hook of the user's makes another model; without it, yesterday's rows are right again."""
+    osl.sweep(tiny, texts(3), "proof", out)
+    before = out.read_bytes()
+    tiny.add_hook("blocks.0.hook_resid_post", steered)
+    try:
+        with pytest.raises(osl.InputError, match=r"belongs to another run \(model\.computes: "):
+            osl.sweep(tiny, texts(3), "proof", out)
+    finally:
+        tiny.reset_hooks()
+    assert osl.sweep(tiny, texts(3), "proof", out).reused == 3
+    assert out.read_bytes() == before
+
+
+def test_another_definition_of_a_measure_is_another_run(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    osl.sweep(tiny, texts(3), ["proof", "flow"], out)
+    monkeypatch.setitem(ALL_MEASURES, "flow", replace(ALL_MEASURES["flow"], definition=2))
+    with pytest.raises(osl.InputError, match=r"\(definitions\.flow: 1 there, 2 now\)"):
+        osl.sweep(tiny, texts(3), ["proof", "flow"], out)
+
+
+def test_this_librarys_version_is_recorded_and_not_compared(
+    tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "oversquash-lens" in osl.sweep(tiny, texts(3), "proof", out).identity["recorded"]["versions"]
+    monkeypatch.setattr(run, "software_versions", lambda: {"oversquash-lens": "99"})
+    assert osl.sweep(tiny, texts(3), "proof", out).reused == 3
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_two_sweeps_on_one_file_do_not_both_do_the_work(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, whole, refused = texts(8), work._batch_rows, []
+
+    def meanwhile(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "_batch_rows", None)
+            with pytest.raises(osl.InputError, match="another run is writing into"):
+                osl.sweep(tiny, prompts, MEASURES, out)
+        refused.append(1)
+        return whole(*given)
+
+    monkeypatch.setattr(work, "_batch_rows", meanwhile)
+    exactly_once(osl.sweep(tiny, prompts, MEASURES, out), prompts)
+    assert refused
+
+
+def test_what_fails_inside_the_model_refuses_its_prompt_alone(
+    tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = work.record_tokens
+
+    def fail_at_three(model: Any, tokenized: Any, **options: Any) -> Any:
+        if len(tokenized.ids) == 3:
+            raise RuntimeError("sizes\ndo not match")
+        return whole(model, tokenized, **options)
+
+    monkeypatch.setattr(work, "record_tokens", fail_at_three)
+    result = osl.sweep(tiny, [[5] * n for n in (2, 3, 9)], "mean_field", out)
+    assert result.table()["status"].to_pylist() == ["done", "refused", "done"]
+    assert result.reasons == {"RuntimeError: sizes do not match": 1}
+
+
+def test_a_damaged_file_of_rows(tiny: Any, out: Path) -> None:
+    """Without its column of states, with half its content, with an identity that is none."""
+    result = osl.sweep(tiny, texts(3), "flow", out)
+    table = result.table()
+    pyarrow.parquet.write_table(table.drop_columns(["status"]), out)
+    with pytest.raises(osl.InputError, match="is damaged"):
+        osl.SweepResult.load(out)
+    with pytest.raises(osl.InputError, match="is damaged"):
+        osl.sweep(tiny, texts(3), "flow", out)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"oversquash-lens-run": b"[" * 100_000}), out)
+    with pytest.raises(osl.InputError, match="is no sweep's file"):
+        osl.SweepResult.load(out)
+
+
+def test_a_result_says_itself_in_a_few_lines(tiny: Any, out: Path) -> None:
+    result = osl.sweep(tiny, [*texts(6), TOO_LONG], MEASURES, out)
+    lines = repr(result).splitlines()
+    assert len(lines) <= 12
+    assert "7 prompts, 6 measured, 1 refused" in lines[0]
+    assert "mean_field_heard" in repr(result) + "".join(result._table()["column"])
+    medians = dict(zip(result._table()["column"], result._table()["median"], strict=True))
+    frame = result.to_frame()
+    assert medians["mean_field_heard"] == pytest.approx(frame["mean_field_heard"].median())
+    assert (len(frame), list(frame.columns)) == (7, list(result.columns))
+    assert "<table>" in result._repr_html_()
 
 
 def test_a_file_that_is_no_sweeps(tiny: Any, out: Path) -> None:

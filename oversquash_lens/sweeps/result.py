@@ -116,11 +116,11 @@ class SweepResult(Result):
         return dict(Counter(reason for reason in reasons if reason is not None).most_common())
 
     def bands(self, measure: str, *, bins: int = BINS) -> Bands:
-        """How the share heard is spread over the prompt, or how wide the paths are at each layer, over all prompts.
+        """How the shares are spread over the prompt, or how wide the paths are at each layer, over all prompts.
 
-        Of a measure with shares: by relative position, in `bins` bins, how many times an even share is heard (1 in
-        every bin if all positions are heard alike). Of "flow": the effective width by layer, of "squashing" over that
-        of even attention.
+        `measure`: one of this sweep's, else InputError. Of one with shares: by relative position, in `bins` bins, the
+        share over an even one (1 in every bin if all positions have the same). Of "flow": the effective width by
+        layer, of "squashing" over that of uniform attention.
         """
         column = next((f"{measure}_{name}" for name in BANDED if f"{measure}_{name}" in self.columns), None)
         if measure not in self.measures or column is None:

@@ -59,18 +59,23 @@ def sweep(
 ) -> SweepResult:
     """Measure every prompt and write one row each, in their order, to the parquet file `out`.
 
-    `model`: a loaded model, or a name for `load_model`, with `load` as its options. `prompts`: texts, token ids,
-    (name, prompt) pairs, or a file of them, .txt (one a line), .json, .jsonl or .parquet (`column`). `measures`: names
-    out of `sweeps.rows.MEASURES`, which also lists the columns that each fills; "truth" takes `probes`. Prompts of
-    similar length are recorded together as far as `memory` (bytes; half of what is there) goes; `attention`, as
-    `record` takes it, is for those that are recorded alone.
+    Prompts of similar length are recorded together. Rows are kept in `<out>.parts` as they are made: stopped or killed
+    at any moment, the same call goes on, and no row is lost or there twice. A prompt that cannot be used becomes a row
+    with status "refused" and the reason. Rows of another run (model, its hooks, weights, prompts, measures and their
+    definitions, options, versions of torch and transformers) are never mixed or overwritten: InputError.
 
-    Rows are kept in `<out>.parts` as they are made: stopped or killed at any moment, the same call goes on, and no row
-    is lost or there twice. A prompt that cannot be used becomes a row with status "refused" and the reason. Rows of
-    another run (model, weights, prompts, measures, options, versions) are never mixed or overwritten: InputError.
-
+    `model`: a loaded model, or a name for `load_model`, with `load` as its options.
+    `prompts`: texts, token ids, (name, prompt) pairs, or a file of them: .txt (one a line), .json, .jsonl, .csv, .tsv
+        or .parquet (`column`, else "text" or "prompt").
+    `measures`: names out of `sweeps.rows.MEASURES`, which also lists the columns that each fills.
+    `out`: the file of rows.
+    `chat`, `bos`, `node_probes`, `seed`, `verify`: as `record` takes them; `attention` too, for prompts that are
+        recorded alone.
+    `probes`: backward probes of "truth" (None: exact).
+    `memory`: bytes for prompts that are recorded together (None: half of what is there).
     `ray`: "auto" (the running cluster, or one on this machine) or a cluster's address: each worker loads the model
-    itself, so it must be given by name; `ray_options` are those of a Ray task, such as {"num_gpus": 1}.
+        itself, so it must be given by name; `ray_options` are those of a Ray task, such as {"num_gpus": 1}.
+    `progress`: show a bar.
     """
     path, effort = check_results_file(out), _effort(measures, chat, bos, node_probes, probes, seed, verify, attention)
     if memory is not None:
