@@ -365,7 +365,7 @@ def test_rows_of_the_plain_model_are_not_those_of_a_hooked_one(tiny: Any, out: P
     before = out.read_bytes()
     tiny.add_hook("blocks.0.hook_resid_post", steered)
     try:
-        with pytest.raises(osl.InputError, match=r"belongs to another run \(model\.computes: "):
+        with pytest.raises(InputError, match=r"belongs to another run \(model\.computes: "):
             osl.sweep(tiny, texts(3), "proof", out)
     finally:
         tiny.reset_hooks()
@@ -376,7 +376,7 @@ def test_rows_of_the_plain_model_are_not_those_of_a_hooked_one(tiny: Any, out: P
 def test_another_definition_of_a_measure_is_another_run(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     osl.sweep(tiny, texts(3), ["proof", "flow"], out)
     monkeypatch.setitem(ALL_MEASURES, "flow", replace(ALL_MEASURES["flow"], definition=2))
-    with pytest.raises(osl.InputError, match=r"\(definitions\.flow: 1 there, 2 now\)"):
+    with pytest.raises(InputError, match=r"\(definitions\.flow: 1 there, 2 now\)"):
         osl.sweep(tiny, texts(3), ["proof", "flow"], out)
 
 
@@ -395,7 +395,7 @@ def test_two_sweeps_on_one_file_do_not_both_do_the_work(tiny: Any, out: Path, mo
     def meanwhile(*given: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(work, "_batch_rows", None)
-            with pytest.raises(osl.InputError, match="another run is writing into"):
+            with pytest.raises(InputError, match="another run is writing into"):
                 osl.sweep(tiny, prompts, MEASURES, out)
         refused.append(1)
         return whole(*given)
@@ -426,12 +426,12 @@ def test_a_damaged_file_of_rows(tiny: Any, out: Path) -> None:
     result = osl.sweep(tiny, texts(3), "flow", out)
     table = result.table()
     pyarrow.parquet.write_table(table.drop_columns(["status"]), out)
-    with pytest.raises(osl.InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         osl.SweepResult.load(out)
-    with pytest.raises(osl.InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         osl.sweep(tiny, texts(3), "flow", out)
     pyarrow.parquet.write_table(table.replace_schema_metadata({b"oversquash-lens-run": b"[" * 100_000}), out)
-    with pytest.raises(osl.InputError, match="is no sweep's file"):
+    with pytest.raises(InputError, match="is no sweep's file"):
         osl.SweepResult.load(out)
 
 

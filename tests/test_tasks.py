@@ -333,7 +333,7 @@ def test_tasks_share_a_file_and_settings_do_not(tmp_path: Path) -> None:
         run_task(Parrot(right), "ones", [5], sampling=Sampling(temperature=1.0), out=path)
     stranger = Parrot(right)
     stranger.settings = {"model": "magpie", "chat": False}
-    with pytest.raises(InputError, match="results of model='parrot', these are of model='magpie'"):
+    with pytest.raises(InputError, match="model: 'parrot' there, 'magpie' now"):
         run_task(stranger, "ones", [5], out=path)
     with pytest.raises(InputError, match="what='scores'"):
         score_task(Parrot(right), "ones", [5], out=path)
