@@ -427,12 +427,12 @@ def test_a_damaged_file_of_rows(tiny: Any, out: Path) -> None:
     table = result.table()
     pyarrow.parquet.write_table(table.drop_columns(["status"]), out)
     with pytest.raises(InputError, match="is damaged"):
-        osl.SweepResult.load(out)
+        SweepResult.load(out)
     with pytest.raises(InputError, match="is damaged"):
         osl.sweep(tiny, texts(3), "flow", out)
     pyarrow.parquet.write_table(table.replace_schema_metadata({b"oversquash-lens-run": b"[" * 100_000}), out)
     with pytest.raises(InputError, match="is no sweep's file"):
-        osl.SweepResult.load(out)
+        SweepResult.load(out)
 
 
 def test_a_result_says_itself_in_a_few_lines(tiny: Any, out: Path) -> None:

@@ -335,7 +335,7 @@ def test_tasks_share_a_file_and_settings_do_not(tmp_path: Path) -> None:
     stranger.settings = {"model": "magpie", "chat": False}
     with pytest.raises(InputError, match="model: 'parrot' there, 'magpie' now"):
         run_task(stranger, "ones", [5], out=path)
-    with pytest.raises(InputError, match="what='scores'"):
+    with pytest.raises(InputError, match="what: nothing there, 'scores' now"):
         score_task(Parrot(right), "ones", [5], out=path)
 
 
@@ -348,8 +348,6 @@ def test_scores_alone_resume_too(tmp_path: Path) -> None:
 
 KILLED = """
     import os, signal, sys
-    from small_generators import speaker
-    from oversquash_lens.paper.generator import Sampling
     from small_generators import generator
     from oversquash_lens.paper.generator import Sampling
     from oversquash_lens.paper.tasks import run_task
