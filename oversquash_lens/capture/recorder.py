@@ -326,19 +326,18 @@ class Recorder:
             node_probes=min(self._node_probes or architecture.d_model, architecture.d_model),
             seed=self._seed,
         )
-        residuals = [layer.kept["residual"] for layer in passed.layers]
         return Trace(
             about=replace(self.about, bos=tokenized.bos, chat=tokenized.chat),
             tokens=tokenized.tokens,
             token_ids=tokenized.ids,
-            last_residuals=torch.stack([*residuals, final["last"]]),
+            last_residuals=torch.stack([*(layer.kept["residual"] for layer in passed.layers), final["last"]]),
             prediction_input=final["prediction_input"],
             attention=tuple(layer.attention for layer in passed.layers),
             gains=gains,
             gated_mlp=architecture.gated,
             parallel=architecture.parallel,
             support=architecture_support(architecture),
-            route_reason=self.route.why if isinstance(self.route, AttentionRoute) else "",
+            route_reason=self.route.why,
         )
 
     def _complete(self) -> _Pass:
