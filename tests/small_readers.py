@@ -6,12 +6,15 @@ import string
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 
 class Reader:
     """What a family asks of a model: a tokenizer and a name, no weights."""
 
     def __init__(self, *merges: tuple[str, str], begins: bool = False, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer or characters(merges, begins)
+        self.begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         self.cfg = SimpleNamespace(model_name="a reader of characters")
         self.hook_dict: dict[str, Any] = {}
 
@@ -26,6 +29,11 @@ class Reader:
         return torch.tensor([ids if prepend_bos is None else [begin, *bare] if prepend_bos else bare])
 
     def run_with_hooks(self, *arguments: Any, **options: Any) -> None: ...
+
+    def to_tokens(self, text: str, prepend_bos: bool | None = None, **options: Any) -> torch.Tensor:
+        """By TransformerLens' rule, BOS where the tokenizer itself puts it, or as it is asked for."""
+        ids, begin = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.bos_token_id
+        return torch.tensor([[begin, *ids] if prepend_bos or (prepend_bos is None and self.begins) else ids])
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.tokenizer.decode(list(ids))

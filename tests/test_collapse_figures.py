@@ -147,7 +147,9 @@ def test_what_the_model_cannot_read_is_left_out_and_said(tmp_path: Path) -> None
     assert note == (f"Lengths beyond {over + 1} are left out: this model reads n_ctx = {N_CTX} tokens.",)
     assert config.readable((1, 2), family) == ((1, 2), ())
     nothing, _ = config.readable((5000, 6000), family)
-    with pytest.raises(InputError, match=f"expected at most n_ctx = {N_CTX} tokens, .*: no length that fits came before it"):
+    with pytest.raises(
+        InputError, match=f"expected at most n_ctx = {N_CTX} tokens, .*: no length that fits came before it"
+    ):
         collapse_curve(config.model, family, nothing)
 
 

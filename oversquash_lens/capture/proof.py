@@ -123,15 +123,15 @@ def prove_sequence(model: HookedModel, architecture: Architecture, function: Fun
     """
     first, second = rows_of(model)
     with without_hooks(model, users=not hooked):
-        start = 1
-        own = function.own
-        if hooked:
-            start = min(MIDDLE, first.shape[1] - 1)
-            try:
-                own = predictions(model, first, architecture.name)
-            except ModelError:
+        start = min(MIDDLE, first.shape[1] - 1) if hooked else 1
+        changed = torch.cat([first[:, :start], second[:, start:]], 1)
+        try:
+            own = predictions(model, first, architecture.name) if hooked else function.own
+            other = predictions(model, changed, architecture.name)
+        except ModelError:
+            if hooked:
                 return False  # without the hooks it ran
-        other = predictions(model, torch.cat([first[:, :start], second[:, start:]], 1), architecture.name)
+            raise
         _prove_unmoved(model, architecture, first, own, other, start)
     return True
 
@@ -150,7 +150,7 @@ def predictions(
     caught: dict[str, Tensor] = {}
     try:
         with torch.no_grad(), attached(model, hooks), _listening(model.unembed, caught):
-            logits = model(ids.to(model.W_E.device), **without_cache(model))
+            logits = model(ids.clone().to(model.W_E.device), **without_cache(model))
     except OversquashError:
         raise
     except Exception as error:
