@@ -20,14 +20,6 @@ class Reader:
 
     def __call__(self, *arguments: Any, **options: Any) -> None: ...
 
-    def to_tokens(self, text: str, prepend_bos: bool | None = None, **options: Any) -> Any:
-        """[1, pos], by TransformerLens' rule: BOS as the tokenizer has it, or as `prepend_bos` says."""
-        import torch
-
-        ids, begin = list(self.ids(text)), self.tokenizer.bos_token_id
-        bare = ids[1:] if ids[:1] == [begin] else ids
-        return torch.tensor([ids if prepend_bos is None else [begin, *bare] if prepend_bos else bare])
-
     def run_with_hooks(self, *arguments: Any, **options: Any) -> None: ...
 
     def to_tokens(self, text: str, prepend_bos: bool | None = None, **options: Any) -> torch.Tensor:
