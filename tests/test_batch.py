@@ -177,7 +177,7 @@ def test_masks_that_say_nothing(ids: Any, mask: Any, said: str, tiny: Any) -> No
         (7, "prompts of type int"),
         ([], "got no prompt"),
         ([5, 6, 7], "prompt 0: "),
-        (["w5 w6", "w5 " * 20], "prompt 1: a prompt of 2"),
+        (["w5 w6", "w5 " * 20], "prompt 1: expected at most n_ctx = 16 tokens, got 2"),
         (["w5 w6", ""], "prompt 1: expected .* got an empty prompt"),
         (torch.tensor([5, 6]), "prompts of type Tensor"),
     ],
@@ -204,7 +204,7 @@ def test_other_peoples_hooks_stay_and_ours_go(fresh: tuple[Any, torch.Tensor], c
     model.add_hook("blocks.1.hook_resid_pre", fail)
     with pytest.raises(ZeroDivisionError):
         record_batch(model, prompts())
-    assert calls == [(1, 5), (len(LENGTHS), max(LENGTHS))]
+    assert calls == [(1, 5), (1, 8), (len(LENGTHS), max(LENGTHS))]  # the proof's tokens, too, go through this hook
     model.reset_hooks()
     assert count_hooks(model) == before
 

@@ -268,7 +268,7 @@ def test_the_pretended_accelerator_notices() -> None:
         assert not there.mixed
         total_variation(torch.zeros(3).softmax(0), x.softmax(0))
     (line,) = there.mixed
-    assert line.startswith("measure/lemmas.py")
+    assert line.startswith("collapse/lemmas.py")
 
 
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "tensor"}
