@@ -87,7 +87,7 @@ def _model_options() -> list[Command]:
 def _prompt_options() -> list[Command]:
     wrong = {
         ("--prompt", ""): "empty",
-        ("--prompt", "w5 " * 17): "18 tokens",
+        ("--prompt", "w5 " * 17): "17 tokens",
         ("--prompt", "w5", "--no-bos"): "1 token",
         ("--prompt", "w5 \udcff w9"): "surrogates",
         ("--prompt", PROMPT, "--chat"): "chat=True",
@@ -166,7 +166,7 @@ SINGLE = [
     Command(("what-if", "--prompt", PROMPT, "--edit", "mask:30"), "position 30"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "sharpen:nan"), "nan"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "separators:0"), "every 0"),
-    Command(("what-if", "--prompt", PROMPT, "--edit", "with-bos"), "BOS"),
+    Command(("what-if", "--prompt", PROMPT, "--edit", "without-bos"), "BOS"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--variant", "median"), "'median'"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--probes", "0"), "probes"),
     # sweep
@@ -178,6 +178,8 @@ SINGLE = [
     Command(("sweep", "--prompts-file", "@/rows.jsonl"), "rows.jsonl"),
     Command(("sweep", "--prompts-file", "@/rows.jsonl", "--column", "text"), "'text'"),
     Command(("sweep", "--prompts-file", "@/good.txt", "--column", "text"), "column='text'"),
+    Command(("report", "--prompts-file", "@/good.txt", "--column", "text"), "column='text'"),
+    Command(("report", "--prompt", PROMPT, "--column", "text"), "--column"),
     Command(("sweep", "--prompts-file", "@/rows.csv"), "rows.csv"),
     Command(("report", "--prompts-file", "@/rows.csv"), "rows.csv"),
     Command(("sweep", "--prompts-file", "@/good.txt", "--measures", "median"), "'median'"),

@@ -354,7 +354,7 @@ ARGUMENTS = [
     ),
     # edits and what they do
     Case("edits.window", "no width", "window of 0", lambda w: osl.edits.window(0)),
-    Case("edits.window", "a width of words", "window of wide", lambda w: osl.edits.window("to_float64")),
+    Case("edits.window", "a width of words", "window of wide", lambda w: osl.edits.window("wide")),
     Case("edits.window", "half a position", "window of 2.5", lambda w: osl.edits.window(2.5)),
     Case("edits.sliding_window", "less than none", "window of -3", lambda w: osl.edits.sliding_window(-3)),
     Case("edits.mask_position", "before the prompt", "position -1", lambda w: osl.edits.mask_position(-1)),
@@ -395,7 +395,7 @@ ARGUMENTS = [
     Case("plan", "no probes", "probes=0", lambda w: osl.plan(w.model, PROMPT, probes=0)),
     Case("plan", "a prompt of 0 tokens", "0", lambda w: osl.plan(w.model, 0)),
     Case("plan", "a negative prompt", "-5", lambda w: osl.plan(w.model, -5)),
-    Case("what_if", "no edit", "no edit", lambda w: osl.what_if(w.model, PROMPT)),
+    Case("what_if", "no edit", "none", lambda w: osl.what_if(w.model, PROMPT)),
     Case("what_if", "a word for an edit", "'window:2'", _what_if("window:2")),
     Case(
         "what_if", "an edit of unknown derivative", "adaptive temperature", _what_if(osl.edits.adaptive_temperature())
@@ -429,7 +429,7 @@ ARGUMENTS = [
     Case("collapse_curve", "an unknown format", "'float7'", _curve(dtypes=("float7",))),
     Case("collapse_curve", "one format that is no list", "'f'", _curve(dtypes="float32")),
     Case("collapse_curve", "a family that is none", "got a str", _curve(family="ones")),
-    Case("collapse_curve", "a family of words", "got a str", _curve(family=lambda k: "w5 w9")),
+    Case("collapse_curve", "a family of words", "a str", _curve(family=lambda k: "w5 w9")),
     Case("collapse_curve", "a family of one token", "1 token", _curve(family=lambda k: [5])),
     Case("collapse_curve", "two prompts alike", "equal", _two_pairs([5, 9], [5, 9])),
     Case("collapse_curve", "beyond the vocabulary", "token id 99", _two_pairs([5, 9], [5, 99])),
