@@ -167,6 +167,6 @@ def test_real_prompts_make_real_pages(tmp_path):
 
 def test_what_is_not_known_is_a_dash(asked, tmp_path):
     single = replace(GOOD.squashing, null_share=GOOD.squashing.share * 0 + 0.0)
-    assert single.null_heard == 1.0
+    assert single.null_effective_tokens == 1.0
     entry = reports_module._entry(replace(GOOD, squashing=single), "n", "b", "1.html")
     assert Outline(render_index([entry])).row("n")[5] == "–"
