@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -323,3 +324,8 @@ def test_public_functions_take_few_options_and_explain_them() -> None:
         doc = inspect.getdoc(found) or ""
         for parameter in parameters - {"model", "trace", "prompt"}:
             assert re.search(rf"\b{parameter}\b", doc), f"{name} does not say what {parameter} is"
+
+
+def test_the_api_page_is_what_the_docstrings_say() -> None:
+    made = runpy.run_path(str(DOCS / "make_api.py"))["page"]()
+    assert (DOCS / "api.md").read_text("utf-8") == made, "run python docs/make_api.py"
