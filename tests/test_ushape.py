@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,6 +47,11 @@ class Reader:
     def __call__(self) -> None: ...
 
     def run_with_hooks(self) -> None: ...
+
+    def to_tokens(self, text: str, prepend_bos: bool = False, **options: Any) -> torch.Tensor:
+        """[1, pos], by the tokenizer's own rule, BOS where it is asked for."""
+        ids = self.tokenizer(text)["input_ids"]
+        return torch.tensor([[self.tokenizer.bos_token_id, *ids] if prepend_bos else ids])
 
 
 # ---------------------------------------------------------------- prompts
