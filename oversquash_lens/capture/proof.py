@@ -217,6 +217,11 @@ def _prove_unmoved(
     off = (own.logits - other.logits)[:stop].abs().amax(-1) / size
     if not stop or bool((off <= ROUNDING[architecture.dtype]).all()):
         return
+    if not bool(off.isfinite().all()):
+        raise ModelError(
+            f"{architecture.name} gives NaN or infinite logits on {ids.shape[1]} tokens; expected finite ones: check its "
+            "weights and the hooks on it, or use a wider dtype (float32) if this one overflows"
+        )
     again = predictions(model, ids, architecture.name)
     apart = ((again.logits - own.logits).abs().max() / size).item()
     if apart > ROUNDING[architecture.dtype]:
