@@ -219,8 +219,8 @@ def _prove_unmoved(
         return
     if not bool(off.isfinite().all()):
         raise ModelError(
-            f"{architecture.name} gives NaN or infinite logits on {ids.shape[1]} tokens; expected finite ones: check its "
-            "weights and the hooks on it, or use a wider dtype (float32) if this one overflows"
+            f"{architecture.name} gives NaN or infinite logits on {ids.shape[1]} tokens; expected finite ones: check "
+            "its weights and the hooks on it, or use a wider dtype (float32) if this one overflows"
         )
     again = predictions(model, ids, architecture.name)
     apart = ((again.logits - own.logits).abs().max() / size).item()
