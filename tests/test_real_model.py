@@ -116,6 +116,6 @@ def test_one_probe_corrects_the_estimate(smollm2: Any) -> None:
 
 def test_an_expected_error_is_said_of_the_real_model(smollm2: Any) -> None:
     expected = osl.expected_error(osl.record(smollm2, AGREED))
-    assert 0.05 < expected.response < 1
+    assert 0.05 < expected.softmax_share < 1
     assert 0.3 < expected.size < 1.2
     assert 1.5 < expected.factor() < 3
