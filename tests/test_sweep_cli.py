@@ -27,7 +27,7 @@ def test_a_sweep_from_the_command_line(on_tiny: Callable, prompts: tuple[str, li
     file, found = prompts
     first = on_tiny("sweep", "--prompts-file", file, "--measures", "mean_field, proof,flow", "--figure", "bands.png")
     assert first.code == 0, first.err
-    for line in ("7  total", "6  done", "1  refused", "0  reused", "refused: a prompt of"):
+    for line in ("7  total", "6  done", "1  refused", "0  reused", "refused: expected at most n_ctx"):
         assert line in first.out
     exactly_once(SweepResult.load("sweep.parquet"), found)
     assert Path("bands.png").read_bytes().startswith(b"\x89PNG")
