@@ -410,13 +410,13 @@ def test_what_fails_inside_the_model_refuses_its_prompt_alone(
 ) -> None:
     whole = work.record_tokens
 
-    def fail_at_three(model: Any, tokenized: Any, **options: Any) -> Any:
-        if len(tokenized.ids) == 3:
+    def fail_at_four(model: Any, tokenized: Any, **options: Any) -> Any:
+        if len(tokenized.ids) == 4:
             raise RuntimeError("sizes\ndo not match")
         return whole(model, tokenized, **options)
 
-    monkeypatch.setattr(work, "record_tokens", fail_at_three)
-    result = osl.sweep(tiny, [[5] * n for n in (2, 3, 9)], "mean_field", out)
+    monkeypatch.setattr(work, "record_tokens", fail_at_four)
+    result = osl.sweep(tiny, [[5] * n for n in (2, 4, 9)], "mean_field", out)
     assert result.table()["status"].to_pylist() == ["done", "refused", "done"]
     assert result.reasons == {"RuntimeError: sizes do not match": 1}
 
