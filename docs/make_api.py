@@ -13,7 +13,8 @@ import oversquash_lens
 
 HEAD = """# Public names
 
-What `import oversquash_lens as osl` gives, from A to Z. Made from the docstrings by `python docs/make_api.py`.
+What `import oversquash_lens as osl` gives, from A to Z. Made from the docstrings by `python docs/make_api.py`; a test
+holds it to them.
 Names behind these are reached through their modules, see [architecture.md](architecture.md).
 
 Every result has a short `repr`, a table in a notebook, `to_dict()` for JSON and `to_frame()` for pandas. Options that
