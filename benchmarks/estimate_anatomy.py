@@ -110,8 +110,8 @@ def steps(trace: osl.Trace, true: Squares) -> list[Step]:
 
 
 def _error(assumed: Float[Tensor, " pos"], true: Float[Tensor, " pos"]) -> tuple[float, float]:
-    heard = true > 0
-    off = (assumed[heard] / true[heard]).log10() / 2
+    reached = true > 0
+    off = (assumed[reached] / true[reached]).log10() / 2
     return off.median().item(), off.std().item() if len(off) > 1 else 0.0
 
 

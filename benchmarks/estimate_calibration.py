@@ -5,7 +5,7 @@
 
 Options, prompts and kept truths are those of benchmarks.estimate_vs_truth. Prints the coefficients that the first half
 asks for, then for each model and half what became of them, and writes OUT/calibration.png: how many positions lie in
-the intervals that promise to hold them, and the error that was foretold against the one that came, prompt by prompt.
+the intervals that promise to hold them, and the predicted error beside the one that was found, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row(Prompted):
     """One prompt on one model; all logs of the estimate's error are log₁₀(estimate/truth)."""
 
     response: float
-    foretold: float  # root mean square error, as expected_error has it
+    predicted: float  # root mean square error, as expected_error has it
     came: float
     offset: float
     spread: float
@@ -83,7 +83,7 @@ def row(name: str, half: str, sample: Sample, ids: Tensor, truth: Truth) -> Row:
         half=half,
         n=len(ids),
         response=expected.softmax_share,
-        foretold=math.hypot(expected.offset, expected.offset_error, expected.spread),
+        predicted=math.hypot(expected.offset, expected.offset_error, expected.spread),
         came=off.square().mean().sqrt().item(),
         offset=off.median().item(),
         spread=off.std().item(),
@@ -138,7 +138,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "medians over prompts; ρ with the worst prompt; covered: share of positions inside the 90 % interval",
         f"{'':26}{'expected error':>24}{'one probe':>16}{'corrected':>23}{'two probes':>17}{'corrected':>23}",
-        f"{'model':8} {'half':6} {'kinds':10}{'foretold':>9}{'came':>6}{'covered':>8}"
+        f"{'model':8} {'half':6} {'kinds':10}{'predicted':>9}{'found':>6}{'covered':>8}"
         + (f"{'rho':>8}{'':8}" + f"{'rho':>8}{'':8}{'covered':>8}") * 2,
     ]
     for name in dict.fromkeys(each.model for each in rows):
@@ -152,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> str:
     at = LEVELS.index(0.9)
-    text = f"{median(each.foretold for each in rows):9.2f}{median(each.came for each in rows):6.2f}"
+    text = f"{median(each.predicted for each in rows):9.2f}{median(each.came for each in rows):6.2f}"
     text += f"{fmean(each.covered[at] for each in rows):8.2f}"
     for probes in PROBES:
         found = [each.corrections[probes] for each in rows]
@@ -163,7 +163,7 @@ def _summary(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Intervals: promised against kept. Errors: foretold against come."""
+    """Intervals: promised against kept. Errors: predicted beside found."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
@@ -179,7 +179,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             if covered:
                 axes.plot(LEVELS, [fmean(at) for at in zip(*covered, strict=True)], color=COLOURS[name], label=name)
         for real, marker in ((True, "o"), (False, "x")):
-            points = [(each.foretold, each.came) for each in part if (each.kind in REAL) == real]
+            points = [(each.predicted, each.came) for each in part if (each.kind in REAL) == real]
             if points:
                 label = f"{name}, {'real text' if real else 'repeated or random'}"
                 errors.scatter(*zip(*points, strict=True), s=14, marker=marker, color=COLOURS[name], label=label)
@@ -191,7 +191,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.legend(frameon=False)
     errors.axline((0.1, 0.1), (1, 1), color="black", linewidth=0.8)
     errors.set(title="each prompt", xscale="log", yscale="log")
-    errors.set(xlabel="error foretold (root mean square of log₁₀)", ylabel="error that came")
+    errors.set(xlabel="error predicted (root mean square of log₁₀)", ylabel="error that was found")
     errors.legend(frameon=False, fontsize=7)
     figure.savefig(file, dpi=150)
 

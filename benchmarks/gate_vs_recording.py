@@ -1,4 +1,4 @@
-"""What the gate costs: the checks of a recording, in per cent of that recording, cheap and full form.
+"""What the checks of a recording cost, in per cent of that recording, cheap and full form.
 
     python -m benchmarks.gate_vs_recording [--kind hooked|bridge] [--lengths 128 512] [--repeats 5]
 

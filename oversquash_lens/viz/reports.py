@@ -49,10 +49,18 @@ class Entry:
 def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str | None = None, **options: Any) -> Path:
     """One page per prompt and index.html over them; returns the index's absolute path.
 
-    `prompts` is a list of texts or token ids, of (name, prompt) pairs, or a dict name -> prompt; `folder` is made where
-    there is none; `title` is the index's heading; `options` are `findings`'. A prompt that cannot be used gets a row
-    with the error and the others go on; if none can be used, InputError says so. Every file appears whole or not at
+    A prompt that cannot be used gets a row with the error, and the others go on. Every file appears whole or not at
     all, the index anew after each prompt.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: a list of texts or token ids, of (name, prompt) pairs, or a dict name -> prompt.
+        folder: of the pages; made where there is none.
+        title: the index's heading; None is the usual one.
+        options: those of `findings`, the same for every prompt.
+
+    Raises:
+        InputError: an option that is none, a place that cannot be written, or prompts of which none can be used.
     """
     named = _named(prompts)
     check_options(options)
