@@ -95,8 +95,16 @@ def loaded(made: Model, folder: Path) -> Model:
 def test_a_bridge_that_computes_another_function_is_refused_at_every_door(
     family: str, made: str, tmp_path: Path
 ) -> None:
+    """TransformerLens 3 differs from transformers in all three; 4 mended some: a direct comparison decides."""
     wrapped = drawn(family)
+    with torch.no_grad():
+        expected = wrapped(torch.tensor([IDS])).logits.log_softmax(-1)
     model = bridged(wrapped) if made == "booted" else loaded(wrapped, tmp_path)
+    with torch.no_grad():
+        apart = (model(torch.tensor([IDS])).log_softmax(-1) - expected).abs().max()
+    if apart < 1e-5:
+        assert osl.support(model)["truth"].state != "refused"
+        return
     for door, ask in DOORS.items():
         said = refusal(lambda ask=ask: ask(model))
         assert "computes another function" in said, door
