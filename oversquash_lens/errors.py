@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+class _Shown(dict[int, str]):
+    """How a terminal is shown each character: what would control it, or cannot be seen, by its code point."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        harmless = unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\n\u200c\u200d"
+        self[code] = letter if harmless else " " if letter in "\t\r" else f"‹U+{code:04X}›"
+        return self[code]
+
+
+_SHOWN = _Shown()  # joiners belong inside emoji and Indic words, and move nothing
+
+
+def visible(text: object) -> str:
+    """Text that controls no terminal: every control character but the line end is shown by its code point.
+
+    >>> visible("a\\x1b[2Jb\\n"), visible("a\\u202eb")
+    ('a‹U+001B›[2Jb\\n', 'a‹U+202E›b')
+    """
+    said = str(text)
+    return said if said.isprintable() else said.translate(_SHOWN)
 
 
 class OversquashError(Exception):
     """Base of everything this package raises on purpose; the command line turns it into exit code 2."""
+
+    def __str__(self) -> str:
+        """One line, with nothing in it that controls a terminal, whatever file, name or path it speaks of."""
+        return visible(super().__str__()).replace("\n", " ")
 
 
 class InputError(OversquashError, ValueError):
@@ -33,7 +61,7 @@ def one_line(text: object, limit: int = 300) -> str:
     >>> one_line("first\\n   second")
     'first second'
     """
-    line = " ".join(str(text).split())
+    line = visible(" ".join(str(text).split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -65,6 +93,11 @@ def one_of(name: str, came: Any, known: Iterable[str]) -> str:
     meant = nearest(came, names) if isinstance(came, str) else None
     said = f"expected one of {', '.join(names)}, got {name} {one_line(repr(came), 60)}"
     raise InputError(said + (f": did you mean {meant}?" if meant else ""))
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether this is meant as a list of messages, [{"role": …, "content": …}, …]."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(each, Mapping) for each in prompt)
 
 
 def nearest(came: str, known: Iterable[str]) -> str | None:

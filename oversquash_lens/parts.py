@@ -2,7 +2,7 @@
 
 `Parts` keeps the rows of a run in small parquet files, each of them whole or absent. What is promised: a row that `add`
 has returned from is on the disk; no row is there twice; two runs never write for one file at once; rows made under
-other settings are never mixed with these.
+other settings are never mixed with these; what is read is what was written (`storage.sealed`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from oversquash_lens import storage
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.storage import check_writable, remove_drafts, write_atomically
+from oversquash_lens.storage import check_writable, opened, remove_drafts, sealed, write_atomically
 
 try:
     import fcntl
@@ -54,15 +54,40 @@ def arrow_schema(columns: Mapping[str, str], identity: Mapping[str, Any] | None 
 
 
 def identity_of(path: Path) -> dict[str, Any] | None:
-    """The run that a file of rows belongs to; None if it is no such file."""
+    """The run that a file of rows belongs to; None if it is no such file, or a damaged one."""
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        found = json.loads((parquet.read_schema(path).metadata or {})[KEY])
-    except (OSError, pyarrow.ArrowException, KeyError, ValueError, RecursionError):
+        return _identity(opened(path))
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return None
+
+
+def _identity(file: Any) -> dict[str, Any] | None:
+    try:
+        found = json.loads((file.schema_arrow.metadata or {})[KEY])
+    except (KeyError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None, *, schema: Any = None) -> Any:
+    """Rows of a finished file, or some of their columns, as Arrow has them; an InputError where it is damaged.
+
+    `schema`: what the file must hold.
+    """
+    import pyarrow
+
+    try:
+        file = opened(path)
+        if schema is not None and not file.schema_arrow.equals(schema):
+            raise ValueError("it has other columns")
+        return file.read(columns=None if columns is None else list(columns))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"{one_line(path, 200)} is damaged ({one_line(error, 80)}); expected what the run wrote: delete it and run "
+            "the same again"
+        ) from error
 
 
 def check_results_file(out: Any) -> Path:
@@ -77,8 +102,8 @@ def check_results_file(out: Any) -> Path:
         raise InputError(f"{path} is a device or a pipe; expected a file that can be read again: give another one")
     if path.exists() and identity_of(path) is None:
         raise InputError(
-            f"{one_line(path, 200)} is there and holds no results that this version keeps; expected a new "
-            "path, or that of the same run: give another one"
+            f"{one_line(path, 200)} is there and holds no results that this version keeps, or is damaged; expected a "
+            "new path, or that of the same run: give another one"
         )
     return path
 
@@ -97,6 +122,7 @@ class Parts:
         self.folder = self.out.with_name(f"{self.out.name}.parts")
         self._schema, self._key = arrow_schema(columns, self.identity), next(iter(columns))
         self._where: dict[Any, Path] = {}
+        self._ours: set[Path] = set()  # what was read or written here: nothing else is ever taken away
         self._open = ExitStack()
 
     def __enter__(self) -> Parts:
@@ -131,7 +157,7 @@ class Parts:
         table = pa.Table.from_pylist(list(rows), schema=self._schema)
         path = self.folder / f"{time.time_ns():020d}-{uuid4().hex}.parquet"  # names in the order of time
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
             if not (self.folder / "run.json").exists():
                 storage.replace_file(self.folder / "run.json", json.dumps(self.identity, indent=1).encode())
             storage.replace_file(path, _parquet([table], self._schema))
@@ -142,6 +168,7 @@ class Parts:
                 "it stopped"
             ) from error
         self._where |= dict.fromkeys(keys, path)
+        self._ours.add(path)
 
     def finish(self, keys: Sequence[Any] | None = None) -> None:
         """Put the rows of these keys (None: all), in this order, into the one file, and take the parts away."""
@@ -150,7 +177,7 @@ class Parts:
             tables = (self._table(wanted[at : at + WINDOW]) for at in range(0, len(wanted), WINDOW))
             write_atomically(self.out, _parquet(tables, self._schema))
         with suppress(OSError):  # the folder stays where somebody else has put something into it
-            for path in (*self._part_files(), self.folder / "run.json"):
+            for path in (*(self._ours - {self.out}), self.folder / "run.json"):
                 path.unlink(missing_ok=True)
             remove_drafts(self.folder)
             self.folder.rmdir()
@@ -168,16 +195,13 @@ class Parts:
                 f"the folder {one_line(self.folder, 200)} holds {one_line(left[0], 60)} and no run.json; expected the "
                 "parts of this run: move it away, or give another file"
             )
-        for path in self._part_files():
+        for path in sorted(self.folder.glob("*.parquet")):
             self._take(path)
 
-    def _part_files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.parquet"))
-
     def _take(self, path: Path) -> None:
-        self._check_same(identity_of(path), path)
         for key in self._read(path, [self._key])[self._key].to_pylist():
             self._where.setdefault(key, path)
+        self._ours.add(path)
 
     def _table(self, wanted: Sequence[Any]) -> Any:
         """The rows of these keys, each once, in their order; InputError if one is not there any more."""
@@ -196,17 +220,19 @@ class Parts:
 
     def _read(self, path: Path, columns: list[str] | None = None) -> Any:
         import pyarrow
-        from pyarrow import parquet
 
         try:
-            file = parquet.ParquetFile(path, page_checksum_verification=True)
+            file = opened(path)
+            self._check_same(_identity(file), path)
             if not file.schema_arrow.equals(self._schema):
                 raise ValueError("it has other columns")
             return file.read(columns=columns)
+        except InputError:
+            raise
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise InputError(
-                f"the part {one_line(path, 200)} is damaged ({one_line(error, 80)}); expected what the run wrote: "
-                "delete it, what it held is then made again"
+                f"the part {one_line(path, 200)} is damaged or somebody else's ({one_line(error, 80)}); expected what "
+                "the run wrote: delete it or move it away, what it held is then made again"
             ) from error
 
     def _check_same(self, theirs: dict[str, Any] | None, where: Path) -> None:
@@ -245,21 +271,24 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str,
 
 
 def _within_tolerance(there: Any, now: Any) -> bool:
-    if not (isinstance(there, dict) and isinstance(now, dict) and "tolerance" in there and "tolerance" in now):
+    if not (isinstance(there, dict) and isinstance(now, dict) and "tolerance" in now and there.keys() == now.keys()):
         return False
-    pairs = zip(there["values"], now["values"], strict=False)
-    return len(there["values"]) == len(now["values"]) and all(abs(a - b) <= now["tolerance"] for a, b in pairs)
+    theirs, ours = there["values"], now["values"]
+    if not isinstance(theirs, list) or len(theirs) != len(ours):
+        return False
+    numbers = all(isinstance(each, int | float) for each in theirs)
+    return numbers and all(abs(a - b) <= now["tolerance"] for a, b in zip(theirs, ours, strict=True))
 
 
 def _parquet(tables: Iterable[Any], schema: Any) -> bytes:
-    """One file, each table a row group; with checksums, so that damage is found."""
+    """One file, each table a row group; sealed, so that damage is found."""
     from pyarrow import parquet
 
     out = io.BytesIO()
-    with parquet.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True) as writer:
+    with parquet.ParquetWriter(out, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
-    return out.getvalue()
+    return sealed(out.getvalue())
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -285,7 +314,14 @@ class AnswerFile:
     def __enter__(self) -> AnswerFile:
         if self._parts is not None:
             self._parts.__enter__()
-            self.answers = {tuple(json.loads(row["key"])): json.loads(row["value"]) for row in self._parts.rows()}
+            try:
+                self.answers = {tuple(json.loads(row["key"])): json.loads(row["value"]) for row in self._parts.rows()}
+            except (TypeError, ValueError, RecursionError) as error:
+                self._parts.__exit__(None)
+                raise InputError(
+                    f"{one_line(self._parts.out, 200)} holds values that are none ({one_line(error, 60)}); expected "
+                    "what the run wrote: delete it, or give another file"
+                ) from error
         return self
 
     def __exit__(self, kind: object, *trouble: object) -> None:
@@ -335,10 +371,11 @@ def _only_run(out: Path) -> Iterator[None]:
 
 def _taken(lock: Path, out: Path) -> int | None:
     """The handle that holds the system's lock; None where the file's being there is the lock."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could lead to anybody's file
     while True:
-        made = not lock.exists()
+        made = not os.path.lexists(lock)
         try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | (os.O_EXCL if made else 0), 0o666)
+            handle = os.open(lock, flags | (os.O_EXCL if made else 0), 0o600)
         except FileExistsError:  # somebody made it just now
             continue
         held = _system_lock(handle, out)

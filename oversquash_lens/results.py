@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from oversquash_lens.errors import visible
 
 if TYPE_CHECKING:
     import pandas
@@ -25,9 +28,15 @@ WIDTH = 24  # characters shown of a text
 
 
 class Result:
-    """Mixin of all results; see the module's docstring."""
+    """Mixin of all results; see the module's docstring. What a result says of itself controls no terminal."""
 
     _ranked_by: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("__repr__", "__str__"):
+            if name in vars(cls):
+                setattr(cls, name, _harmless(vars(cls)[name]))
 
     def _title(self) -> str:
         raise NotImplementedError(type(self).__name__)
@@ -42,7 +51,7 @@ class Result:
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         more = [f"… {total - len(rows)} more rows: to_frame()"] if total > len(rows) else []
-        return "\n".join([self._title(), *lines, *more])
+        return visible("\n".join([self._title(), *lines, *more]))
 
     def _repr_html_(self) -> str:
         head, rows, total = self._shown(HTML_ROWS)
@@ -69,6 +78,14 @@ class Result:
             rank = table[self._ranked_by]
             places.sort(key=lambda i: -rank[i] if isinstance(rank[i], int | float) and rank[i] == rank[i] else math.inf)
         return list(table), [[in_a_cell(column[i]) for column in table.values()] for i in places[:most]], total
+
+
+def _harmless(shown: Callable[[Any], str]) -> Callable[[Any], str]:
+    @wraps(shown)
+    def made(self: Any) -> str:
+        return visible(shown(self))
+
+    return made
 
 
 def in_a_cell(value: Any) -> str:

@@ -1,11 +1,14 @@
-"""Files that are whole or absent: a temporary name in the same folder, then renamed."""
+"""Files that are whole or absent: a temporary name in the same folder, then renamed; and parquet files with a seal."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import os
 import re
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +20,8 @@ from oversquash_lens.errors import InputError, one_line
 
 _DRAFT = ".oversquash-lens-"  # what the name of a file begins with while it is written
 _DAY = 86_400.0  # seconds
+MAGIC = b"PAR1"
+SEAL = hashlib.sha256().digest_size
 
 
 def check_writable(path: Any) -> Path:
@@ -100,18 +105,56 @@ def write_atomically(path: Any, payload: bytes) -> Path:
 
 
 def replace_file(target: Path, payload: bytes) -> None:
+    """While it is written nobody else may read it; then it has the rights of what it replaces, or the usual ones."""
     remove_drafts(target.parent, older_than=_DAY)
     draft = target.with_name(f"{_DRAFT}{uuid4().hex}.tmp")
     try:
         with draft.open("xb") as file:
+            mode = stat.S_IMODE((os.stat(target) if target.exists() else os.fstat(file.fileno())).st_mode)
+            os.chmod(draft, stat.S_IRUSR | stat.S_IWUSR)
             file.write(payload)
             file.flush()
+            os.chmod(draft, mode)
             os.fsync(file.fileno())  # or a crash of the machine could leave the name without the content
         os.replace(draft, target)
         _sync_folder(target.parent)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def sealed(payload: bytes) -> bytes:
+    """A parquet file with a seal: the SHA-256 of its content lies between pages and footer, where no reader looks."""
+    body = _footer_at(payload)
+    return payload[:body] + hashlib.sha256(payload).digest() + payload[body:]
+
+
+def opened(path: Path) -> Any:
+    """A sealed file as a `pyarrow.parquet.ParquetFile`; ValueError or OSError for what was not written here."""
+    from pyarrow import parquet
+
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no file")
+    try:
+        payload = path.read_bytes()
+    except MemoryError as error:
+        raise ValueError("it is larger than the memory") from error
+    body, view = _footer_at(payload), memoryview(payload)
+    seal = hashlib.sha256(view[: body - SEAL])
+    seal.update(view[body:])
+    if payload[body - SEAL : body] != seal.digest():
+        raise ValueError("its checksum is not that of its content")
+    return parquet.ParquetFile(io.BytesIO(payload))
+
+
+def _footer_at(payload: bytes) -> int:
+    """Where the footer begins; ValueError where there is none."""
+    if len(payload) < 12 or payload[:4] != MAGIC or payload[-4:] != MAGIC:
+        raise ValueError("it is no whole parquet file")
+    at = len(payload) - 8 - struct.unpack("<I", payload[-8:-4])[0]
+    if at < len(MAGIC):
+        raise ValueError("its footer is longer than the file")
+    return at
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from small_generators import Parrot, characters
 from small_generators import model as speaking_model
 
 import oversquash_lens as osl
+from oversquash_lens.capture.trace import packed
 from oversquash_lens.errors import ModelError, TraceFileError
 from oversquash_lens.models.sources import Weights
 from oversquash_lens.paper.generator import Generator, Sampling
@@ -37,17 +38,39 @@ def _repacked(change: Callable[[dict, dict], None]) -> Call:
 
     def load(w: World) -> Any:
         from safetensors import safe_open
-        from safetensors.torch import save_file
 
         path = w.trace.save(w.folder / "t.safetensors")
         with safe_open(str(path), framework="pt") as file:
             header = json.loads(file.metadata()["oversquash-lens-trace"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         change(header, tensors)
-        save_file(tensors, path, metadata={"oversquash-lens-trace": json.dumps(header)})
+        path.write_bytes(packed(header, tensors))
         return osl.Trace.load(path)
 
     return load
+
+
+def _number(name: str, value: float) -> Callable[[dict, dict], None]:
+    """One number of a tensor that is another one."""
+
+    def change(header: dict, tensors: dict) -> None:
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[0] = value
+
+    return change
+
+
+def _header(change: Callable[[dict], Any]) -> Call:
+    return _repacked(lambda header, tensors: change(header))
+
+
+def _deep(w: World) -> Any:
+    """JSON that nests deeper than Python reads it."""
+    from safetensors.torch import save_file
+
+    path = w.folder / "t.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"oversquash-lens-trace": "[" * 100_000})
+    return osl.Trace.load(path)
 
 
 def _other_dtype(header: dict, tensors: dict) -> None:
@@ -76,6 +99,32 @@ TRACES: dict[str, tuple[Call, str]] = {
     "more layers than it has": (_repacked(lambda header, tensors: header["about"].update(n_layers=9)), "attention.2"),
     "token ids of another dtype": (_repacked(_other_dtype), "float32"),
     "gains of another shape": (_repacked(_other_shape), "node_gain"),
+    "a header that is deep": (_deep, "RecursionError"),
+    "a byte that flipped": (
+        _loaded(lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
+        "its checksum is not that of its content",
+    ),
+    "a layer's scale that is 0": (_repacked(_number("gains.mlp_scale", 0.0)), "numbers of gains.mlp_scale"),
+    "a scale that is not a number": (_repacked(_number("gains.attention_scale", math.nan)), "gains.attention_scale"),
+    "a gain below 0": (_repacked(_number("gains.node_gain", -1.0)), "numbers of gains.node_gain"),
+    "a weight's norm that is infinite": (_repacked(_number("weights.ov_norm", math.inf)), "weights.ov_norm"),
+    "a residual that is not a number": (_repacked(_number("last_residuals", math.nan)), "last_residuals"),
+    "a tensor more": (_repacked(lambda header, tensors: tensors.update(x=torch.zeros(1))), "no tensor 'x'"),
+    "a token below 0": (_repacked(_number("token_ids", -5)), "token_ids"),
+    "tokens that are none": (_header(lambda h: h.update(tokens=[[], {}, None, 5])), "tokens"),
+    "a text in the tokens' place": (_header(lambda h: h.update(tokens="four")), "tokens"),
+    "an origin that is a list": (_header(lambda h: h.update(about=[1])), "AttributeError"),
+    "a model that is no text": (_header(lambda h: h["about"].update(model={})), "about.model"),
+    "heads that are a text": (_header(lambda h: h["about"].update(n_heads="4")), "about.n_heads"),
+    "layers beyond all measure": (_header(lambda h: h["about"].update(n_layers=10**18)), "sizes"),
+    "no layer": (_header(lambda h: h["about"].update(n_layers=0)), "sizes"),
+    "a final scale of null": (_header(lambda h: h["gains"].update(final_scale=None)), "gains.final_scale"),
+    "a final scale of 0": (_header(lambda h: h["gains"].update(final_scale=0.0)), "gains.final_scale"),
+    "a final scale of NaN": (_header(lambda h: h["gains"].update(final_scale=math.nan)), "gains.final_scale"),
+    "half a probe": (_header(lambda h: h["gains"].update(node_probes=0.5)), "gains.node_probes"),
+    "support of nothing": (_header(lambda h: h.update(support={})), "support"),
+    "support in other words": (_header(lambda h: h["support"].update(truth=["fine", ""])), "support"),
+    "attention without its scale": (_header(lambda h: h["attention"][0].update(scale=math.inf)), "attention.0"),
 }
 
 # ---------------------------------------------------------------- models

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import io
 import itertools
 import math
@@ -459,6 +461,28 @@ def test_the_same_chart_gives_the_same_bytes(make, tmp_path) -> None:
         assert matplotlib.rcParams["font.size"] == 20
     assert first == second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png", "a.svg", "more"]
+
+
+@pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
+def test_savefig_gives_the_same_bytes_whatever_the_users_settings(kind: str, tmp_path) -> None:
+    """matplotlib's own `savefig` of our figures, by name and by format, and with metadata of the user's."""
+    figures.chart(collapse()).savefig(tmp_path / f"a.{kind}")
+    with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": "mine", "savefig.dpi": 50, "savefig.facecolor": "r"}):
+        out = io.BytesIO()
+        figures.chart(collapse()).savefig(out, format=kind)
+    assert out.getvalue() == (tmp_path / f"a.{kind}").read_bytes()
+    figures.chart(collapse()).savefig(tmp_path / f"b.{kind}", metadata={"Title": "my title"})
+    assert b"my title" in (tmp_path / f"b.{kind}").read_bytes()
+    assert b"CreationDate" not in (tmp_path / f"b.{kind}").read_bytes()
+    copy.deepcopy(figures.chart(collapse())).savefig(tmp_path / f"c.{kind}")
+    assert (tmp_path / f"c.{kind}").read_bytes() == (tmp_path / f"a.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("evil", ["=1+1", "+1", "-1+2", "@SUM(A1)", "\t=1", "\r=1", " =1", "=HYPERLINK(1)", "＝1+1"])
+def test_no_cell_of_a_csv_file_is_a_formula(evil: str) -> None:
+    panel = Panel(title=evil, series=(Series(evil, (-1, 2), (-0.5, math.nan)),))
+    rows = list(csv.reader(io.StringIO(Chart("n", "n", (panel,), ()).to_csv())))
+    assert rows[1] == [f"'{evil}", f"'{evil}", "line", "-1", "-0.5", "", ""]  # numbers stay numbers
 
 
 def test_files_are_what_their_names_say(tmp_path) -> None:

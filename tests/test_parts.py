@@ -132,7 +132,7 @@ def test_a_part_that_is_cut_anywhere_is_named_and_made_again(path: Path) -> None
     content = one.read_bytes()
     for size in (0, 1, 4, len(content) // 2, len(content) - 1):
         one.write_bytes(content[:size])
-        with pytest.raises(InputError, match=rf"{one.name} is damaged .* delete it"):
+        with pytest.raises(InputError, match=rf"{one.name} is damaged or .* delete it"):
             read(path)
     one.unlink()
     with AnswerFile(path, SETTINGS) as file:
@@ -202,8 +202,73 @@ def test_a_part_with_other_columns_is_damaged(path: Path) -> None:
     one, *_ = broken_off(path)
     table = pyarrow.parquet.read_table(one)
     pyarrow.parquet.write_table(table.append_column("more", [[1]]), one)
-    with pytest.raises(InputError, match=r"is damaged \(it has other columns\)"):
+    with pytest.raises(InputError, match="checksum is not that of its content"):  # edited by another program
         read(path)
+    one.write_bytes(storage.sealed(one.read_bytes()))
+    with pytest.raises(InputError, match=r"somebody else's \(it has other columns\)"):
+        read(path)
+
+
+def test_every_byte_of_a_file_counts(path: Path) -> None:
+    """Pages, their headers, the footer, the seal itself: one byte that is another one, and the file is damaged."""
+    content = write(path)
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :])
+        with pytest.raises(InputError):
+            read(path)
+
+
+def test_parts_that_are_no_files(path: Path) -> None:
+    folder = broken_off(path)[0].parent
+    (folder / "all.parquet").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"all\.parquet is damaged or somebody else's \(it is no file\)"):
+        read(path)
+    (folder / "all.parquet").unlink()
+    os.mkfifo(folder / "pipe.parquet")
+    with pytest.raises(InputError, match=r"pipe\.parquet is damaged or somebody else's \(it is no file\)"):
+        read(path)
+    (folder / "pipe.parquet").unlink()
+    assert read(path) == dict(RESULTS)
+
+
+def test_what_came_meanwhile_is_left_alone(path: Path) -> None:
+    with AnswerFile(path, SETTINGS) as file:
+        file.append(RESULTS)
+        (path.with_name("a.parquet.parts") / "mine.parquet").write_bytes(b"mine")
+    assert [each.name for each in path.with_name("a.parquet.parts").iterdir()] == ["mine.parquet"]
+
+
+def test_rights_are_private_while_it_is_written_and_the_users_own_afterwards(path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        (part, *_) = broken_off(path)
+        assert part.parent.stat().st_mode & 0o777 == 0o700
+        read(path)
+        assert path.stat().st_mode & 0o777 == 0o644
+        path.chmod(0o640)
+        seen: list[int] = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "fsync", lambda handle: seen.append(os.fstat(handle).st_mode & 0o777))
+            write(path, [(("more",), 1)])
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(umask)
+
+
+def test_a_lock_that_is_a_link_leads_nowhere(path: Path) -> None:
+    (path.parent / "theirs").write_text("theirs")
+    (path.parent / "a.parquet.lock").symlink_to(path.parent / "theirs")
+    with pytest.raises(InputError, match="could not be opened"):
+        write(path)
+    assert (path.parent / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("values", [None, 5, {}, [None, 2.0], ["1", "2"], [[1.0], 2.0]])
+def test_an_identity_of_other_types_is_another_run(values: Any) -> None:
+    ours = {"computes": {"values": [1.0, 2.0], "tolerance": 1e-3}}
+    theirs = {"computes": {"values": values, "tolerance": 1e-3}}
+    assert list(differences(theirs, ours)) == ["computes"]
+    assert list(differences({"computes": values}, ours)) == ["computes"]
 
 
 def test_other_settings_are_refused_by_name(path: Path) -> None:

@@ -27,6 +27,7 @@ from oversquash_lens.capture.batch import batch_bytes
 from oversquash_lens.capture.hooked_model import size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError
+from oversquash_lens.storage import sealed
 from oversquash_lens.sweeps import rows as work
 from oversquash_lens.sweeps import run
 from oversquash_lens.sweeps.prompt_files import read_prompts
@@ -365,7 +366,7 @@ def test_rows_of_the_plain_model_are_not_those_of_a_hooked_one(tiny: Any, out: P
     before = out.read_bytes()
     tiny.add_hook("blocks.0.hook_resid_post", steered)
     try:
-        with pytest.raises(InputError, match=r"belongs to another run \(model\.computes: "):
+        with pytest.raises(InputError, match=r"\(model\.hooks\.blocks\.0\.hook_resid_post 0: nothing there"):
             osl.sweep(tiny, texts(3), "proof", out)
     finally:
         tiny.reset_hooks()
@@ -426,13 +427,27 @@ def test_a_damaged_file_of_rows(tiny: Any, out: Path) -> None:
     result = osl.sweep(tiny, texts(3), "flow", out)
     table = result.table()
     pyarrow.parquet.write_table(table.drop_columns(["status"]), out)
+    with pytest.raises(InputError, match="or a damaged one"):  # edited by another program
+        SweepResult.load(out)
+    out.write_bytes(sealed(out.read_bytes()))
     with pytest.raises(InputError, match="is damaged"):
         SweepResult.load(out)
     with pytest.raises(InputError, match="is damaged"):
         osl.sweep(tiny, texts(3), "flow", out)
-    pyarrow.parquet.write_table(table.replace_schema_metadata({b"oversquash-lens-run": b"[" * 100_000}), out)
-    with pytest.raises(InputError, match="is no sweep's file"):
-        SweepResult.load(out)
+    edited = table.set_column(2, "status", [["done", "lost", "done"]])
+    identity = json.loads(table.schema.metadata[b"oversquash-lens-run"])
+    for metadata, rows, said in (
+        (b"[" * 100_000, table, "is no sweep's file"),
+        (json.dumps(identity).encode(), edited, "a row is 'lost'"),
+        (json.dumps(identity | {"measures": ["median"]}).encode(), table, "no sweep's file of this version"),
+        (json.dumps(identity | {"model": "mine"}).encode(), table, "no sweep's file of this version"),
+        (json.dumps(identity | {"model": {"model": 5, "class": [], "dtype": None}}).encode(), table, "of this version"),
+        (json.dumps({"kind": "sweep"}).encode(), table, "no sweep's file of this version"),
+    ):
+        pyarrow.parquet.write_table(rows.replace_schema_metadata({b"oversquash-lens-run": metadata}), out)
+        out.write_bytes(sealed(out.read_bytes()))
+        with pytest.raises(InputError, match=said):
+            SweepResult.load(out)
 
 
 def test_a_result_says_itself_in_a_few_lines(tiny: Any, out: Path) -> None:

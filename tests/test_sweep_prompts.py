@@ -79,11 +79,11 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "half.json": (b'["a", "b', "is no JSON"),
     "one.json": (b'"a"', "holds a str; expected a list"),
     "half.jsonl": (b'"a"\n{"text": "b\n', r"half\.jsonl, line 2 is no JSON"),
-    "other.csv": (b"query,answer\na,b\n", "has query, answer, but not 'text' or 'prompt'.* name their column"),
+    "other.csv": (b"query,answer\na,b\n", "has query, answer, but not one 'text' or .* name their column"),
     "open.csv": (b'text\n"a', r"open\.csv is no table"),
     "header.tsv": (b"text\n", "holds no prompt"),
     "deep.json": (b"[" * 100_000, "is no JSON"),
-    "other.jsonl": (b'{"query": "a"}', "has query, but not 'text' or 'prompt'"),
+    "other.jsonl": (b'{"query": "a"}', "has query, but not one 'text' or 'prompt' or 'messages'"),
     "fake.parquet": (b"my notes", "is no parquet file"),
     "empty.parquet": (b"", "is no parquet file"),
 }
@@ -99,7 +99,7 @@ def test_files_that_are_none(name: str, tmp_path: Path) -> None:
 
 def test_tables_without_the_column(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match=r"t\.parquet has a, but not 'b'"):
+    with pytest.raises(InputError, match=r"t\.parquet has a, but not one 'b'"):
         read_prompts(tmp_path / "t.parquet", "b")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="holds no prompt"):

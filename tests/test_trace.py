@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_models import CASES, case
 
 import oversquash_lens as osl
-from oversquash_lens.capture.trace import FORMAT, FORMAT_VERSION
+from oversquash_lens.capture.trace import FORMAT, FORMAT_VERSION, packed
 from oversquash_lens.errors import InputError, OversquashError, TraceFileError
 from oversquash_lens.paths.kinds import VARIANTS
 
@@ -42,8 +42,7 @@ def header_of(path: Path) -> dict:
 def rewrite(path: Path, header: Any = None, tensors: Callable[[dict], dict] = lambda t: t) -> None:
     """The same file with another header or other tensors."""
     new = tensors(load_file(path))
-    metadata = {FORMAT: json.dumps(header_of(path) if header is None else header)}
-    save_file(new, path, metadata=metadata)
+    path.write_bytes(packed(header_of(path) if header is None else header, new))
 
 
 def refusal(path: Path) -> str:

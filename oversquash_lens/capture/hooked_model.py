@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from oversquash_lens.errors import visible
 from oversquash_lens.memory import Size, check_memory, record_bytes
 from oversquash_lens.numerics import to_float64
 
@@ -169,6 +170,7 @@ ACTIVATIONS = {
 }
 
 
+DOUBLED_BOS = "the prompt begins with BOS twice: text that a chat template has made has it already; give bos=False"
 FINAL_GAIN = ("model", "restored", "unknown")
 
 
@@ -190,6 +192,7 @@ class About:
     `folded`: the model's LayerNorm gains were folded into its weights. `final_gain` says what then became of
     the last norm's gain γ₃ in y: "model" (the model applies it itself), "restored" (folded, but known, and
     multiplied back), "unknown" (folded and not recoverable: y lacks it; not comparable with the other two).
+    `doubled_bos`: the prompt begins with BOS twice, as text does that a chat template has made before.
     """
 
     model: str
@@ -203,21 +206,27 @@ class About:
     bos: bool
     chat: bool
     versions: dict[str, str]
+    doubled_bos: bool = False
 
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def with_prompt(self, *, bos: bool, chat: bool) -> About:
-        return replace(self, bos=bos, chat=chat)
+    def with_prompt(self, *, bos: bool, chat: bool, doubled_bos: bool = False) -> About:
+        return replace(self, bos=bos, chat=chat, doubled_bos=doubled_bos)
+
+    @property
+    def remark(self) -> str:
+        """What may not be meant as it came, empty where nothing is."""
+        return DOUBLED_BOS if self.doubled_bos else ""
 
     def __str__(self) -> str:
         parts = [f"{self.model} as {self.model_class} ({self.dtype})"]
-        parts.append("starts with BOS" if self.bos else "no BOS")
+        parts.append("starts with BOS twice" if self.doubled_bos else "starts with BOS" if self.bos else "no BOS")
         if self.chat:
             parts.append("chat template")
         if self.folded:
             parts.append(f"folded norms, final gain {self.final_gain}")
-        return ", ".join(parts)
+        return visible(", ".join(parts))
 
 
 def describe(model: HookedModel, architecture: Architecture) -> About:

@@ -21,7 +21,7 @@ Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what
 NamedHook = tuple[str, Hook]
 PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
 LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
-_KINDS = ("_forward_hooks", "_forward_pre_hooks")
+KINDS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class _Capture:
@@ -217,7 +217,7 @@ def hooks_on(module: nn.Module, *, ours: bool = False) -> list[int]:
     point = is_a(module, "transformer_lens.hook_points", "HookPoint")  # wraps whatever hook it is given in its own
     return [
         number
-        for kind in _KINDS
+        for kind in KINDS
         for number, hook in getattr(module, kind).items()
         if (ours if _is_ours(number, hook) else point or not _module_of(hook).startswith(LIBRARIES))
     ]
@@ -230,15 +230,19 @@ def _module_of(hook: Any) -> str:
 
 def hooked_places(model: HookedModel) -> list[str]:
     """Names of what has a forward hook of the user's."""
+    return [name for module, name in named_modules(model) if hooks_on(module)]
+
+
+def named_modules(model: HookedModel) -> list[tuple[nn.Module, str]]:
+    """Every module once; a hook point by the shortest of its names."""
     points: dict[int, str] = {}
-    for name, point in model.hook_dict.items():  # of several names of one point the shortest
+    for name, point in getattr(model, "hook_dict", {}).items():
         points[id(point)] = min(points.get(id(point), name), name, key=len)
-    found: dict[int, str] = {}
+    found: dict[int, tuple[nn.Module, str]] = {}
     for owner in (model, wrapped_model(model)):
         for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if hooks_on(module):
-                named = points.get(id(module), name.replace("_original_component.", "")) or "the model"
-                found.setdefault(id(module), named)
+            named = points.get(id(module), name.replace("_original_component.", "")) or "the model"
+            found.setdefault(id(module), (module, named))
     return list(found.values())
 
 
@@ -248,7 +252,7 @@ def without_hooks(model: HookedModel, *, users: bool = True) -> Iterator[None]:
     before: list[tuple[nn.Module, str, OrderedDict]] = []
     for module in all_modules(model):
         theirs = set(hooks_on(module))
-        for kind in _KINDS:
+        for kind in KINDS:
             hooks = getattr(module, kind)
             silenced = {n for n, hook in hooks.items() if (users if n in theirs else _is_ours(n, hook))}
             if silenced:

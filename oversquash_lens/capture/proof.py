@@ -81,7 +81,7 @@ def wrapped_predictions(model: Any, ids: Int[Tensor, "one pos"]) -> Predictions:
     """What a transformers model predicts by itself."""
     caught: dict[str, Tensor] = {}
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with torch.no_grad(), _listening(model.get_output_embeddings(), caught):
+    with torch.no_grad(), listening(model.get_output_embeddings(), caught):
         logits = model(input_ids=ids.to(next(model.parameters()).device), **cache).logits
     return Predictions(_wide(logits), _wide(caught["y"]))
 
@@ -149,7 +149,7 @@ def predictions(
     """The class's own pass; a ModelError where the model itself fails, or gives other than logits of every position."""
     caught: dict[str, Tensor] = {}
     try:
-        with torch.no_grad(), attached(model, hooks), _listening(model.unembed, caught):
+        with torch.no_grad(), attached(model, hooks), listening(model.unembed, caught):
             logits = model(ids.clone().to(model.W_E.device), **without_cache(model))
     except OversquashError:
         raise
@@ -168,7 +168,7 @@ def predictions(
 
 
 @contextmanager
-def _listening(unembedding: nn.Module, caught: dict[str, Tensor]) -> Iterator[None]:
+def listening(unembedding: nn.Module, caught: dict[str, Tensor]) -> Iterator[None]:
     def keep(module: nn.Module, inputs: tuple) -> None:
         caught["y"] = inputs[0]
 

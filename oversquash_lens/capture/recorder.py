@@ -327,7 +327,7 @@ class Recorder:
             seed=self._seed,
         )
         return Trace(
-            about=replace(self.about, bos=tokenized.bos, chat=tokenized.chat),
+            about=tokenized.described(self.about),
             tokens=tokenized.tokens,
             token_ids=tokenized.ids,
             last_residuals=torch.stack([*(layer.kept["residual"] for layer in passed.layers), final["last"]]),

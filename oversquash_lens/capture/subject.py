@@ -25,7 +25,13 @@ from oversquash_lens.capture.hooks import (
     weights_fingerprint,
     without_hooks,
 )
-from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, refuse_dropout, rows_of
+from oversquash_lens.capture.proof import (
+    Function,
+    prove_function,
+    prove_sequence,
+    refuse_dropout,
+    rows_of,
+)
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 from oversquash_lens.memory import Size

@@ -3,7 +3,8 @@
 A text becomes the ids that `model(text)` sees: BOS in front where `model.cfg.default_prepend_bos` says so, `bos=`
 overrides it. Nothing is cut off at n_ctx, a longer prompt is refused. A special token that the tokenizer itself would
 put behind the last word (an EOS) would be what every measure is about: TransformerBridge takes it off, with any other
-class such a text is refused. A chat template keeps its own tokens.
+class such a text is refused. A chat template keeps its own tokens. A list of messages goes through it by the rule of
+transformers' own text generation: a last message of the assistant's is left open, behind any other its turn begins.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.capture.hooked_model import About, HookedModel
+from oversquash_lens.errors import InputError, is_conversation, one_line
 
-# A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
+# A text, a list of messages, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came.
 Prompt = Any
 
 
@@ -31,6 +32,15 @@ class TokenizedPrompt:
     bos: bool
     chat: bool
 
+    @property
+    def doubled_bos(self) -> bool:
+        """Whether BOS stands in front of a prompt that has it already: text from a chat template, most often."""
+        return self.bos and len(self.ids) > 1 and bool(self.ids[0] == self.ids[1])
+
+    def described(self, about: About) -> About:
+        """The label of results of this prompt."""
+        return about.with_prompt(bos=self.bos, chat=self.chat, doubled_bos=self.doubled_bos)
+
     def batch(self, model: HookedModel) -> Int[Tensor, "one pos"]:
         """The ids as the model takes them: one row, on its device."""
         return self.ids[None].to(model.W_E.device)
@@ -41,15 +51,29 @@ def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: boo
     _check_model(model)
     if isinstance(prompt, str):
         ids = _encode(model, prompt, chat=chat, bos=bos)
+    elif is_conversation(prompt):
+        chat = True
+        ids = _encode(model, _messages(prompt), chat=True, bos=bos)
     elif chat or bos is not None:
         raise InputError(
-            "expected these for a text prompt only, got token ids together with chat= or bos=: put the special "
+            "expected these for texts and messages only, got token ids together with chat= or bos=: put the special "
             "tokens into the ids themselves"
         )
     else:
         ids = _check_ids(prompt)
     _check_range(model, ids)
     return tokenized_ids(model, ids, chat=chat)
+
+
+def _messages(prompt: Any) -> list[dict[str, Any]]:
+    for number, each in enumerate(prompt):
+        wrong = [name for name in ("role", "content") if not isinstance(each.get(name), str)]
+        if wrong:
+            raise InputError(
+                f"expected messages such as {{'role': 'user', 'content': 'a text'}}, got message {number} whose "
+                f"{wrong[0]!r} is {one_line(repr(each.get(wrong[0])), 60)}: give every message both, as texts"
+            )
+    return [dict(each) for each in prompt]
 
 
 def tokenized_ids(model: HookedModel, ids: Int[Tensor, " pos"], *, chat: bool = False) -> TokenizedPrompt:
@@ -82,19 +106,20 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _encode(model: Any, prompt: str, *, chat: bool, bos: bool | None, piece: bool = False) -> Int[Tensor, " pos"]:
+def _encode(model: Any, prompt: Any, *, chat: bool, bos: bool | None, piece: bool = False) -> Int[Tensor, " pos"]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError(
             "expected token ids of shape [pos], got a text prompt for a model without tokenizer: make them with the "
             "tokenizer that belongs to it, or set model.tokenizer"
         )
-    if not isinstance(prompt, str):
+    texts = [prompt] if isinstance(prompt, str) else [each["content"] for each in prompt] if chat else []
+    if not texts:
         raise InputError(f"expected a text, got a {type(prompt).__name__} as a piece of a prompt: give one")
-    if not prompt:
+    if prompt == "":
         raise InputError("expected a text of at least two tokens, got an empty prompt")
     try:
-        prompt.encode("utf-8")
+        "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
             f"expected UTF-8 text, got a prompt that is no valid Unicode ({error.reason}): take out the characters "
@@ -145,14 +170,23 @@ def _ending(ids: list[int], special: set[int]) -> int:
     return next((count for count, token in enumerate(reversed(ids)) if token not in special), len(ids))
 
 
-def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+def _chat_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            "expected an instruction-tuned model, or chat=False, got chat=True for a tokenizer without a chat template"
+            "expected an instruction-tuned model, or a text with chat=False, got chat=True (or messages) for a "
+            "tokenizer without a chat template"
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    open_ended = turns[-1]["role"] == "assistant"
+    how = {"add_generation_prompt": not open_ended, "continue_final_message": open_ended}
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    except Exception as error:  # the template is a program of the model's; it refuses in errors of its own kinds
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise InputError(
+            f"expected messages that the model's chat template takes, got roles {one_line(roles, 80)} and "
+            f"{type(error).__name__}: {one_line(error, 120)}: give other messages"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
-from oversquash_lens.capture.hooked_model import About
-from oversquash_lens.capture.subject import SupportVerdict
+from oversquash_lens.capture.hooked_model import FINAL_GAIN, About
+from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.numerics import to_float64
@@ -23,7 +25,10 @@ from oversquash_lens.results import Result, in_a_cell
 from oversquash_lens.storage import write_atomically
 
 FORMAT = "oversquash-lens-trace"
-FORMAT_VERSION = 4  # version 3 had no keys beside its patterns
+FORMAT_VERSION = 5  # version 4 had no checksum
+# As it stands in the file: a JSON text within JSON.
+CHECKSUM = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')
+UNSET = "0" * 64  # where the checksum is not counted in itself
 ENDS = 6  # first and last tokens that a trace shows of itself
 
 
@@ -169,9 +174,7 @@ class Trace(Result):
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one .safetensors file (no pickle), whole or not at all."""
-        from safetensors.torch import save
-
-        return write_atomically(path, save(_tensors(self), metadata={FORMAT: json.dumps(_header(self))}))
+        return write_atomically(path, packed(_header(self), _tensors(self)))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Trace:
@@ -179,19 +182,14 @@ class Trace(Result):
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"expected the path of a trace, got a {type(path).__name__}: give what Trace.save gave")
         path = Path(path).expanduser()
-        header, tensors = _read(path)
-        version = header.get("version") if isinstance(header, dict) else header
-        if version != FORMAT_VERSION or not isinstance(header, dict):
-            raise TraceFileError(
-                f"{path} has trace format version {version!r}; expected version {FORMAT_VERSION}, which this "
-                f"oversquash-lens reads: record the prompt again, or use the release that wrote it"
-            )
         try:
-            return _assemble(header, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+            return _assemble(*_read(path))
+        except TraceFileError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, InputError) as error:
             raise TraceFileError(
-                f"{path} lacks a part of a trace ({one_line(error)}); expected a file written by Trace.save: "
-                "record the prompt again"
+                f"{one_line(path, 200)} lacks a part of a trace ({type(error).__name__}: {one_line(error, 160)}); "
+                "expected a file written by Trace.save: record the prompt again"
             ) from error
 
 
@@ -244,21 +242,121 @@ def _tensors(trace: Trace) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
-def _read(path: Path) -> tuple[object, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+def packed(header: dict, tensors: dict[str, Tensor]) -> bytes:
+    """A trace's file: safetensors, with a checksum of all of it in the header."""
+    from safetensors.torch import save
+
+    payload = save(tensors, metadata={FORMAT: json.dumps(header | {"sha256": UNSET})})
+    found = CHECKSUM.search(payload)
+    assert found is not None
+    return payload[: found.start(1)] + hashlib.sha256(payload).hexdigest().encode() + payload[found.end(1) :]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     if not path.is_file():
-        raise TraceFileError(f"{path} is not a file; expected a trace written by Trace.save: give its path")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {})[FORMAT])
-            # Copied: products of unaligned memory, as a file gives it, are rounded otherwise.
-            return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise TraceFileError(
-            f"{path} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); expected a file "
-            "written by Trace.save: record the prompt again"
+            f"{one_line(path, 200)} is not a file; expected a trace written by Trace.save: give its path"
+        )
+    try:
+        payload = path.read_bytes()
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"][FORMAT])
+        version = header.get("version") if isinstance(header, dict) else header
+        if version != FORMAT_VERSION or not isinstance(header, dict):
+            raise TraceFileError(
+                f"{one_line(path, 200)} has trace format version {one_line(repr(version), 60)}; expected version "
+                f"{FORMAT_VERSION}, which this oversquash-lens reads: record the prompt again, or use the release that "
+                "wrote it"
+            )
+        found = CHECKSUM.search(payload, 8, 8 + length)
+        blank = payload[: found.start(1)] + UNSET.encode() + payload[found.end(1) :] if found else b""
+        if found is None or hashlib.sha256(blank).hexdigest().encode() != found[1]:
+            raise ValueError("its checksum is not that of its content")
+        return header, load(payload)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError, MemoryError) as error:
+        raise TraceFileError(
+            f"{one_line(path, 200)} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); "
+            "expected a file written by Trace.save: record the prompt again"
         ) from error
+
+
+# ---------------------------------------------------------------- what a file must hold, or it is no trace
+
+VALUES, SCORES = ("d_head of values",), ("d_head of scores",)  # two widths of heads, which need not be one
+WIDTHS = {"value": VALUES, "output_factor": VALUES, "worst_output_factor": VALUES, "mixed": VALUES}
+WIDTHS |= {"key": SCORES, "query": SCORES, "key_factor": SCORES}
+SIGNED = ("ov_trace", "ov_gram", "output_factor", "worst_output_factor", "key_factor", "score_scale", "value", "key")
+UNKNOWN_TO_EXPERTS = ("mlp_", "node_gain")  # nan where a measure of a mixture of experts is refused
+
+
+def _check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Types and ranges of the header, shapes and numbers of the tensors; ValueError names the first that is wrong."""
+    about, tokens, gains = header["about"], header["tokens"], header["gains"]
+    kinds = {"str": str, "int": int, "bool": bool, "dict[str, str]": dict}
+    for each in fields(About):
+        _expect(type(about.get(each.name, each.default)) is kinds[str(each.type)], f"about.{each.name}")
+    _expect(all(isinstance(text, str) for pair in about["versions"].items() for text in pair), "about.versions")
+    _expect(about["final_gain"] in FINAL_GAIN, "about.final_gain")
+    _expect(isinstance(tokens, list) and all(isinstance(token, str) for token in tokens), "tokens")
+    _expect(type(header["gated_mlp"]) is bool and type(header["parallel"]) is bool, "gated_mlp or parallel")
+    _expect(isinstance(header.get("route_reason", ""), str), "route_reason")
+    verdicts = header["support"]
+    _expect(isinstance(verdicts, dict) and set(verdicts) == set(MEASURES), "support")
+    _expect(all(len(v) == 2 and v[0] in STATES and isinstance(v[1], str) for v in verdicts.values()), "support")
+    for name in _GAIN_NUMBERS:
+        number, whole = gains[name], name in ("node_probes", "seed")
+        _expect(type(number) is int if whole else isinstance(number, float | int), f"gains.{name}")
+        _expect(math.isfinite(number) and (name == "seed" or number > 0 or "gain" in name), f"gains.{name}")
+    sizes = {"layer": about["n_layers"], "head": about["n_heads"], "head2": about["n_heads"], "pos": len(tokens)}
+    sizes |= {"d_model": about["d_model"], "layer_plus_1": about["n_layers"] + 1}
+    _expect(min(sizes.values()) > 0 and len(header["attention"]) == sizes["layer"], "sizes")
+    axes = _axes(sizes["layer"])
+    if unknown := set(tensors) - set(axes):
+        raise ValueError(f"expected no tensor {one_line(unknown.pop(), 60)!r}")
+    experts = verdicts["calibrated"][0] == "refused"
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, axes[name], sizes)
+        last = name.rpartition(".")[2]
+        known = tensor if not (experts and last.startswith(UNKNOWN_TO_EXPERTS)) else tensor[~tensor.isnan()]
+        _expect(bool(known.isfinite().all()), f"numbers of {name}")
+        if name.startswith(("gains.", "weights.")) and last not in SIGNED:
+            _expect(bool((known > 0 if last.endswith("_scale") else known >= 0).all()), f"numbers of {name}")
+    _expect(not tensors["token_ids"].is_floating_point() and bool((tensors["token_ids"] >= 0).all()), "token_ids")
+
+
+def _axes(n_layers: int) -> dict[str, list[str]]:
+    """Every tensor that a file may hold, and its axes, as the classes have them."""
+    found = {"token_ids": ["pos"], "last_residuals": ["layer_plus_1", "d_model"], "prediction_input": ["d_model"]}
+    found |= {f"gains.{f.name}": _annotated(f) for f in fields(Gains) if f.name in _GAIN_TENSORS}
+    found |= {f"weights.{f.name}": _annotated(f) for f in fields(WeightGains)}
+    rows = {f.name: _annotated(f) for f in fields(RecomputedAttention) if f.name in _ROW_TENSORS}
+    for i in range(n_layers):
+        found |= {f"attention.{i}.{name}": axes for name, axes in rows.items()}
+        found[f"attention.{i}"] = ["head", "pos", "pos"]
+    return found
+
+
+def _annotated(field: Any) -> list[str]:
+    return re.split("['\"]", str(field.type))[1].split()  # an annotation, as text or resolved
+
+
+def _check_tensor(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, int]) -> None:
+    """The shape is that of its axes, whose sizes are those of other tensors; those that are new are remembered."""
+    _expect(tensor.ndim == len(axes) and min(tensor.shape) > 0, f"axes of {name}")
+    for axis, size in zip(axes, tensor.shape, strict=True):
+        (width,) = WIDTHS.get(name.rpartition(".")[2], ("d_head",)) if axis == "d_head" else (axis,)
+        if width != "rank" and sizes.setdefault(width, size) != size:
+            raise ValueError(f"expected {sizes[width]} on the axis {axis!r} of {name}, got {tuple(tensor.shape)}")
+    _expect(sizes["head"] % sizes.get("kv_head", 1) == 0, "number of key heads")
+    _expect(tensor.is_floating_point() or name == "token_ids", f"type of {name}")
+
+
+def _expect(fine: bool, what: str) -> None:
+    if not fine:
+        raise ValueError(f"expected another {what}")
 
 
 def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> AttentionRows:
@@ -268,12 +366,14 @@ def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> Attentio
     parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in _ROW_TENSORS if part not in _ROW_OPTIONAL}
     parts |= {part: tensors.get(f"{name}.{part}") for part in _ROW_OPTIONAL}
     numbers = header["attention"][layer]
-    if not all(isinstance(number, int | float | None) for number in numbers.values()):
+    known = [number for number in numbers.values() if number is not None]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in known):
         raise TypeError(f"{name} with a header that holds more than numbers")
     return RecomputedAttention(**parts, **numbers)
 
 
 def _assemble(header: dict, tensors: dict[str, Tensor]) -> Trace:
+    _check(header, tensors)
     weights: dict[str, Any] = {name: tensors[f"weights.{name}"] for name in _WEIGHT_TENSORS if name not in OPTIONAL}
     weights |= {name: tensors.get(f"weights.{name}") for name in OPTIONAL}
     gains: dict[str, Any] = {name: tensors[f"gains.{name}"] for name in _GAIN_TENSORS}

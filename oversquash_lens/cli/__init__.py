@@ -11,13 +11,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 from oversquash_lens.cli import many_prompts, one_prompt, paper
 from oversquash_lens.cli.common import DEFAULT_PROMPT
-from oversquash_lens.errors import InputError, OversquashError, nearest, one_line
+from oversquash_lens.errors import InputError, OversquashError, nearest, one_line, visible
 
 __all__ = ["DEFAULT_PROMPT", "build_parser", "main"]
 
@@ -75,13 +75,67 @@ def _number(kind: type, expected: str) -> Callable[[str], Any]:
     return read
 
 
+class _Shown:
+    """A stream whose text controls no terminal. `lossy`: what cannot be written is let go, as notes on progress are."""
+
+    def __init__(self, stream: Any, *, lossy: bool) -> None:
+        self._stream, self._lossy = stream, lossy
+
+    def write(self, text: str) -> int:
+        if self._lossy and not text.strip("\r\n\x1b[A"):  # a progress bar that moves between lines
+            shown = text
+        else:
+            shown = "\r".join(map(visible, text.split("\r"))) if self._lossy else visible(text)
+        try:
+            self._stream.write(shown)
+        except (OSError, ValueError):
+            if not self._lossy:
+                raise
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            if not self._lossy:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Standard output and error as a command writes to them; as they were afterwards."""
+    before = sys.stdout, sys.stderr
+    with ExitStack() as stack:
+        for stream in before:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
+        # Where there is none, print(file=None) would write notes into the results.
+        error = sys.stderr or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        sys.stderr = _Shown(error, lossy=True)  # type: ignore[assignment]
+        sys.stdout = None if sys.stdout is None else _Shown(sys.stdout, lossy=False)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
-    options = _parsed(arguments)
+    with _streams():
+        return _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
+        if sys.stdout is None or getattr(sys.stdout, "closed", False):
+            raise InputError("standard output is closed; expected one for the result: give > FILE, or /dev/null")
+        try:
+            options = _parsed(arguments)
+        finally:
+            sys.stdout.flush()  # of --help and --version
         _check_working_folder()
         _silence_other_peoples_notices()
         options.run(options)
@@ -90,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"oversquash-lens: {one_line(error, 2000)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
+        _let_go_of_output()
         return 0
     except KeyboardInterrupt:
         print("oversquash-lens: interrupted; nothing half-written was left behind", file=sys.stderr)
@@ -157,7 +211,7 @@ def _check_working_folder() -> None:
 
 def _let_go_of_output() -> None:
     """What could not be written is not tried again when Python ends."""
-    with suppress(OSError, ValueError):  # no file behind it
+    with suppress(OSError, ValueError, AttributeError):  # no file behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

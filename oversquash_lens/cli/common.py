@@ -10,7 +10,7 @@ from typing import Any
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.storage import check_place, check_writable, write_atomically
-from oversquash_lens.sweeps.prompt_files import read_prompt
+from oversquash_lens.sweeps.prompt_files import SweepPrompt, messages_in, read_prompt
 
 # Names of registries whose modules need torch, which a command's help must not wait for; a test holds them equal.
 FAMILY_NAMES = ("counting", "copying", "separated", "digits", "interleaved", "words")
@@ -91,7 +91,7 @@ def planned(
         return False
     from oversquash_lens.analyses.plan import plan
 
-    how = {"chat": options.chat, "bos": options.bos} if isinstance(prompt, str) else {}
+    how = {} if isinstance(prompt, int) else SweepPrompt(0, None, prompt).options(options.chat, options.bos)
     show_plan(options, plan(model, prompt, measure, probes=probes, times=times, new_tokens=new_tokens, **how))
     return True
 
@@ -110,7 +110,7 @@ def load(options: argparse.Namespace) -> Any:
     return load_model(name, kind=options.kind, dtype=options.dtype, **place)
 
 
-def prompt_of(options: argparse.Namespace) -> str | list[int]:
+def prompt_of(options: argparse.Namespace) -> Any:
     """The prompt; read before any model is loaded, so that a wrong path costs no waiting."""
     if options.token_ids is not None:
         try:
@@ -118,14 +118,22 @@ def prompt_of(options: argparse.Namespace) -> str | list[int]:
         except ValueError:
             raise InputError(f"expected whole numbers, '504 4922', got --token-ids {options.token_ids!r}") from None
     if options.prompt_file is not None:
-        return read_prompt(options.prompt_file, "--prompt-file")
+        return _written(read_prompt(options.prompt_file, "--prompt-file"))
     if options.prompt == "-":
-        return read_prompt("-")
+        return _written(read_prompt("-"))
     if options.prompt is None:
         return DEFAULT_PROMPT
     if not options.prompt:
         raise InputError("expected a text of at least two tokens, got an empty --prompt")
-    return options.prompt
+    return _written(options.prompt)
+
+
+def _written(prompt: Any) -> Any:
+    """The prompt; messages where that is what the text is, which is said."""
+    found = messages_in(prompt) if isinstance(prompt, str) else None
+    if found is not None:
+        print("the prompt is a list of messages: the model's chat template makes its text", file=sys.stderr)
+    return prompt if found is None else found
 
 
 def checked(name: str, came: int | None, least: int = 1) -> None:
@@ -148,6 +156,12 @@ def check_figure(path: str | None) -> None:
 def check_out(options: argparse.Namespace) -> None:
     if options.out:
         check_writable(options.out)
+
+
+def remark(about: Any) -> None:
+    """Say what of the prompt may not be meant as it came; `about` is the label of a result."""
+    if about.remark:
+        print(f"oversquash-lens: {about.remark}", file=sys.stderr)
 
 
 def deliver(options: argparse.Namespace, result: dict, table: str) -> None:

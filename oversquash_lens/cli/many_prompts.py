@@ -19,14 +19,15 @@ from oversquash_lens.cli.common import (
     prompt_command,
     prompt_of,
     recording_options,
+    remark,
     verify_option,
 )
 from oversquash_lens.errors import InputError
 from oversquash_lens.sweeps.prompt_files import read_prompts
 
 PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
-FILES = "one prompt a line, or .json, .jsonl, .csv, .tsv, .parquet"
-COLUMN = "where a .csv, .tsv, .jsonl or .parquet file has its prompts (default text or prompt)"
+FILES = "'-' or one prompt a line, or .json, .jsonl, .csv, .tsv, .parquet"
+COLUMN = "where a .csv, .tsv, .jsonl or .parquet file has its prompts (default text, prompt or messages)"
 
 
 def add_report(commands: Any) -> None:
@@ -83,6 +84,7 @@ def run_report(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "report", probes):
         return
     found = findings(model, prompt, probes=probes, progress=True, **recording_options(options))
+    remark(found.about)
     path = write_page(found, options.out)
     print(json.dumps(found.to_dict()) if options.json else f"{found.sentence}\n\n{path}")
 
@@ -109,8 +111,7 @@ def _run_reports(options: argparse.Namespace) -> None:
             planned(options, model, each.prompt, "report", probes)
         return
     check_place(folder, "index.html")
-    prompts = [each.prompt if each.name is None else (each.name, each.prompt) for each in listed]
-    print(reports(load(options), prompts, folder, probes=probes, progress=True, **recording_options(options)))
+    print(reports(load(options), listed, folder, probes=probes, progress=True, **recording_options(options)))
 
 
 def _usual_probes(model: Any, prompt: Any, options: argparse.Namespace) -> int:
@@ -132,12 +133,12 @@ def run_sweep(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts_file, options.column)  # before any model is loaded
     if options.plan:
         return _plan(options, prompts, measures)
-    how = {"column": options.column, "probes": options.probes, "ray": options.ray, **recording_options(options)}
+    how = {"probes": options.probes, "ray": options.ray, **recording_options(options)}
     if options.ray is None:
-        result = sweep(load(options), options.prompts_file, measures, options.out, progress=True, **how)
+        result = sweep(load(options), prompts, measures, options.out, progress=True, **how)
     else:
         name, given = _name_and_options(options)
-        result = sweep(name, options.prompts_file, measures, options.out, load=given, progress=True, **how)
+        result = sweep(name, prompts, measures, options.out, load=given, progress=True, **how)
     print(json.dumps(result.to_dict()) if options.json else result)
     if not result.done:
         raise InputError(

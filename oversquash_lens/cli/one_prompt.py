@@ -17,6 +17,7 @@ from oversquash_lens.cli.common import (
     prompt_command,
     prompt_of,
     recording_options,
+    remark,
     verify_option,
 )
 from oversquash_lens.errors import InputError, one_line, one_of
@@ -70,6 +71,7 @@ def run_bound(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "bound"):
         return
     trace = record(model, prompt, **recording_options(options))
+    remark(trace.about)
     if options.variant == "mean_field":
         profile, expected = estimate_and_error(trace)
         table = f"{_profile_table(profile, options.top)}\n\n{expected.sentence}"
@@ -89,6 +91,7 @@ def run_audit(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "audit", options.probes):
         return
     result = audit(model, prompt, probes=options.probes, progress=True, **recording_options(options))
+    remark(result.about)
     deliver(options, result.to_dict(), str(result))
 
 
@@ -107,6 +110,7 @@ def run_flow(options: argparse.Namespace) -> None:
     if planned(options, model, prompt, "flow"):
         return
     trace = record(model, prompt, **recording_options(options))
+    remark(trace.about)
     squashed = squashing(trace, options.variant) if options.source is None else None
     found = squashed.flow if squashed else flow(trace, options.variant, options.source)
     edges, paths = heaviest_edges(found, options.top), heaviest_paths(found, options.top)
@@ -137,6 +141,7 @@ def run_what_if(options: argparse.Namespace) -> None:
         progress=True,
         **recording_options(options),
     )
+    remark(result.about)
     deliver(options, result.to_dict(), str(result))
 
 

@@ -19,6 +19,7 @@ from oversquash_lens.cli.common import (
     load,
     model_command,
     planned,
+    remark,
     show_plan,
 )
 from oversquash_lens.errors import InputError, one_of
@@ -102,6 +103,7 @@ def run_collapse(options: argparse.Namespace) -> None:
         return show_plan(options, plan_collapse(model, _family(model, options).pairs(lengths), dtypes))
     keeping = {"noise_floor": not options.no_floor, "out": options.curves, "progress": True}
     curve = kept_curve(model, _family(model, options), lengths, dtypes, **keeping)
+    remark(curve.about)
     if options.figure:
         from oversquash_lens.viz.figures import collapse, save
 

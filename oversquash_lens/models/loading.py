@@ -141,7 +141,8 @@ def _find(name: str | os.PathLike, loading: Loading) -> Weights:
 
 def _find_embedded(loading: Loading) -> Weights:
     try:
-        return sources.from_gguf(default_model.embedded_gguf(), default_model.LABEL, loading)
+        with default_model.reading_gguf() as path:
+            return sources.from_gguf(path, default_model.LABEL, loading)
     except default_model.WheelUnavailableError as no_wheel:
         default_model.say(f"{no_wheel}; taking the hub's weights {default_model.HUB_NAME} instead (not quantised)")
         try:

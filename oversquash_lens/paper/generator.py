@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.errors import InputError, ModelError, whole_number
+from oversquash_lens.identity import model_identity
 from oversquash_lens.models.sources import Weights
 from oversquash_lens.paper.backends import backend_for
 
@@ -149,6 +150,11 @@ class Generator:
         """What a completion depends on besides prompt and sampling; JSON-able."""
         dtype = str(self.backend.dtype).removeprefix("torch.")
         return {"model": self.label, "generator": self.backend.kind, "dtype": dtype, "chat": self.chat}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What kept answers depend on besides the settings: weights, hooks, tokenizer. JSON-able."""
+        return model_identity(self.backend.model, self.tokenizer)
 
     def render(self, prompt: str) -> str:
         """The text that the model reads, up to where its completion begins."""

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.generator import Answering
@@ -146,6 +147,7 @@ def _value_of(words: str) -> int | None:
 
 
 HIGHEST = 200
+DEFINITION = 1  # of answers and scores, counts up when the same questions give others: two are never mixed
 DECIMALS = 6  # of a log-probability that is kept
 
 
@@ -261,8 +263,14 @@ def score_task(
     """
     task = find_task(task)
     asked = questions(task, lengths, cot, samples if task.varied else 1)
-    with AnswerFile(out, {**generator.settings, "what": "scores"}) as file:
+    with AnswerFile(out, answer_identity(generator, out, what="scores")) as file:
         return score_questions(generator, task, asked, file, highest=highest, progress=progress)
+
+
+def answer_identity(generator: Answering, out: Any, **settings: Any) -> dict[str, Any]:
+    """What kept answers and scores depend on; `out` None keeps nothing, and nothing is looked at."""
+    identity = getattr(generator, "identity", {}) if out is not None else {}
+    return {**generator.settings, **settings, "definition": DEFINITION, "identity": identity}
 
 
 def score_questions(

@@ -16,7 +16,7 @@ from typing import Any
 from oversquash_lens.errors import InputError
 from oversquash_lens.paper.generator import Answering, Completion, Sampling
 from oversquash_lens.paper.prompts import TASKS, Question, Task, find_task, questions
-from oversquash_lens.paper.scores import TaskScores, parse_answer, score_questions, score_task
+from oversquash_lens.paper.scores import TaskScores, answer_identity, parse_answer, score_questions, score_task
 from oversquash_lens.parts import AnswerFile, Key
 from oversquash_lens.results import Result
 
@@ -223,7 +223,7 @@ def run_task(
     samples = samples if task.varied or sampling.temperature > 0 else 1
     asked = questions(task, lengths, cot, samples)
     settings = {**generator.settings, **asdict(sampling)}
-    with AnswerFile(out, settings) as file:
+    with AnswerFile(out, answer_identity(generator, out, **asdict(sampling))) as file:
         _collect(generator, task, asked, sampling, file, progress)
         scored = asked if task.varied else [question for question in asked if question.sample == 0]
         scores = score_questions(generator, task, scored, file, progress=progress) if score else None

@@ -16,9 +16,10 @@ from typing import Any
 
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, ModelError, OversquashError, one_line
+from oversquash_lens.identity import subject_identity
 from oversquash_lens.parts import differences
 from oversquash_lens.sweeps.prompt_files import SweepPrompt
-from oversquash_lens.sweeps.rows import Effort, check_measurable, model_identity, refused_rows, rows_of
+from oversquash_lens.sweeps.rows import Effort, check_measurable, refused_rows, rows_of
 
 CHUNK = 32  # prompts of one task
 RETRIES = 3  # of a task whose worker is lost
@@ -162,14 +163,14 @@ def _subject(name: str, load: Mapping[str, Any]) -> Subject:
 def _identify(name: str, load: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
     subject = _subject(name, load)
     check_measurable(subject, effort)
-    return model_identity(subject)
+    return subject_identity(subject)
 
 
 def _measure(
     name: str, load: Mapping[str, Any], memory: int | None, effort: Effort, chunk: Sequence[SweepPrompt]
 ) -> tuple[dict[str, Any], list]:
     subject = _subject(name, load)
-    return model_identity(subject), [row for rows in rows_of(subject, chunk, effort, memory) for row in rows]
+    return subject_identity(subject), [row for rows in rows_of(subject, chunk, effort, memory) for row in rows]
 
 
 _task = _measure

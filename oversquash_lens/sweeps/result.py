@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.parts import identity_of
+from oversquash_lens.parts import arrow_schema, identity_of, read_rows
 from oversquash_lens.results import Result
+from oversquash_lens.sweeps.rows import FORMAT, checked_measures, columns
 
 if TYPE_CHECKING:
     import pandas
@@ -64,18 +65,25 @@ class SweepResult(Result):
         identity = identity_of(path)
         if identity is None or identity.get("kind") != "sweep":
             raise InputError(
-                f"{one_line(path, 200)} is no sweep's file; expected what `sweep` wrote: give the path that out= was"
+                f"{one_line(path, 200)} is no sweep's file, or a damaged one; expected what `sweep` wrote: give the "
+                "path that out= was, or delete it and run the sweep again"
             )
-        import pyarrow
-        from pyarrow import parquet
-
         try:
-            status = parquet.read_table(path, columns=["status"])["status"].to_pylist()
-        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            expected = arrow_schema(columns(checked_measures(identity["measures"])))
+            label = [identity["model"][name] for name in ("model", "class", "dtype")]
+            if identity["format"] != FORMAT or not all(isinstance(each, str) for each in label):
+                raise ValueError("its format is another version's")
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{one_line(path, 200)} is damaged ({one_line(error, 80)}); expected what `sweep` wrote: delete it and "
-                "run the sweep again"
+                f"{one_line(path, 200)} is no sweep's file of this version ({one_line(error, 80)}); expected what "
+                "`sweep` wrote: run it again into another file"
             ) from error
+        status = read_rows(path, ["status"], schema=expected)["status"].to_pylist()
+        if unknown := set(status) - {"done", "refused"}:
+            raise InputError(
+                f"{one_line(path, 200)} is damaged (a row is {one_line(repr(unknown.pop()), 30)}); expected 'done' or "
+                "'refused': delete it and run the sweep again"
+            )
         done = status.count("done")
         kept = len(status) if reused is None else reused
         return cls(path, identity, len(status), done, len(status) - done, kept, seconds)
@@ -92,22 +100,24 @@ class SweepResult(Result):
 
     def table(self, columns: Sequence[str] | None = None) -> Any:
         """The rows, or some of their columns, as a pyarrow Table; `.to_pandas()` makes a data frame of it."""
-        from pyarrow import parquet
-
         if columns is not None and (unknown := sorted(set(columns) - set(self.columns))):
             there = one_line(", ".join(self.columns), 250)
             raise InputError(f"expected some of {there}, got column {unknown[0]!r}: choose of these")
-        return parquet.read_table(self.path, columns=None if columns is None else list(columns))
+        return read_rows(self.path, columns)
 
     @cached_property
     def _schema(self) -> Any:
-        from pyarrow import parquet
-
-        return parquet.read_schema(self.path)
+        return arrow_schema(columns(self.measures))
 
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self._schema.names)
+
+    @cached_property
+    def remarks(self) -> dict[str, int]:
+        """What of measured prompts may not be meant as it came, and how many prompts for each remark."""
+        remarks = self.table(["remark"])["remark"].to_pylist()
+        return dict(Counter(remark for remark in remarks if remark is not None).most_common())
 
     @cached_property
     def reasons(self) -> dict[str, int]:
@@ -164,13 +174,21 @@ class SweepResult(Result):
     def to_dict(self) -> dict[str, Any]:
         names = ("total", "done", "refused", "reused", "seconds")
         counts = {name: getattr(self, name) for name in names}
-        return {"kind": "sweep", "path": str(self.path), **counts, "reasons": self.reasons, **self.identity}
+        return {
+            "kind": "sweep",
+            "path": str(self.path),
+            **counts,
+            "reasons": self.reasons,
+            "remarks": self.remarks,
+            **self.identity,
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {', '.join(self.measures)}", str(self.path), ""]
         lines += [f"{getattr(self, name):>9,}  {name}" for name in ("total", "done", "refused", "reused")]
         lines.append(f"{self.seconds:>9,.1f}  seconds")
         lines += [f"{count:>9,}  refused: {one_line(reason, 100)}" for reason, count in list(self.reasons.items())[:5]]
+        lines += [f"{count:>9,}  remarked: {remark}" for remark, count in self.remarks.items()]
         return "\n".join(lines)
 
 

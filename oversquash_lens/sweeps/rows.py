@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
-from oversquash_lens.capture.hooked_model import software_versions
-from oversquash_lens.capture.hooks import SAMPLES, named_weights
+from oversquash_lens.capture.hooked_model import DOUBLED_BOS
 from oversquash_lens.capture.recorder import record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
@@ -33,12 +30,14 @@ from oversquash_lens.sweeps.prompt_files import SweepPrompt
 Values = dict[str, Any]
 NUMBER, COUNT, ROW, WORD, IDS, WORDS = "number", "count", "row", "word", "ids", "words"  # types of columns
 
+FORMAT = 3  # of the rows
 # Every row has these, whatever is measured.
 ALWAYS = {
     "index": COUNT,  # the prompt's place among all, from 0
     "name": WORD,
     "status": WORD,  # "done" or "refused"
     "reason": WORD,  # why it was refused
+    "remark": WORD,  # what may not be meant as it came: BOS twice
     "text": WORD,
     "token_ids": IDS,
     "tokens": WORDS,
@@ -253,8 +252,7 @@ def rows_of(
 
 
 def _tokenized(subject: Subject, each: SweepPrompt, effort: Effort) -> TokenizedPrompt:
-    text = each.text is not None  # token ids carry their special tokens themselves
-    return subject.tokenize(each.prompt, chat=effort.chat and text, bos=effort.bos if text else None)
+    return subject.tokenize(each.prompt, **each.options(effort.chat, effort.bos))
 
 
 def batches(subject: Subject, ready: Sequence[Ready], memory: int | None) -> Iterator[list[Ready]]:
@@ -323,50 +321,10 @@ def _row(prompt: SweepPrompt, effort: Effort, tokens: TokenizedPrompt | None) ->
     if tokens is not None:
         ids = tokens.ids.tolist()
         row |= {"token_ids": ids, "tokens": list(tokens.tokens), "n_tokens": len(ids)}
+        row["remark"] = DOUBLED_BOS if tokens.doubled_bos else None
     return row
 
 
 def _storable(text: str | None) -> str | None:
     """What is no Unicode is why a prompt was refused, and shows as question marks."""
     return None if text is None else text.encode("utf-8", "replace").decode("utf-8")
-
-
-PROBE = 8  # tokens of the pass that tells a hooked model from the plain one, and log-probabilities kept of it
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of these, in nats: other rounding, not another function
-COARSE = 0.25  # … in formats of 16 bits
-
-
-def model_identity(subject: Subject) -> dict[str, Any]:
-    """Label, class and format, a mark of the weights (a sample of each), some log-probabilities, and the versions.
-
-    The log-probabilities are those of a pass of at most eight tokens with all hooks that are on the model: a model
-    with a steering hook is another one than without. They compare within a tolerance, everything else exactly.
-    """
-    about, digest = subject.about, hashlib.sha256()
-    for name, weight in sorted(named_weights(subject.model), key=lambda each: each[0]):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(_weight_bytes(weight.detach()))
-    versions = software_versions()
-    for name in ("python", "oversquash-lens"):  # measures have numbers of definition instead
-        versions.pop(name)
-    label = {"model": about.model, "class": about.model_class, "dtype": about.dtype}
-    return label | {"weights": digest.hexdigest()[:32], "computes": _computes(subject), "versions": versions}
-
-
-def _weight_bytes(weight: Tensor) -> bytes:
-    if weight.is_meta or not weight.numel():  # offloaded: its shape has to do
-        return b""
-    flat = weight.flatten()
-    return flat[:: max(1, len(flat) // SAMPLES)].cpu().double().contiguous().numpy().tobytes()
-
-
-@torch.no_grad()
-def _computes(subject: Subject) -> dict[str, Any]:
-    """Log-probabilities of some tokens behind a few others, spread over the vocabulary."""
-    model, vocabulary = subject.model, subject.model.cfg.d_vocab
-    n = min(PROBE, subject.architecture.n_ctx)
-    ids = torch.tensor([[vocabulary * (2 * i + 1) // (2 * n) for i in range(n)]], device=subject.device)
-    logs = model(ids)[0, -1].detach().cpu().double().log_softmax(-1)
-    places = [vocabulary * (2 * i + 1) // (2 * PROBE) for i in range(PROBE)]
-    dtype = next(model.parameters()).dtype
-    return {"values": logs[places].tolist(), "tolerance": TOLERANCE.get(dtype, COARSE)}

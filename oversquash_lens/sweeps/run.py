@@ -15,6 +15,7 @@ from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import InputError, one_line, whole_number
+from oversquash_lens.identity import subject_identity
 from oversquash_lens.memory import in_words
 from oversquash_lens.parts import RECORDED, WINDOW, Parts, check_results_file
 from oversquash_lens.results import duration
@@ -22,16 +23,15 @@ from oversquash_lens.sweeps.on_ray import Cluster
 from oversquash_lens.sweeps.prompt_files import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
 from oversquash_lens.sweeps.rows import (
+    FORMAT,
     MEASURES,
     Effort,
     check_measurable,
     checked_measures,
     columns,
-    model_identity,
     rows_of,
 )
 
-FORMAT = 2  # of the rows
 LENGTHS = 5  # of the prompts' lengths, evenly spread over them, a plan is made
 NEEDS = {"flow": ("flow",), "squashing": ("flow", "flow"), "truth": ("truth",)}  # all other measures: "bound"
 USUAL = ("mean_field", "flow")  # measures where none are named
@@ -156,7 +156,7 @@ class _Alone:
 
     def identity(self, effort: Effort) -> dict[str, Any]:
         check_measurable(self._subject, effort)
-        return model_identity(self._subject)
+        return subject_identity(self._subject)
 
     def rows(self, windows: Sequence[Sequence[SweepPrompt]], effort: Effort) -> Iterator[list]:
         for window in windows:
@@ -248,9 +248,8 @@ def sweep_plan(
 
 def _length(subject: Subject, each: SweepPrompt, chat: bool, bos: bool | None) -> int:
     """Tokens of a prompt; 0 where it cannot be used."""
-    text = each.text is not None
     try:
-        return len(subject.tokenize(each.prompt, chat=chat and text, bos=bos if text else None).ids)
+        return len(subject.tokenize(each.prompt, **each.options(chat, bos)).ids)
     except InputError:
         return 0
 

@@ -16,6 +16,7 @@ from oversquash_lens.errors import InputError, one_line
 
 SERIES_KINDS = ("line", "published", "floor", "bars", "marks")
 AXES = ("linear", "log", "category")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what a cell of a spreadsheet runs
 Number = float | int
 Row = tuple[Any, ...]  # a line of a CSV file: series, kind, x, y, low, high
 
@@ -270,10 +271,15 @@ class Chart:
             for one in panel.series:
                 empty = ("",) * len(one.x)
                 for row in zip(one.x, one.y, one.low or empty, one.high or empty, strict=True):
-                    writer.writerow([panel.title, one.label, one.kind, *row])
+                    writer.writerow(map(_cell, [panel.title, one.label, one.kind, *row]))
             if panel.diagram is not None:
-                writer.writerows([panel.title, *row] for row in panel.diagram.rows())
+                writer.writerows(map(_cell, [panel.title, *row]) for row in panel.diagram.rows())
         return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula begins with an apostrophe, which it does not show."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA) else value
 
 
 def _panel(series: list, reference: list | None, x_names: list, **rest: Any) -> Panel:

@@ -50,6 +50,7 @@ def chart(chart: Chart | object) -> matplotlib.figure.Figure:
         figure = draw(chart)
     # matplotlib teaches IPython only pyplot's figures
     vars(figure)["_repr_png_"] = partial(_for_notebooks, figure)
+    vars(figure)["savefig"] = partial(_savefig, figure)
     return figure
 
 
@@ -209,11 +210,17 @@ def save(
 
 
 def _as_bytes(figure: matplotlib.figure.Figure, kind: str, name: str) -> bytes:
-    metadata = {"Title": figure.get_label() or name} | ({_NO_DATE[kind]: None} if kind in _NO_DATE else {})
     out = io.BytesIO()
-    with styled():
-        figure.savefig(out, format=kind, metadata=metadata)
+    _savefig(figure, out, format=kind, metadata={"Title": figure.get_label() or name})
     return out.getvalue()
+
+
+def _savefig(figure: matplotlib.figure.Figure, target: Any, **options: Any) -> None:
+    """matplotlib's own `savefig`, but the same bytes every time: no date, no random names, nothing of the user's."""
+    kind = options.get("format") or Path(target if isinstance(target, str | os.PathLike) else "").suffix[1:]
+    undated = {_NO_DATE[kind]: None} if kind in _NO_DATE else {}
+    with styled():
+        type(figure).savefig(figure, target, **options | {"metadata": undated | (options.get("metadata") or {})})
 
 
 def _for_notebooks(figure: matplotlib.figure.Figure) -> tuple[bytes, dict[str, int]]:

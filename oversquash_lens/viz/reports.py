@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from oversquash_lens.analyses.findings import Findings, findings
 from oversquash_lens.errors import InputError, OversquashError, one_line
 from oversquash_lens.storage import check_place, write_atomically
+from oversquash_lens.sweeps.prompt_files import read_prompts
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Table
 from oversquash_lens.viz.html import page
@@ -46,7 +47,15 @@ class Entry:
     error: str = ""
 
 
-def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str | None = None, **options: Any) -> Path:
+def reports(
+    model: Any,
+    prompts: Any,
+    folder: str | os.PathLike,
+    *,
+    title: str | None = None,
+    column: str | None = None,
+    **options: Any,
+) -> Path:
     """One page per prompt and index.html over them; returns the index's absolute path.
 
     A prompt that cannot be used gets a row with the error, and the others go on. Every file appears whole or not at
@@ -54,44 +63,29 @@ def reports(model: Any, prompts: Any, folder: str | os.PathLike, *, title: str |
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        prompts: a list of texts or token ids, of (name, prompt) pairs, or a dict name -> prompt.
+        prompts: as `sweep` takes them: a list of texts, messages or token ids, a table, or the path of a file.
         folder: of the pages; made where there is none.
         title: the index's heading; None is the usual one.
+        column: where a table has its prompts, else "text", "prompt" or "messages".
         options: those of `findings`, the same for every prompt.
 
     Raises:
         InputError: an option that is none, a place that cannot be written, or prompts of which none can be used.
     """
-    named = _named(prompts)
+    named = read_prompts(prompts, column)
     check_options(options)
     target = check_place(folder, "index.html")
     entries: list[Entry] = []
-    for number, (name, prompt) in enumerate(named, 1):
+    for number, each in enumerate(named, 1):
+        name, prompt = each.name, each.prompt
         file = file_name(number, len(named), name if name is not None else prompt)
         shown = f"prompt {number}" if name is None else name
-        entries.append(_one(model, prompt, shown, name, target.with_name(file), options))
+        how = options | each.options(options.get("chat", False), options.get("bos"))
+        entries.append(_one(model, prompt, shown, name, target.with_name(file), how))
         write_atomically(target, render_index(entries, title).encode("ascii"))
     if all(entry.error for entry in entries):
         raise InputError(f"none of the {len(entries)} prompts could be used; the first: {entries[0].error}")
     return target
-
-
-def _named(prompts: Any) -> list[tuple[str | None, Any]]:
-    """(name or None, prompt) of each; a single text is refused, for its characters would be taken for prompts."""
-    if isinstance(prompts, Mapping):
-        prompts = list(prompts.items())
-    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
-        raise InputError(
-            f"expected a list of texts, or of (name, prompt) pairs, got prompts of type {type(prompts).__name__}: "
-            "put a single one into a list"
-        )
-    named = [
-        tuple(each) if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) else (None, each)
-        for each in prompts
-    ]
-    if not named:
-        raise InputError("expected a list of texts, or of (name, prompt) pairs, got no prompt: give at least one")
-    return named
 
 
 def file_name(number: int, of: int, name: object) -> str:
