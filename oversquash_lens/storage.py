@@ -24,6 +24,16 @@ MAGIC = b"PAR1"
 SEAL = hashlib.sha256().digest_size
 
 
+def check_working_folder() -> None:
+    """Asked before anything of transformers: without a working folder its import ends in an error of its own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the working folder is gone ({error.strerror}); expected one that exists: change to another folder"
+        ) from error
+
+
 def check_writable(path: Any) -> Path:
     """The absolute path, if a file can be put there; asked before long work whose result goes there."""
     target = _absolute(path)

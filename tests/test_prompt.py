@@ -280,3 +280,80 @@ def test_the_chat_template_keeps_its_own_tokens(kind: str, tmp_path: Path) -> No
     model.tokenizer.chat_template = "<s> w5 {{ messages[0].content }} </s>"
     assert osl.record(model, "w3 w4", chat=True).token_ids.tolist() == [0, 5, 3, 4, 1]
     assert osl.record(model, "w3 w4", chat=True, bos=False).token_ids.tolist() == [5, 3, 4, 1]
+
+
+# ---------------------------------------------------------------- messages, and BOS that is there already
+
+TURNS = (
+    "<s>{% for message in messages %} {% if message.role == 'user' %}u{% else %}a{% endif %} {{ message.content }} w9"
+    "{% endfor %}{% if add_generation_prompt %} a{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_are_what_transformers_makes_of_them(kind: str, tmp_path: Path) -> None:
+    model = loaded_with("<s> $A", tmp_path, kind)
+    model.tokenizer.chat_template = TURNS
+    user, answer = {"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}
+    for messages in ([user], [user, answer], (user, answer, user)):
+        last = messages[-1]["role"] == "assistant"
+        text = model.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not last, continue_final_message=last
+        )
+        expected = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        trace = osl.record(model, messages)
+        assert trace.token_ids.tolist() == expected
+        assert (trace.about.chat, trace.about.bos, trace.about.doubled_bos) == (True, True, False)
+        assert osl.measured_sensitivity(model, messages, probes=1).tokens == trace.tokens
+        assert osl.record(model, messages, bos=False).token_ids.tolist() == expected[1:]
+    assert osl.record(model, "w3", chat=True).token_ids.tolist() == osl.record(model, [user]).token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user"}], "message 0 whose 'content' is None"),
+        ([{"content": "w3"}], "message 0 whose 'role' is None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 0 whose 'content' is"),
+        ([{"role": "user", "content": "w3"}, {"text": "w3"}], "message 1 whose 'role' is None"),
+        ([{"role": "user", "content": "\ud800"}], "no valid Unicode"),
+        ([{"role": "fool", "content": "w3"}], "roles fool and TemplateError: no fools"),
+    ],
+)
+def test_messages_that_are_none(messages: list, said: str) -> None:
+    template = "{% if messages[0].role == 'fool' %}{{ raise_exception('no fools') }}{% endif %}" + TURNS
+    with pytest.raises(InputError, match=said):
+        tokenize(Stub(made_tokenizer(adds_bos=True, template=template)), messages)
+    with pytest.raises(InputError, match="without a chat template"):
+        tokenize(PLAIN, [{"role": "user", "content": "w3"}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_begins_with_bos_twice_is_remarked_by_every_door(kind: str, tmp_path: Path) -> None:
+    """Text that a chat template has made, given as a text: every token after it is read as never in training."""
+    model = loaded_with("<s> $A", tmp_path, kind)
+    twice, once = [0, 0, 3, 4], "w3 w4"
+    rendered = "<s> w3 w4"
+    prompt = rendered if osl.record(model, rendered).token_ids.tolist() == twice else twice
+    with osl.recording(model) as recorder, torch.no_grad():
+        model(torch.tensor([twice]))
+    doors = {
+        "record": lambda prompt: osl.record(model, prompt),
+        "record_batch": lambda prompt: osl.record_batch(model, [prompt])[0],
+        "measured": lambda prompt: osl.measured_sensitivity(model, prompt, probes=1),
+        "bound": lambda prompt: osl.path_bound(osl.record(model, prompt)),
+        "audit": lambda prompt: osl.audit(model, prompt, probes=1),
+        "findings": lambda prompt: osl.findings(model, prompt, probes=1),
+        "what_if": lambda prompt: osl.what_if(model, prompt, osl.edits.window(2), probes=1),
+    }
+    for name, door in doors.items():
+        assert door(prompt).about.doubled_bos, name
+        assert "starts with BOS twice" in str(door(prompt).about), name
+        assert not door(once).about.doubled_bos, name
+    assert recorder.trace().about.doubled_bos
+    assert osl.Trace.load(recorder.trace().save(tmp_path / "t")).about.remark.startswith("the prompt begins with BOS")
+    curve = osl.collapse_curve(model, lambda k: [0, 0] + [3] * k, (1, 2), ("float32",))
+    assert curve.about.doubled_bos
+    swept = osl.sweep(model, [prompt, once], ["proof"], tmp_path / "rows.parquet")
+    assert [remark is not None for remark in swept.table()["remark"].to_pylist()] == [True, False]
+    assert "1  remarked: the prompt begins with BOS twice" in str(swept)

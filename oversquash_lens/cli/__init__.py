@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from oversquash_lens.cli import many_prompts, one_prompt, paper
 from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.errors import InputError, OversquashError, nearest, one_line, visible
+from oversquash_lens.storage import check_working_folder
 
 __all__ = ["DEFAULT_PROMPT", "build_parser", "main"]
 
@@ -38,6 +39,10 @@ class _Parser(argparse.ArgumentParser):
             said += f": did you mean {meant}?"
         print(f"{self.prog}: {said} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse would let go of help that cannot be written, and exit with 0."""
+        (file or sys.stderr).write(message)
 
     def _meant(self, message: str) -> str | None:
         """The command or option that a misspelt one is closest to."""
@@ -136,7 +141,7 @@ def _run(arguments: list[str] | None) -> int:
             options = _parsed(arguments)
         finally:
             sys.stdout.flush()  # of --help and --version
-        _check_working_folder()
+        check_working_folder()
         _silence_other_peoples_notices()
         options.run(options)
         sys.stdout.flush()  # a full disk behind `> FILE` is said now, and not when Python ends
@@ -197,16 +202,6 @@ def run_models(options: argparse.Namespace) -> None:
     print(f"cache: {cache_folder()}")
     for model in found:
         print(f"{model.name}  {model.label}  {model.state}  {model.bytes / 1e6:.1f} MB  {model.path}")
-
-
-def _check_working_folder() -> None:
-    """Asked first: without one, libraries below us end the process in words of their own."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise InputError(
-            f"the working folder is gone ({error.strerror}); expected one that exists: change to another folder"
-        ) from error
 
 
 def _let_go_of_output() -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, visible
 from oversquash_lens.storage import check_place, check_writable, write_atomically
 from oversquash_lens.sweeps.prompt_files import SweepPrompt, messages_in, read_prompt
 
@@ -105,7 +105,7 @@ def load(options: argparse.Namespace) -> Any:
     from oversquash_lens.models.loading import load_model
 
     name = options.model if options.model is not None else NAME
-    print(f"loading {name} …", file=sys.stderr)
+    print(f"loading {visible(name)} …", file=sys.stderr)
     place = {"device": options.device, "device_map": options.device_map}
     return load_model(name, kind=options.kind, dtype=options.dtype, **place)
 
@@ -167,5 +167,5 @@ def remark(about: Any) -> None:
 def deliver(options: argparse.Namespace, result: dict, table: str) -> None:
     if options.out:
         write_atomically(options.out, json.dumps(result, indent=1).encode())
-        print(f"wrote {options.out}", file=sys.stderr)
+        print(f"wrote {visible(options.out)}", file=sys.stderr)
     print(json.dumps(result) if options.json else table)

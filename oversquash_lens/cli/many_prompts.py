@@ -22,7 +22,7 @@ from oversquash_lens.cli.common import (
     remark,
     verify_option,
 )
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, visible
 from oversquash_lens.sweeps.prompt_files import read_prompts
 
 PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
@@ -150,7 +150,7 @@ def run_sweep(options: argparse.Namespace) -> None:
 
         path = Path(options.figure)
         save(bands(result), path.parent, path.stem, [path.suffix[1:]])
-        print(f"wrote {options.figure}", file=sys.stderr)
+        print(f"wrote {visible(options.figure)}", file=sys.stderr)
 
 
 def _name_and_options(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from oversquash_lens.cli.common import (
     remark,
     show_plan,
 )
-from oversquash_lens.errors import InputError, one_of
+from oversquash_lens.errors import InputError, one_of, visible
 
 LONGEST = 1_000_000  # of a sequence; no model here reads so much
 PER_LENGTH, QUESTION = 2, 64  # tokens of a sequence's element, and of what stands around it, for a plan
@@ -109,7 +109,7 @@ def run_collapse(options: argparse.Namespace) -> None:
 
         path = Path(options.figure)
         save(collapse(curve), path.parent, path.stem, (path.suffix[1:],))
-        print(f"wrote {options.figure}", file=sys.stderr)
+        print(f"wrote {visible(options.figure)}", file=sys.stderr)
     deliver(options, curve.to_dict(), _collapse_table(curve))
 
 
@@ -134,7 +134,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     if options.plan:
         return _plan_tasks(options, task, lengths, longest)
     name = options.model if options.model is not None else NAME
-    print(f"loading {name} without hooks …", file=sys.stderr)
+    print(f"loading {visible(name)} without hooks …", file=sys.stderr)
     place = {"device": options.device, "device_map": options.device_map}
     result = run_task(
         Generator(load_twin(name, dtype=options.dtype, **place), chat=options.chat),

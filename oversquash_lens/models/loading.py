@@ -22,6 +22,7 @@ from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.models import default_model, sources
 from oversquash_lens.models.default_model import CachedModel, cache_folder, cached_models
 from oversquash_lens.models.sources import Loading, Weights
+from oversquash_lens.storage import check_working_folder
 
 __all__ = ["CachedModel", "cache_folder", "cached_models", "load_model", "load_twin"]
 
@@ -155,6 +156,7 @@ def _find_embedded(loading: Loading) -> Weights:
 
 def _loading(dtype: Any, device: Any, device_map: Any, trust_remote_code: bool) -> Loading:
     """The options, checked before anything is fetched."""
+    check_working_folder()
     if device is not None and device_map is not None:
         raise InputError(f"expected one of them, got both device={device!r} and device_map={device_map!r}")
     loading = Loading(_dtype(dtype), _device(device), device_map, trust_remote_code)
