@@ -262,6 +262,8 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str,
             continue
         if isinstance(there, dict) and isinstance(now, dict) and "tolerance" not in now:
             found |= {f"{name}.{inner}": said for inner, said in differences(there, now).items()}
+        elif isinstance(there, dict) and isinstance(now, dict):
+            found[name] = ("other numbers", "these")
         else:
             absent = [name not in each for each in (theirs, ours)]
             shown = [one_line(repr(each), 60) for each in (there, now)]

@@ -1,4 +1,4 @@
-"""No public function leaves a trace: what a process has set, drawn, opened or hooked is as before, also after errors."""
+"""No public function leaves a trace: what a process has set, drawn, opened or hooked is as before, after errors, too."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ CALLS: dict[str, tuple[Call, Call] | None] = {
         lambda w: osl.sweep(w.model, [PROMPT, IDS, ""], out=w.folder / "rows.parquet"),
         lambda w: osl.sweep(w.model, w.file("p.csv", b"a,b\n1,2\n"), out=w.folder / "rows.parquet"),
     ),
-    "views": (lambda w: osl.views.flow(w.flow)._repr_html_(), lambda w: osl.views.flow(None)),
+    "views": (lambda w: osl.views.route(w.flow)._repr_html_(), lambda w: osl.views.route(None)),
     "what_if": (
         lambda w: osl.what_if(w.model, PROMPT, osl.edits.window(2), osl.edits.separators(2, "w3"), probes=2),
         lambda w: osl.what_if(w.model, PROMPT),
@@ -175,7 +175,7 @@ def state(world: World) -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
-        "running threads": {thread.name for thread in threading.enumerate()},
+        "running threads": {each.name for each in threading.enumerate() if type(each) is threading.Thread},
         "warnings": [list(warnings.filters), warnings.showwarning],
         "matplotlib": dict(matplotlib.rcParams),
         "open figures": pyplot.get_fignums(),

@@ -366,7 +366,7 @@ def test_rows_of_the_plain_model_are_not_those_of_a_hooked_one(tiny: Any, out: P
     before = out.read_bytes()
     tiny.add_hook("blocks.0.hook_resid_post", steered)
     try:
-        with pytest.raises(InputError, match=r"\(model\.hooks\.blocks\.0\.hook_resid_post 0: nothing there"):
+        with pytest.raises(InputError, match=r"another run \(model\.hooks\.blocks\.0\.hook_out 0: nothing there"):
             osl.sweep(tiny, texts(3), "proof", out)
     finally:
         tiny.reset_hooks()
