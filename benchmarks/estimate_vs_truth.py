@@ -32,10 +32,10 @@ from benchmarks.trained import MODELS as TRAINED
 from benchmarks.trained import trained
 from oversquash_lens.capture.attention import per_head
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.identity import subject_identity
 from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.storage import write_atomically
-from oversquash_lens.sweeps.rows import model_identity
 
 # Whose truth a model's is: the two classes hold the same weights.
 TRUTH_OF = {"bridge": "bridge", "hooked": "bridge", **{name: name for name in TRAINED}}
@@ -143,7 +143,7 @@ def model_of(name: str) -> Any:
 @cache
 def mark_of(name: str) -> str:
     """Tells a model's weights from those of the same name that were trained another time."""
-    return model_identity(Subject.of(model_of(name)))["weights"][:8]
+    return subject_identity(Subject.of(model_of(name)))["weights"][:8]
 
 
 def measured(owner: str, sample: Sample, ids: Tensor, options: argparse.Namespace) -> Truth:

@@ -6,17 +6,19 @@ import functools
 import hashlib
 import json
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oversquash_lens.capture.hooked_model import software_versions
-from oversquash_lens.capture.hooks import KINDS, full_precision, hooks_on, named_modules, named_weights
+from oversquash_lens.capture.hooked_model import software_versions, wrapped_model
+from oversquash_lens.capture.hooks import KINDS, full_precision, hooks_on, named_modules
 from oversquash_lens.capture.proof import TOKENS, listening, proof_ids
 from oversquash_lens.capture.subject import Subject
 
 CHUNK = 1 << 22  # numbers of a weight at a time
+MASK = 1 << 16  # numbers of a buffer of whole numbers
 PROJECTIONS = 16  # numbers kept of y, and as many of the log-probabilities
 # Of these, each the size of 1: what other processors' rounding makes of it; weights themselves compare exactly.
 APART = {torch.float64: 1e-7, torch.float32: 3e-4}
@@ -42,23 +44,34 @@ def model_identity(model: Any, tokenizer: Any) -> dict[str, Any]:
     the model makes of the proof's tokens under its hooks, and its buffers, compare within a tolerance, so that other
     processors agree. The tokenizer is known by what it makes of a text.
     """
-    weights = dict(nn.Module.named_parameters(model))
-    weights |= {f"{name} ": weight for name, weight in named_weights(model)}
-    exact = {n: w for n, w in weights.items() if isinstance(w, nn.Parameter) or not w.is_floating_point()}
-    tables = [w.detach().double() for n, w in sorted(weights.items()) if n not in exact and not w.is_meta and w.numel()]
-    means = [_projected(table.cpu(), 1) for table in tables]
+    owners = [owner for owner in (model, wrapped_model(model)) if isinstance(owner, nn.Module)]
+    weights = _each_once(pair for owner in owners for pair in nn.Module.named_parameters(owner))
+    buffers = _each_once(pair for owner in owners for pair in nn.Module.named_buffers(owner))
+    tables = {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point() and not buffer.is_meta}
+    whole = weights | {name: _thinned(buffer) for name, buffer in buffers.items() if name not in tables}
+    means = [_projected(table.detach().cpu().double(), 1) for _, table in sorted(tables.items())]
     dtype = next(iter(model.parameters())).dtype
     versions = software_versions()
     for name in ("python", "oversquash-lens"):  # measures have numbers of definition instead
         versions.pop(name)
     return {
-        "weights": _digest({name: _checksum(weight) for name, weight in exact.items()}),
+        "weights": _digest({name: _checksum(weight) for name, weight in whole.items()}),
         "hooks": _hooks(model),
         "computes": {"values": _outputs(model, tokenizer), "tolerance": APART.get(dtype, COARSE)},
         "buffers": {"values": [each for row in means for each in row], "tolerance": APART[torch.float32]},
         "tokenizer": _digest(_spelling(model, tokenizer)),
         "versions": versions,
     }
+
+
+def _each_once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    found = {id(weight): (name, weight) for name, weight in named if weight.numel()}
+    return dict(found.values())
+
+
+def _thinned(buffer: Tensor) -> Tensor:
+    """Of a mask of all positions by all positions, in every layer, as many numbers as are looked at quickly."""
+    return buffer.reshape(-1)[:: max(1, buffer.numel() // MASK)]
 
 
 def _digest(found: Any) -> str:

@@ -182,8 +182,8 @@ def test_a_token_that_is_half_a_character_keeps_its_name(smollm2: Any) -> None:
         (PLAIN, b"w3 w4", {}, "type bytes"),
         (PLAIN, {3, 4}, {}, "type set"),
         (PLAIN, [2**70, 3], {}, "type list"),
-        (PLAIN, [3, 4], {"bos": True}, "for a text prompt only"),
-        (PLAIN, [3, 4], {"chat": True}, "for a text prompt only"),
+        (PLAIN, [3, 4], {"bos": True}, "for texts and messages only"),
+        (PLAIN, [3, 4], {"chat": True}, "for texts and messages only"),
         (PLAIN, "w3 w4", {"chat": True}, "without a chat template"),
         (Stub(None), "w3 w4", {}, "without tokenizer"),
         (Stub(made_tokenizer(adds_bos=False, has_bos=False)), "w3 w4", {"bos": True}, "without a BOS token"),
@@ -285,7 +285,7 @@ def test_the_chat_template_keeps_its_own_tokens(kind: str, tmp_path: Path) -> No
 # ---------------------------------------------------------------- messages, and BOS that is there already
 
 TURNS = (
-    "<s>{% for message in messages %} {% if message.role == 'user' %}u{% else %}a{% endif %} {{ message.content }} w9"
+    "<s>{% for message in messages %} {{ message.content }} {% if message.role == 'user' %}w9{% else %}w5{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} a{% endif %}"
 )
 

@@ -119,8 +119,8 @@ def _streams() -> Iterator[None]:
                 stream.reconfigure(errors="replace")  # a terminal without ρ shows a question mark, not a traceback
         # Where there is none, print(file=None) would write notes into the results.
         error = sys.stderr or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        sys.stderr = _Shown(error, lossy=True)  # type: ignore[assignment]
-        sys.stdout = None if sys.stdout is None else _Shown(sys.stdout, lossy=False)  # type: ignore[assignment]
+        sys.stderr = _Shown(error, lossy=True)
+        sys.stdout = None if sys.stdout is None else _Shown(sys.stdout, lossy=False)
         try:
             yield
         finally:

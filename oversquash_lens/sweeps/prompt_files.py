@@ -318,9 +318,11 @@ def _of_parquet(path: Path, column: str | None) -> Named:
         wanted, size = [key, *(each for each in NAMES if each in having and each != key)], 0
         found: Named = []
         for batch in file.iter_batches(batch_size=BATCH, columns=wanted):
-            if (size := size + batch.nbytes) > MOST_TABLE:
+            rows = _of_columns(pyarrow.Table.from_batches([batch]), wanted, key)
+            size += max(batch.nbytes, sum(len(prompt) for _, prompt in rows if isinstance(prompt, str | list)))
+            if size > MOST_TABLE:
                 raise ValueError(f"its prompts are more than {MOST_TABLE >> 30} GiB")
-            found += _of_columns(pyarrow.table(batch), wanted, key)
+            found += rows
         return found
     except InputError:
         raise
