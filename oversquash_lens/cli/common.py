@@ -29,7 +29,7 @@ def prompt_command(commands: Any, name: str, run: Any, about: str) -> argparse.A
     """A command that runs a model on one prompt."""
     command = model_command(commands, name, run, about)
     source = command.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="'-' reads standard input")
+    source.add_argument("--prompt", metavar="TEXT", help="a text, or messages as JSON; '-' reads standard input")
     source.add_argument("--prompt-file", metavar="FILE", help="'-' reads standard input")
     source.add_argument("--token-ids", metavar="IDS", help="the prompt as numbers: '504 4922 2271'")
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")

@@ -66,12 +66,12 @@ def sweep(
 
     Args:
         model: a loaded model, or a name for `load_model`.
-        prompts: texts, token ids, (name, prompt) pairs, or a file of them: .txt (one a line), .json, .jsonl, .csv,
-            .tsv or .parquet.
+        prompts: texts, messages, token ids, (name, prompt) pairs, a table (pandas, polars, Arrow, datasets), or a file:
+            .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet; "-" is standard input, one a line.
         measures: names out of `oversquash_lens.sweeps.rows.MEASURES`, which also lists the columns that each fills.
         out: the file of rows.
         load: options of `load_model`, where the model is a name.
-        column: where a table has its prompts, else "text" or "prompt".
+        column: where a table has its prompts, else "text", "prompt" or "messages".
         chat: as `record` takes it, and so are bos, node_probes, seed, verify; attention too, for prompts that are
             recorded alone.
         probes: backward probes of "truth"; None measures it exactly.
