@@ -847,9 +847,13 @@ def test_links_in_the_cache_lead_nowhere(cache: Path, pip: FakePip, tmp_path: Pa
 
 
 def test_a_model_that_is_exchanged_while_it_is_read_is_refused(cache: Path, pip: FakePip) -> None:
-    with pytest.raises(ModelError, match="was changed while it was read"), default_model.reading_gguf() as path:
-        path.with_name("other").write_bytes(TINY)
-        os.replace(path.with_name("other"), path)
+    def exchanged() -> None:
+        with default_model.reading_gguf() as path:
+            path.with_name("other").write_bytes(TINY)
+            os.replace(path.with_name("other"), path)
+
+    with pytest.raises(ModelError, match="was changed while it was read"):
+        exchanged()
     with default_model.reading_gguf() as path:
         assert path.read_bytes() == TINY
 

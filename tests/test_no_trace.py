@@ -1,4 +1,4 @@
-"""No public function leaves a trace: what a process has set, drawn, opened or hooked is as before, after errors, too."""
+"""No public function leaves a trace: what a process has set, drawn, opened or hooked is as before, after errors too."""
 
 from __future__ import annotations
 

@@ -275,7 +275,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         blank = payload[: found.start(1)] + UNSET.encode() + payload[found.end(1) :] if found else b""
         if found is None or hashlib.sha256(blank).hexdigest().encode() != found[1]:
             raise ValueError("its checksum is not that of its content")
-        return header, load(payload)
+        # Copied: products of unaligned memory, as a file gives it, are rounded otherwise.
+        return header, {name: tensor.clone() for name, tensor in load(payload).items()}
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError, MemoryError) as error:
         raise TraceFileError(
             f"{one_line(path, 200)} is damaged or not a trace ({type(error).__name__}: {one_line(error, 120)}); "
