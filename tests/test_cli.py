@@ -195,6 +195,39 @@ def test_the_same_prompt_from_everywhere(on_tiny: Callable, monkeypatch: pytest.
     assert len(set(outputs)) == 1
 
 
+TALK = '[{"role": "user", "content": "w5 w9"}]'
+
+
+def test_messages_from_everywhere(
+    on_tiny: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A list of messages is never measured as its JSON: the chat template makes the text, and that is said."""
+    assert "without a chat template" in on_tiny("bound", "--prompt", TALK).err
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", "w1 {{ messages[0].content }} w7")
+    for name, content in (("talk.json", TALK), ("talk.txt", TALK), ("talk.jsonl", f'{{"messages": {TALK}}}')):
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"\ufeff{TALK}\n".encode())))
+    sources = [("--prompt", TALK), ("--prompt", "-")]
+    sources += [("--prompt-file", str(tmp_path / f"talk.{kind}")) for kind in ("json", "txt", "jsonl")]
+    for source in sources:
+        result = on_tiny("bound", *source, "--json")
+        assert result.code == 0, result.err
+        found = json.loads(result.out)
+        assert found["tokens"] == ["w1", "w5", "w9", "w7"]
+        assert found["about"]["chat"]
+        assert ("list of messages" in result.err) == (source[1][-5:] not in ("jsonl", ".json"))
+    (tmp_path / "two.json").write_text('["w5 w9", "w7 w8"]')
+    assert "holds 2 prompts; expected one" in on_tiny("bound", "--prompt-file", str(tmp_path / "two.json")).err
+
+
+@pytest.mark.parametrize("command", [("bound",), ("audit", "--probes", "1"), ("flow",), ("report", "--probes", "1")])
+def test_bos_that_is_there_twice_is_remarked(command: tuple[str, ...], on_tiny: Callable) -> None:
+    result = on_tiny(*command, "--token-ids", "1 1 5 9")
+    assert result.code == 0, result.err
+    assert "oversquash-lens: the prompt begins with BOS twice" in result.err
+    assert "BOS twice" not in on_tiny(*command, "--token-ids", "1 5 9").err
+
+
 def test_without_a_prompt_it_counts_ones(on_tiny: Callable) -> None:
     """The paper's own kind of prompt; far beyond what this model reads."""
     assert DEFAULT_PROMPT.startswith("How many ones are in the following sequence? 1 1 1")
