@@ -557,7 +557,7 @@ ARGUMENTS = [
     Case("report", "a name beyond all measure", "xxx", lambda w: osl.report(w.model, PROMPT, w.folder / ("x" * 5000))),
     Case("report", "a place of NUL bytes", "null byte", lambda w: osl.report(w.model, PROMPT, str(w.folder) + "/a\0b")),
     Case("report", "an unknown option", "'probe'", lambda w: osl.report(w.model, PROMPT, w.folder / "p.html", probe=1)),
-    Case("reports", "one text", "str", lambda w: osl.reports(w.model, "w5 w9", w.folder)),
+    Case("reports", "one text", "w5 w9", lambda w: osl.reports(w.model, "w5 w9", w.folder)),
     Case("reports", "no prompts", "no prompt", lambda w: osl.reports(w.model, [], w.folder)),
     Case("reports", "a folder that is a file", "taken", lambda w: osl.reports(w.model, ["w5 w9"], w.file("taken"))),
     Case("reports", "an unknown option", "'probe'", lambda w: osl.reports(w.model, ["w5 w9"], w.folder, probe=1)),

@@ -80,7 +80,8 @@ def reports(
         name, prompt = each.name, each.prompt
         file = file_name(number, len(named), name if name is not None else prompt)
         shown = f"prompt {number}" if name is None else name
-        how = options | each.options(options.get("chat", False), options.get("bos"))
+        fitting = each.options(options.get("chat", False), options.get("bos"))
+        how = options | {name: value for name, value in fitting.items() if name in options}
         entries.append(_one(model, prompt, shown, name, target.with_name(file), how))
         write_atomically(target, render_index(entries, title).encode("ascii"))
     if all(entry.error for entry in entries):
