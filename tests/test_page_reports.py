@@ -91,7 +91,7 @@ def test_what_the_program_got_wrong_is_not_hidden_in_a_row(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("wrong", ["one text", b"bytes", None, 3])
 def test_what_is_no_list_of_prompts_is_refused(asked, tmp_path, wrong):
-    with pytest.raises(InputError, match="expected a list of texts|one text is not a file; expected one of prompts"):
+    with pytest.raises(InputError, match=r"expected a list of texts|one text is not a file; expected one of prompts"):
         reports("model", wrong, tmp_path)
     assert not asked
 
