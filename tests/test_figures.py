@@ -29,7 +29,7 @@ from matplotlib.text import Annotation, Text
 from small_charts import ALL, LENGTHS, PRECISION, collapse, decay, graph, grid, histogram, many_legends, marks, paths
 from small_results import EVIL, TOKENS, profile, truth
 
-from oversquash_lens.errors import InputError
+from oversquash_lens.errors import InputError, visible
 from oversquash_lens.paths.squashing import count_paths
 from oversquash_lens.viz import figures
 from oversquash_lens.viz.chart import Chart, Panel, Series
@@ -482,7 +482,8 @@ def test_savefig_gives_the_same_bytes_whatever_the_users_settings(kind: str, tmp
 def test_no_cell_of_a_csv_file_is_a_formula(evil: str) -> None:
     panel = Panel(title=evil, series=(Series(evil, (-1, 2), (-0.5, math.nan)),))
     rows = list(csv.reader(io.StringIO(Chart("n", "n", (panel,), ()).to_csv())))
-    assert rows[1] == [f"'{evil}", f"'{evil}", "line", "-1", "-0.5", "", ""]  # numbers stay numbers
+    shown = f"'{visible(evil)}"
+    assert rows[1] == [shown, shown, "line", "-1", "-0.5", "", ""]  # numbers stay numbers
 
 
 def test_files_are_what_their_names_say(tmp_path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from oversquash_lens.errors import InputError, one_line
+from oversquash_lens.errors import InputError, one_line, visible
 
 SERIES_KINDS = ("line", "published", "floor", "bars", "marks")
 AXES = ("linear", "log", "category")
@@ -278,8 +278,11 @@ class Chart:
 
 
 def _cell(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula begins with an apostrophe, which it does not show."""
-    return f"'{value}" if isinstance(value, str) and value.lstrip(" ").startswith(FORMULA) else value
+    """A text without control characters; one that a spreadsheet would run begins with an apostrophe, which it hides."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if value.lstrip(" ").startswith(FORMULA) else text
 
 
 def _panel(series: list, reference: list | None, x_names: list, **rest: Any) -> Panel:
