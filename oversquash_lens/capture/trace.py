@@ -298,22 +298,23 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     about, tokens, gains = header["about"], header["tokens"], header["gains"]
     kinds = {"str": str, "int": int, "bool": bool, "dict[str, str]": dict}
     for each in fields(About):
-        _expect(type(about.get(each.name, each.default)) is kinds[str(each.type)], f"about.{each.name}")
+        came = about.get(each.name, each.default)
+        _expect(type(came) is kinds[str(each.type)], f"about.{each.name}", came)
     _expect(all(isinstance(text, str) for pair in about["versions"].items() for text in pair), "about.versions")
-    _expect(about["final_gain"] in FINAL_GAIN, "about.final_gain")
-    _expect(isinstance(tokens, list) and all(isinstance(token, str) for token in tokens), "tokens")
+    _expect(about["final_gain"] in FINAL_GAIN, "about.final_gain", about["final_gain"])
+    _expect(isinstance(tokens, list) and all(isinstance(token, str) for token in tokens), "tokens", tokens)
     _expect(type(header["gated_mlp"]) is bool and type(header["parallel"]) is bool, "gated_mlp or parallel")
     _expect(isinstance(header.get("route_reason", ""), str), "route_reason")
     verdicts = header["support"]
-    _expect(isinstance(verdicts, dict) and set(verdicts) == set(MEASURES), "support")
+    _expect(isinstance(verdicts, dict) and set(verdicts) == set(MEASURES), "support", verdicts)
     _expect(all(len(v) == 2 and v[0] in STATES and isinstance(v[1], str) for v in verdicts.values()), "support")
     for name in _GAIN_NUMBERS:
         number, whole = gains[name], name in ("node_probes", "seed")
-        _expect(type(number) is int if whole else isinstance(number, float | int), f"gains.{name}")
-        _expect(math.isfinite(number) and (name == "seed" or number > 0 or "gain" in name), f"gains.{name}")
+        _expect(type(number) is int if whole else isinstance(number, float | int), f"gains.{name}", number)
+        _expect(math.isfinite(number) and (name == "seed" or number > 0 or "gain" in name), f"gains.{name}", number)
     sizes = {"layer": about["n_layers"], "head": about["n_heads"], "head2": about["n_heads"], "pos": len(tokens)}
     sizes |= {"d_model": about["d_model"], "layer_plus_1": about["n_layers"] + 1}
-    _expect(min(sizes.values()) > 0 and len(header["attention"]) == sizes["layer"], "sizes")
+    _expect(min(sizes.values()) > 0 and len(header["attention"]) == sizes["layer"], "sizes", sizes)
     axes = _axes(sizes["layer"])
     if unknown := set(tensors) - set(axes):
         raise ValueError(f"expected no tensor {one_line(unknown.pop(), 60)!r}")
@@ -325,7 +326,8 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         _expect(bool(known.isfinite().all()), f"numbers of {name}")
         if name.startswith(("gains.", "weights.")) and last not in SIGNED:
             _expect(bool((known > 0 if last.endswith("_scale") else known >= 0).all()), f"numbers of {name}")
-    _expect(not tensors["token_ids"].is_floating_point() and bool((tensors["token_ids"] >= 0).all()), "token_ids")
+    ids = tensors["token_ids"]
+    _expect(not ids.is_floating_point() and bool((ids >= 0).all()), "token_ids", ids.dtype, int(ids.min()))
 
 
 def _axes(n_layers: int) -> dict[str, list[str]]:
@@ -346,18 +348,19 @@ def _annotated(field: Any) -> list[str]:
 
 def _check_tensor(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, int]) -> None:
     """The shape is that of its axes, whose sizes are those of other tensors; those that are new are remembered."""
-    _expect(tensor.ndim == len(axes) and min(tensor.shape) > 0, f"axes of {name}")
+    _expect(tensor.ndim == len(axes) and min(tensor.shape) > 0, f"axes of {name}", tuple(tensor.shape))
     for axis, size in zip(axes, tensor.shape, strict=True):
         (width,) = WIDTHS.get(name.rpartition(".")[2], ("d_head",)) if axis == "d_head" else (axis,)
         if width != "rank" and sizes.setdefault(width, size) != size:
             raise ValueError(f"expected {sizes[width]} on the axis {axis!r} of {name}, got {tuple(tensor.shape)}")
     _expect(sizes["head"] % sizes.get("kv_head", 1) == 0, "number of key heads")
-    _expect(tensor.is_floating_point() or name == "token_ids", f"type of {name}")
+    _expect(tensor.is_floating_point() or name == "token_ids", f"type of {name}", tensor.dtype)
 
 
-def _expect(fine: bool, what: str) -> None:
+def _expect(fine: bool, what: str, *came: Any) -> None:
     if not fine:
-        raise ValueError(f"expected another {what}")
+        shown = "".join(f" {one_line(repr(each), 60)}" for each in came)
+        raise ValueError(f"no trace has such {what}{':' if came else ''}{shown}")
 
 
 def _attention(header: dict, tensors: dict[str, Tensor], layer: int) -> AttentionRows:
