@@ -233,7 +233,7 @@ def hooked_places(model: HookedModel) -> list[str]:
     return [name for module, name in named_modules(model) if hooks_on(module)]
 
 
-def named_modules(model: HookedModel) -> list[tuple[nn.Module, str]]:
+def named_modules(model: Any) -> list[tuple[nn.Module, str]]:
     """Every module once; a hook point by the shortest of its names."""
     points: dict[int, str] = {}
     for name, point in getattr(model, "hook_dict", {}).items():
