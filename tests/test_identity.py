@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from small_generators import Parrot
@@ -20,6 +21,7 @@ from oversquash_lens.collapse.families import Family
 from oversquash_lens.errors import InputError
 from oversquash_lens.identity import subject_identity
 from oversquash_lens.parts import differences
+from oversquash_lens.storage import sealed
 
 PROMPTS = [[1, 7, 9, 3]]
 POINT = "blocks.1.hook_resid_post"
@@ -209,3 +211,17 @@ def test_answers_of_another_generator_are_refused(tmp_path: Path) -> None:
     Marked.identity = {"weights": "two"}
     with pytest.raises(InputError, match=r"identity\.weights: 'one' there, 'two' now"):
         osl.run_task(Marked(lambda prompt: "1"), "ones", (3,), out=out, score=False)
+
+
+@pytest.mark.parametrize(("column", "value"), [("about", "[" * 100_000), ("about", "{}"), ("tensors", b"none")])
+def test_a_kept_curve_that_is_none(column: str, value: Any, tmp_path: Path) -> None:
+    """Its checksum is right, what it holds is not."""
+    tried, out = model(), tmp_path / "kept.parquet"
+    family = Family("pairs", lambda k: ([1] + [7] * k, [1] + [7] * (k + 1)), "tokens")
+    kept_curve(tried, family, (1, 2), ("float32",), out=out)
+    table = pyarrow.parquet.read_table(out)
+    at = table.column_names.index(column)
+    pyarrow.parquet.write_table(table.set_column(at, table.schema.field(at), [[value]]), out)
+    out.write_bytes(sealed(out.read_bytes()))
+    with pytest.raises(InputError, match="the curve kept as 'float32' is damaged"):
+        kept_curve(tried, family, (1, 2), ("float32",), out=out)

@@ -387,9 +387,16 @@ def _row(name: str, part: Kept) -> dict[str, Any]:
 
 
 def _kept(row: dict[str, Any]) -> Kept:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    return json.loads(row["about"]), tuple(row["notes"]), load(row["tensors"])
+    try:
+        about, tensors = json.loads(row["about"]), load(row["tensors"])
+        About(**about)
+        return about, tuple(row["notes"]), {"covered": tensors["covered"], **tensors}
+    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        name = one_line(repr(row["format"]), 60)
+        raise InputError(f"the curve kept as {name} is damaged; expected what was kept: delete its file") from error
 
 
 def _joined(
