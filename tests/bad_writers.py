@@ -192,7 +192,8 @@ def main() -> None:
     for _ in range(times):
         killed(write, draw.uniform(0, 2.5 * once + 0.005))
         wrong += look()
-    largest = max((path.stat().st_size for path in folder.rglob("*") if path.is_file()), default=1 << 12)
+    largest = max((path.stat().st_size for path in folder.rglob("*") if path.is_file()), default=0)
+    largest = largest or 1 << 12  # the log may just have begun again
     for _ in range(times // 4):
         wrong += out_of_room(write, draw.randrange(largest))
         wrong += look()
