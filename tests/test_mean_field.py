@@ -36,7 +36,7 @@ needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 
 def assert_matches(model: object, tokens: torch.Tensor, tolerance: float) -> None:
     profile = osl.mean_field_sensitivity(record(model, tokens, node_probes=None))
-    paths = mean_field(read(model, tokens), model)
+    paths = mean_field(read(model, tokens))
     squares = brute_force(paths.edges, paths.nodes, tokens.shape[1])
     assert profile.kind == "mean_field"
     assert profile.log_by_layer.dtype == torch.float64
