@@ -205,6 +205,17 @@ def _own_scale(model: Any, attn: Any, layer: int) -> float:
     return (getattr(config, "query_pre_attn_scalar", None) or attn.W_Q.shape[-1]) ** -0.5
 
 
+def _final_gain(model: Any, like: torch.Tensor) -> torch.Tensor:
+    """γ₃; where it was folded into the unembedding, from W_U = γ₃ · W_Eᵀ up to a shift, if that holds (tied once)."""
+    gain = _norm(getattr(model, "ln_final", None), like.shape[2], like)[0]
+    if not (gain == 1).all() or not hasattr(model, "W_U"):
+        return gain
+    embed, unembed = model.W_E.detach().double().T, model.W_U.detach().double()
+    embed, unembed = (x - x.mean(1, keepdim=True) for x in (embed, unembed))
+    folded = torch.stack([torch.linalg.lstsq(e[:, None], u).solution[0] for e, u in zip(embed, unembed, strict=True)])
+    return folded if (folded[:, None] * embed - unembed).abs().max() < 1e-3 * unembed.abs().max() else gain
+
+
 KNOWN = {"relu2": "relu2", "relu_squared": "relu2", "swish": "silu"} | {name: name for name in LIPSCHITZ}
 
 
@@ -232,7 +243,7 @@ def read(model: Any, tokens: torch.Tensor, act: str | None = None) -> Reading:
     return Reading(
         layers=layers,
         r3=found["ln_final.hook_scale"].flatten() if "ln_final.hook_scale" in found else ones,
-        gain3=_norm(getattr(model, "ln_final", None), like.shape[2], like)[0],
+        gain3=_final_gain(model, like),
         centred=centred and not behind_only,
         parallel=parallel,
         experts=layers[0].pre is None and hasattr(first, "mlp"),
@@ -291,6 +302,7 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
             _per_query_head(r, 1, n_heads),
             _per_query_head(inner, 0, n_heads),
         ]
+    stretch = [_stretch(scored[letter][0], at.get(f"attn.hook_rot_{letter}")) for letter in "qk"]
     dense = mlp is not None and _weight(mlp, "W_in") is not None
     gated = dense and _weight(mlp, "W_gate") is not None
     layer = Layer(
@@ -298,7 +310,7 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
         q=scored["q"][0],
         k=scored["k"][0],
         v=_per_query_head(cut(at["attn.hook_v"]), 1, n_heads),
-        scale=_own_scale(model, attn, index),
+        scale=_own_scale(model, attn, index) * stretch[0] * stretch[1],
         r1=divisor["ln1"],
         r2=divisor["ln2"],
         rho1=divisor["ln1_post"],
@@ -330,9 +342,14 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
     )
     if mlp is not None:
         norms = [getattr(block, names[name], None) if names[name] else None for name in ("ln2", "ln2_post")]
-        layer.node = node_gains(mlp, at[entering], *norms, like.dtype, layer.written)
+        layer.node = node_gains(_as_called(mlp, layer), at[entering], *norms, like.dtype, layer.written)
     _rebuild(layer, block, at, names, f"layer {index}")
     return layer
+
+
+def _stretch(x: torch.Tensor, turned: torch.Tensor | None) -> float:
+    """By how much a rotation lengthens what it turns (YaRN), at the first position, which it turns by nothing."""
+    return 1.0 if turned is None else (turned[0].norm() / x[0, :: x.shape[1] // turned.shape[1]].norm()).item()
 
 
 def _inner_norm(norm: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
@@ -383,7 +400,8 @@ def _rebuild(layer: Layer, block: Any, at: dict[str, torch.Tensor], names: dict[
     for letter, own in (("q", layer.q), ("k", layer.k)):
         turned = at.get(f"attn.hook_rot_{letter}")
         if turned is not None:
-            same(own.norm(dim=-1), _per_query_head(turned, 1, own.shape[1]).norm(dim=-1), f"the norm of {letter}")
+            lengths = _per_query_head(turned, 1, own.shape[1]).norm(dim=-1)
+            same(own.norm(dim=-1) * _stretch(own, turned), lengths, f"the norm of {letter}")
     if layer.pre is not None:  # but for a bias that some add behind the gate's product
         own = activation(layer.act, layer.pre) * (1 if layer.linear is None else layer.linear)
         same(own - own[:1], at["mlp.hook_post"] - at["mlp.hook_post"][:1], "the activation")
@@ -630,16 +648,29 @@ def _mean_square_query_side(layer: Layer, centred: bool) -> torch.Tensor:
     for h in range(len(layer.pattern)):
         follows = _follows(layer, layer.w_q[h], layer.gain_q[h], centred)
         keys = layer.k[:, h]
-        away = keys[None, :] - (layer.pattern[h] @ keys)[:, None]  # [dest, src, d_head]
+        mean = layer.pattern[h] @ keys
+        away = keys[None, :] - mean[:, None]  # [dest, src, d_head]
         spread = (layer.pattern[h] * away.square().sum(-1)).sum(1)
+        # A sink is a key of 0, whose score nothing moves, and has what is left of the row.
+        spread = spread + (1 - layer.pattern[h].sum(1)) * mean.square().sum(-1)
         moved = (layer.pattern[h] * deviation(layer, h, layer.post1)).square().sum(1) * spread
         per_direction = follows.square().sum() * layer.scale**2 / (d_head * d)
         parts.append(moved * per_direction / (layer.r1 * layer.rq[:, h]).square() * _outer(layer)[:, 0] ** 2)
     return torch.stack(parts)
 
 
+def _as_called(mlp: Any, layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An MLP as a function of what its norm gives; by its weights where the class has no module of its own (OPT)."""
+    if getattr(mlp, "name", "") is None:
+        b_in, b_out = (_weight(mlp, name) for name in ("b_in", "b_out"))
+        return lambda x: activation(layer.act, x.double() @ layer.w_in + b_in) @ layer.w_out + b_out
+    if "Bloom" in type(mlp).__name__:  # adds the residual stream that it is given besides
+        return lambda x: mlp(x, torch.zeros_like(x))
+    return mlp
+
+
 def node_gains(
-    mlp: Any, entering: torch.Tensor, before: Any, behind: Any, dtype: torch.dtype, written: float = 1.0
+    mlp: Callable, entering: torch.Tensor, before: Any, behind: Any, dtype: torch.dtype, written: float = 1.0
 ) -> torch.Tensor:
     """‖I + J_MLP,j‖_F²/d at every position j: the Jacobian of what an MLP adds, by autograd, [pos].
 
