@@ -1,6 +1,6 @@
 """Do the tests find a wrong formula? Each row makes one small mistake in a copy of the package and runs some tests.
 
-    python -m benchmarks.mutations [--only WORDS] [--json mutations.json]
+    python -m benchmarks.mutations [--only WORDS] [--first N] [--json mutations.json]
 
 Run from the repository. A row of `mutation_rows.ROWS` is killed where a test that it names fails, and survives where
 all of them pass. One that changes no number says why in `equivalent`, and must survive; one whose old text is not found
@@ -52,7 +52,8 @@ def passes(root: Path, tests: Sequence[str]) -> bool:
             sys.path[:0] = [str(root), str(root / "tests")]
             import pytest
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+            # Without the type checker, which takes most of the time: numbers alone must tell.
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", *tests]))
         finally:
             os._exit(code)
     started = time.monotonic()
@@ -89,9 +90,14 @@ def judged(row: Mutation, root: Path, unharmed: dict[tuple[str, ...], bool]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="words: rows whose name or file holds one of them")
+    parser.add_argument("--first", type=int, default=0, help="number of the first row, counted from 0")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [row for row in ROWS if not options.only or any(w in f"{row.file} {row.name}" for w in options.only)]
+    rows = [
+        row
+        for row in ROWS[options.first :]
+        if not options.only or any(w in f"{row.file} {row.name}" for w in options.only)
+    ]
     import hypothesis  # noqa: F401
     import pandas  # noqa: F401
     import torch  # noqa: F401

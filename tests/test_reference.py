@@ -117,9 +117,9 @@ def test_flow_of_every_family_is_a_sum_over_all_paths(name: str, kind: str) -> N
         return
     model, tokens, reading = found
     trace = record(model, tokens, attention="kept")
-    for paths in ("mean_field", "proof") if reading.experts else ("mean_field", "rollout", *CALIBRATED):
-        for source in (None, 2):
-            assert_flow_of(trace, reading, paths, source, tolerance_of(name, kind))
+    asked = [("mean_field", None), ("mean_field", 2)] + [(each, None) for each in CALIBRATED if not reading.experts]
+    for paths, source in asked:
+        assert_flow_of(trace, reading, paths, source, tolerance_of(name, kind))
 
 
 @pytest.mark.parametrize(("name", "kind"), CELLS)
