@@ -12,6 +12,7 @@ the tests need besides the package.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.mutation_rows import ROWS, Mutation
@@ -87,6 +90,30 @@ def judged(row: Mutation, root: Path, unharmed: dict[tuple[str, ...], bool]) -> 
     return "survived" if survived else "killed"
 
 
+def import_what_tests_need() -> None:
+    """All but the package itself, once for all rows."""
+    for name in (
+        "hypothesis",
+        "pandas",
+        "pytest",
+        "rich",
+        "safetensors.torch",
+        "selenium.webdriver",
+        "transformer_lens",
+    ):
+        with suppress(ImportError):
+            import_module(name)
+    for module, names in {
+        "transformers": ("AutoTokenizer", "PreTrainedTokenizerFast", "GPT2LMHeadModel", "LlamaForCausalLM"),
+        "transformer_lens": ("HookedTransformer",),
+        "transformer_lens.model_bridge": ("TransformerBridge",),
+    }.items():
+        for name in names:
+            with suppress(ImportError, AttributeError):
+                getattr(import_module(module), name)
+    gc.freeze()  # a collection in a forked process need not look at these
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="words: rows whose name or file holds one of them")
@@ -98,12 +125,7 @@ def main() -> int:
         for row in ROWS[options.first :]
         if not options.only or any(w in f"{row.file} {row.name}" for w in options.only)
     ]
-    import hypothesis  # noqa: F401
-    import pandas  # noqa: F401
-    import torch  # noqa: F401
-    import transformer_lens  # noqa: F401
-    import transformers  # noqa: F401
-
+    import_what_tests_need()
     found: list[dict[str, object]] = []
     unharmed: dict[tuple[str, ...], bool] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ causal path one by one; `exact_jacobian` is autograd, one row of one Jacobian at
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -196,13 +197,24 @@ def _norm(norm: Any, size: int, like: torch.Tensor, flat: bool = False) -> tuple
 def _own_scale(model: Any, attn: Any, layer: int) -> float:
     """What q·k is multiplied by in the score, as the config has it."""
     if not hasattr(model, "original_model"):
-        return 1 / (model.cfg.attn_scale * (layer + 1 if model.cfg.scale_attn_by_inverse_layer_idx else 1))
+        divisor = model.cfg.attn_scale if model.cfg.use_attn_scale else 1.0
+        return 1 / (divisor * (layer + 1 if model.cfg.scale_attn_by_inverse_layer_idx else 1))
     config = model.original_model.config
     if getattr(config, "attention_multiplier", None) is not None:  # Granite
         return config.attention_multiplier
     if getattr(config, "model_type", "") == "gpt_neo":
         return 1.0
     return (getattr(config, "query_pre_attn_scalar", None) or attn.W_Q.shape[-1]) ** -0.5
+
+
+def _own_cap(model: Any) -> float | None:
+    """c of c·tanh(score/c) as the config has it; nan where ALiBi is added to the scores as well."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    biased = getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt")
+    if biased or getattr(model.cfg, "positional_embedding_type", "") == "alibi":
+        return math.nan
+    cap = getattr(config, "attn_logit_softcapping", None) or getattr(model.cfg, "attn_scores_soft_cap", None)
+    return float(cap) if cap is not None and cap > 0 else None
 
 
 def _final_gain(model: Any, like: torch.Tensor) -> torch.Tensor:
@@ -222,8 +234,9 @@ KNOWN = {"relu2": "relu2", "relu_squared": "relu2", "swish": "silu"} | {name: na
 def _activation(model: Any, block: Any) -> Act:
     """By the name in the config; the module's own function where that is none that is written here (xIELU)."""
     config = getattr(getattr(model, "original_model", None), "config", None)
-    if getattr(config, "model_type", "") == "bloom":
-        return "gelu_new"  # its config has no word for it
+    unsaid = {"bloom": "gelu_new", "mpt": "gelu"}.get(getattr(config, "model_type", ""))
+    if unsaid is not None:  # their configs have no word for it
+        return unsaid
     words = ("hidden_activation", "hidden_act", "activation_function", "activation")
     name = next((getattr(config, w) for w in words if isinstance(getattr(config, w, None), str)), model.cfg.act_fn)
     if name in KNOWN:
@@ -296,7 +309,8 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
         r = torch.ones(bare.shape[:2], dtype=torch.float64)
         x = bare - bare.mean(-1, keepdim=True) if centred else bare
         if norm is not None:
-            r = _by_position(at[f"attn.{letter}_norm.hook_scale"], x, across)
+            shown = at.get(f"attn.{letter}_norm.hook_scale")  # norms for heads apart show none
+            r = _own_divisor(norm, x) if shown is None else _by_position(shown, x, across)
         scored[letter] = [
             _per_query_head(cut(x / r[..., None] * inner), 1, n_heads),
             _per_query_head(r, 1, n_heads),
@@ -343,13 +357,18 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
     if mlp is not None:
         norms = [getattr(block, names[name], None) if names[name] else None for name in ("ln2", "ln2_post")]
         layer.node = node_gains(_as_called(mlp, layer), at[entering], *norms, like.dtype, layer.written)
-    _rebuild(layer, block, at, names, f"layer {index}")
+    _rebuild(layer, block, at, names, _own_cap(model), f"layer {index}")
     return layer
 
 
 def _stretch(x: torch.Tensor, turned: torch.Tensor | None) -> float:
     """By how much a rotation lengthens what it turns (YaRN), at the first position, which it turns by nothing."""
     return 1.0 if turned is None else (turned[0].norm() / x[0, :: x.shape[1] // turned.shape[1]].norm()).item()
+
+
+def _own_divisor(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    inside = norm.original_component.norms[0]
+    return (x.square().mean(-1) + inside.eps).sqrt()
 
 
 def _inner_norm(norm: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
@@ -378,8 +397,10 @@ def _by_position(r: torch.Tensor, x: torch.Tensor, across: bool) -> torch.Tensor
     return min(orders, key=lambda order: (order - size).abs().max().item())
 
 
-def _rebuild(layer: Layer, block: Any, at: dict[str, torch.Tensor], names: dict[str, str | None], where: str) -> None:
-    """Assert that what was read makes queries, keys, values, activations, and what attention adds to the residual."""
+def _rebuild(
+    layer: Layer, block: Any, at: dict[str, torch.Tensor], names: dict[str, str | None], cap: float | None, where: str
+) -> None:
+    """Assert that what was read makes queries, keys, values, scores, activations, and what attention adds."""
 
     def same(own: torch.Tensor, shown: torch.Tensor, what: str) -> None:
         off = (own - shown).abs().max().item()
@@ -402,6 +423,12 @@ def _rebuild(layer: Layer, block: Any, at: dict[str, torch.Tensor], names: dict[
         if turned is not None:
             lengths = _per_query_head(turned, 1, own.shape[1]).norm(dim=-1)
             same(own.norm(dim=-1) * _stretch(own, turned), lengths, f"the norm of {letter}")
+    scores = at.get("attn.hook_attn_scores", layer.pattern)
+    if cap is None or cap > 0:  # on the diagonal, where positions cancel; some classes show the softmax there
+        own = (layer.q * layer.k).sum(-1).T * layer.scale
+        own = own if cap is None else cap * torch.tanh(own / cap)
+        if not torch.equal(scores, layer.pattern):
+            same(own, scores.diagonal(dim1=1, dim2=2), "the scores' scale")
     if layer.pre is not None:  # but for a bias that some add behind the gate's product
         own = activation(layer.act, layer.pre) * (1 if layer.linear is None else layer.linear)
         same(own - own[:1], at["mlp.hook_post"] - at["mlp.hook_post"][:1], "the activation")
@@ -664,7 +691,7 @@ def _as_called(mlp: Any, layer: Layer) -> Callable[[torch.Tensor], torch.Tensor]
     if getattr(mlp, "name", "") is None:
         b_in, b_out = (_weight(mlp, name) for name in ("b_in", "b_out"))
         return lambda x: activation(layer.act, x.double() @ layer.w_in + b_in) @ layer.w_out + b_out
-    if "Bloom" in type(mlp).__name__:  # adds the residual stream that it is given besides
+    if "residual" in inspect.signature(getattr(mlp, "original_component", mlp).forward).parameters:  # BLOOM, MPT
         return lambda x: mlp(x, torch.zeros_like(x))
     return mlp
 
