@@ -755,7 +755,7 @@ CAPTURE = _in(
         "what was known of a model stays for good",
         "known is None or known.mark != mark:",
         "known is None:",
-        "test_subject.py::test_edited_weights_are_compared_with_the_wrapped_modules_instead",
+        "test_subject.py::test_dropout_is_refused_wherever_it_is",
     ),
     (
         "subject",
@@ -783,7 +783,7 @@ CAPTURE = _in(
         "special tokens that the user typed are counted as added",
         "added = _ending(ids, special) - _ending(typed, special)",
         "added = _ending(ids, special)",
-        "test_prompt.py::test_a_special_token_that_was_typed_stays",
+        "test_prompt.py::test_of_two_special_tokens_behind_a_piece_the_typed_one_stays",
     ),
     (
         "batch",
@@ -829,7 +829,7 @@ ANALYSES = _in(
         "a bound may be at half the truth",
         "truth.values.log() + math.log1p(-ROUNDING)",
         "truth.values.log() + math.log1p(-0.5)",
-        "test_audit.py::test_broken_printed_bounds_are_counted",
+        "test_audit.py::test_a_bound_is_broken_from_a_billionth_on",
     ),
     (
         "audit",
@@ -857,7 +857,7 @@ ANALYSES = _in(
         "an arithmetic mean imposed",
         "values.log().mean(-1, keepdim=True).exp().expand_as(values)",
         "values.mean(-1, keepdim=True).expand_as(values)",
-        "test_findings.py::test_what_is_imposed_is_what_is_claimed",
+        "test_findings.py::test_one_constant_for_a_layer_is_the_geometric_mean",
     ),
     (
         "what_if",
