@@ -310,7 +310,9 @@ def _read_layer(model: Any, index: int, at: dict[str, torch.Tensor], act: str | 
         x = bare - bare.mean(-1, keepdim=True) if centred else bare
         if norm is not None:
             shown = at.get(f"attn.{letter}_norm.hook_scale")  # norms for heads apart show none
-            r = _own_divisor(norm, x) if shown is None else _by_position(shown, x, across)
+            r = _own_divisor(norm.original_component.norms[0], x) if shown is None else _by_position(shown, x, across)
+        elif getattr(getattr(attn, "original_component", None), "qk_norm", None) is not None:  # Llama 4: without γ
+            r = _own_divisor(attn.original_component.qk_norm, x)
         scored[letter] = [
             _per_query_head(cut(x / r[..., None] * inner), 1, n_heads),
             _per_query_head(r, 1, n_heads),
@@ -367,8 +369,7 @@ def _stretch(x: torch.Tensor, turned: torch.Tensor | None) -> float:
 
 
 def _own_divisor(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    inside = norm.original_component.norms[0]
-    return (x.square().mean(-1) + inside.eps).sqrt()
+    return (x.square().mean(-1) + norm.eps).sqrt()
 
 
 def _inner_norm(norm: Any, heads: int, like: torch.Tensor) -> tuple[torch.Tensor, bool, bool]:
