@@ -24,10 +24,11 @@ SINK = 1  # the token that plays BOS
 LENGTHS = (2, 3, 4, 5, 6, 7, 8, 12, 16)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
+LOCAL = {"use_local_attn": True, "window_size": 3}
 # Name -> what it adds to the HookedTransformer that `random_spec` drew.
 DRAWN: dict[str, dict[str, Any]] = {
     "pre-norm": {},
-    "window": {"use_local_attn": True, "window_size": 3},
+    "window": LOCAL,
     "alibi": {"positions": "alibi"},
     "inverse layer scale": {"scale_attn_by_inverse_layer_idx": True},
     "folded": {},
@@ -35,6 +36,14 @@ DRAWN: dict[str, dict[str, Any]] = {
     "post-norms": {"use_normalization_before_and_after": True, "norm": "RMS"},
     "normalised queries": {"use_qk_norm": True, "norm": "RMS"},
     "capped scores": {"attn_scores_soft_cap": 1.5},
+    "post-norms, normalised queries": {
+        "use_normalization_before_and_after": True,
+        "use_qk_norm": True,
+        "norm": "RMS",
+        "eps": 0.03,
+    },
+    "parallel, window, caps": {"parallel_attn_mlp": True, **LOCAL, "attn_scores_soft_cap": 1.5},
+    "normalised queries, window, caps": {"use_qk_norm": True, "norm": "RMS", **LOCAL, "attn_scores_soft_cap": 1.5},
     "attention-only": {"attn_only": True},
     "no norms": {"norm": None},
 }
@@ -115,7 +124,7 @@ def build(case: Case) -> tuple[Any, torch.Tensor]:
 
 def _drawn_config(case: Case) -> dict[str, Any]:
     config = random_spec(case.seed) | DRAWN[case.architecture]
-    if case.architecture == "window":
+    if "window_size" in config:
         config["attn_types"] = [("local", "global")[(layer + case.seed) % 2] for layer in range(config["n_layers"])]
     return config
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from small_results import audit_result
 from zoo import zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, compare
+from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, audit_trace, compare, measure_truths
+from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
@@ -89,6 +92,19 @@ def test_broken_printed_bounds_are_counted() -> None:
         assert row(audit, name).violations == len(audit.tokens)
         assert row(audit, name).max_log10_ratio < 0
     assert all(row(audit, name).violations == 0 for name in CALIBRATED)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_bound_is_broken_from_a_billionth_on(name: str) -> None:
+    """By a truth that is made up: the bound itself, a little larger or smaller."""
+    model, tokens = case("bridge-gpt2")
+    trace = osl.record(model, tokens)
+    truths = measure_truths(Subject.of(model), tokenize(model, tokens), trace.about)
+    which = "frozen_spectral" if name == "calibrated" else "spectral"
+    for larger, broken in ((0.2, True), (1e-6, True), (1e-8, True), (1e-10, False), (0.0, False), (-0.2, False)):
+        values = osl.path_bound(trace, name).values * (1 + larger)
+        made_up = replace(truths, **{which: replace(getattr(truths, which), values=values)})
+        assert row(audit_trace(trace, made_up), name).violations == broken * len(values), larger
 
 
 def test_an_audit_of_one_pass_is_that_of_its_parts() -> None:

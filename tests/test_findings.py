@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import exact_jacobian, frobenius
+from reference import exact_jacobian, frobenius, geometric_mean
 from small_findings import findings_result
 from small_models import CASES, case, tokens_for
 from zoo import zoo
@@ -90,6 +90,20 @@ def test_frozen_truths_are_those_of_the_reference(name):
     ratio = (norms / full).log10()
     said = result["norms"].frozen
     assert (said.min_log10_ratio, said.max_log10_ratio) == pytest.approx((ratio.min().item(), ratio.max().item()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_constant_for_a_layer_is_the_geometric_mean(name):
+    model, tokens = case(name)
+    trace = osl.record(model, tokens)
+    truths = measure_truths(Subject.of(model), tokenize(model, tokens), trace.about, probes=3)
+    result = {each.name: each for each in assumptions(trace, truths)}
+    for assumption, gain in (("norms", "attention_scale"), ("mlp", "node_gain")):
+        values = getattr(trace.gains, gain)
+        alike = torch.tensor([[geometric_mean(row)] * len(row) for row in values], dtype=values.dtype)
+        imposed = osl.mean_field_sensitivity(replace(trace, gains=replace(trace.gains, **{gain: alike})))
+        expected = vars(compare(imposed, truths.frobenius))
+        assert vars(result[assumption].imposed) == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", CASES)

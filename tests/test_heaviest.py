@@ -38,7 +38,7 @@ def test_heaviest_paths_are_the_heaviest_of_all(
     model, tokens = hooked(seed, **{**random_spec(seed), "n_layers": n_layers}), tokens_for(seed, n)
     found = osl.heaviest_paths(osl.flow(record(model, tokens, node_probes=None), kind, source), k)
     reading = read(model, tokens)
-    paths = paths_of(kind, reading, model)
+    paths = paths_of(kind, reading)
     weights = every_path(paths.edges, paths.nodes, source)
     total = math.fsum(weights.values())
     expected = sorted((weight / total for weight in weights.values() if weight), reverse=True)[:k]
@@ -48,7 +48,7 @@ def test_heaviest_paths_are_the_heaviest_of_all(
         assert path.share == pytest.approx(weights[path.positions] / total, rel=1e-9)
         for layer, head, src, dest in path.moves:
             assert (path.positions[layer], path.positions[layer + 1]) == (src, dest)
-            assert head == split(kind, reading, model, layer)[0][:, dest, src].argmax()
+            assert head == split(kind, reading, layer)[0][:, dest, src].argmax()
         moving = [layer for layer in range(n_layers) if path.positions[layer] != path.positions[layer + 1]]
         assert [layer for layer, head in enumerate(path.heads) if head is not None] == moving
 

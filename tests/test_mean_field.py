@@ -21,6 +21,7 @@ from small_models import (
     silent_mlps,
     tokens_for,
 )
+from zoo import lacking, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.paths.profiles import paths_of_trace
@@ -36,7 +37,7 @@ needs_hooked = pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
 
 def assert_matches(model: object, tokens: torch.Tensor, tolerance: float) -> None:
     profile = osl.mean_field_sensitivity(record(model, tokens, node_probes=None))
-    paths = mean_field(read(model, tokens), model)
+    paths = mean_field(read(model, tokens))
     squares = brute_force(paths.edges, paths.nodes, tokens.shape[1])
     assert profile.kind == "mean_field"
     assert profile.log_by_layer.dtype == torch.float64
@@ -214,3 +215,22 @@ def test_key_side_is_the_derivative_through_keys(norm: str, seed: int) -> None:
     found = (with_keys - without) * model.cfg.d_model
     assert torch.allclose(found, through_keys, rtol=1e-9, atol=1e-12 * through_keys.max().item())
     assert through_keys.tril(-1).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_experts_are_run_again_without_the_users_hooks_which_stay(kind: str) -> None:
+    if lacking("mixtral", kind) is not None:
+        pytest.skip(lacking("mixtral", kind))
+    model, tokens, calls = zoo("mixtral", kind), tokens_for(4, 6), []
+    name = next(name for name in model.hook_dict if name.startswith("blocks.1.mlp.hook_"))
+    osl.support(model)
+    model.add_hook(name, lambda value, hook: calls.append(1))
+    record(model, tokens, node_probes=None)
+    passes = len(calls)
+    with torch.no_grad():
+        model(tokens)
+    once = len(calls) - passes
+    assert once > 0, "the hook is there still"
+    calls.clear()
+    record(model, tokens, node_probes=None)
+    assert len(calls) == once, "heard once in a recording, not in the second run of the experts"

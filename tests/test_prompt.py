@@ -267,6 +267,14 @@ def test_a_special_token_that_was_typed_stays(kind: str, tmp_path: Path) -> None
     assert osl.record(model, "w3 w4 </s>").token_ids.tolist()[-1] == 1
 
 
+@pytest.mark.skipif(not has_hooked(), reason=NO_HOOKED)
+def test_of_two_special_tokens_behind_a_piece_the_typed_one_stays(tmp_path: Path) -> None:
+    """The tokenizer puts its own behind the one that was typed; a bridge's own rule takes off both."""
+    model = loaded_with("<s> $A </s>", tmp_path, "hooked")
+    assert model.to_tokens("w4 </s>")[0].tolist() == [0, 4, 1, 1]
+    assert text_ids(model, "w4 </s>", bos=None) == (0, 4, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_longer_than_the_model_reads_is_refused_and_not_cut(kind: str, tmp_path: Path) -> None:
     model = loaded_with("<s> $A", tmp_path, kind)

@@ -47,7 +47,7 @@ def test_the_null_model_is_the_same_model_with_uniform_attention(kind: str) -> N
         (read(model, tokens), found.share, found.flow),
         (with_uniform_attention(read(model, tokens)), found.null_share, found.null),
     ):
-        paths = paths_of(kind, reading, model)
+        paths = paths_of(kind, reading)
         sums = brute_force(paths.edges, paths.nodes, 6)[0]
         assert torch.allclose(share, sums**power / (sums**power).sum(), rtol=1e-9)
         assert torch.allclose(flow.node[0], sums / sums.sum(), rtol=1e-9)
