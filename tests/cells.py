@@ -72,9 +72,8 @@ class Cell:
 class Subject:
     """One model and one prompt, recorded and measured when first asked."""
 
-    def __init__(self, name: str, kind: str, seed: int) -> None:
-        self.precision = FINE if float64_throughout(name, kind) else COARSE
-        self.model = zoo(name, kind, seed)
+    def __init__(self, model: Any, seed: int, precision: Precision = COARSE) -> None:
+        self.model, self.precision = model, precision
         self.tokens = tokens_for(seed, LENGTH)
         self._truths: dict[tuple, Any] = {}
 
@@ -149,7 +148,12 @@ class Subject:
 
 def judge(name: str, kind: str, seeds: tuple[int, ...] = (0,)) -> Cell:
     """Every measure on a family's models of these seeds, against the truth and against what is declared."""
-    subjects = [Subject(name, kind, seed) for seed in seeds]
+    precision = FINE if float64_throughout(name, kind) else COARSE
+    return judge_subjects(name, kind, [Subject(zoo(name, kind, seed), seed, precision) for seed in seeds])
+
+
+def judge_subjects(name: str, kind: str, subjects: list[Subject]) -> Cell:
+    """The same of models that are there."""
     declared = _declared(subjects[0].model)
     measures, faults = {}, []
     for measure in MEASURES:
