@@ -65,12 +65,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo clip": ("olmo", {"clip_qkv": 0.5}),
     "olmoe": ("olmoe", {}),
     "olmoe clip": ("olmoe", {"clip_qkv": 0.5}),
-    "stablelm": ("stablelm", {}),
-    "stablelm norms": ("stablelm", {"qk_layernorm": True}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}),
+    "stablelm norms": ("stablelm", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "stablelm parallel": ("stablelm", {"partial_rotary_factor": 0.5, "use_parallel_residual": True}),
     "cohere": ("cohere", {}),
     "cohere norms": ("cohere", {"use_qk_norm": True}),
-    "nemotron": ("nemotron", {}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 4}),
     "llama yarn": (
         "llama",
@@ -83,6 +82,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "modernbert-decoder": ("modernbert-decoder", {"local_attention": 8, "global_attn_every_n_layers": 2}),
     "qwen2 window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "opt relu2": ("opt", {"activation_function": "relu2", "word_embed_proj_dim": 16}),
@@ -99,6 +100,13 @@ def names() -> list[str]:
 
     covered = {kind for kind, _ in VARIANTS.values()}
     return [*VARIANTS, *(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in covered)]
+
+
+def has_adapter(name: str) -> bool:
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS.get(name, (name,))[0]] in SUPPORTED_ARCHITECTURES
 
 
 def tiny(name: str, seed: int = 0) -> Any:
@@ -130,6 +138,8 @@ def said_of(name: str) -> dict[str, Any]:
     """One family: its outcome, measure by measure, and why."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if not has_adapter(name):
+            return {"outcome": "no bridge", "why": "TransformerLens has no bridge for it"}
         try:
             model = tiny(name)
         except Exception as error:
@@ -162,10 +172,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--after", help="go on behind this one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for name in options.families or names():
+    wanted = options.families or names()
+    for name in wanted[wanted.index(options.after) + 1 if options.after else 0 :]:
         found[name] = said_of(name)
         print(f"{name:24} {found[name]['outcome']:12} {found[name]['why']}"[:400], flush=True)
     counts = Counter(each["outcome"] for each in found.values())

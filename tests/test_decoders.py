@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -48,7 +49,7 @@ DECODERS = (
     "nemotron",
     "apertus",
 )
-HOOKED = [name for name, kind in CELLS if kind == "hooked" and name in DECODERS]
+HOOKED = [name for name, kind in CELLS if kind == "hooked" and name in DECODERS and "moe" not in name]
 WRONG_UPSTREAM = ("cohere", "cohere-norms", "cohere2")  # as a bridge of TransformerLens 3
 SEEDS = (0, 1, 2)
 N = 9
@@ -113,7 +114,8 @@ def loaded(name: str, seed: int, folder: str) -> Any:
     path = os.path.join(folder, f"{name}-{seed}")
     transformers_model(name, seed).save_pretrained(path)
     tokenizer().save_pretrained(path)
-    return osl.load_model(path, kind="bridge", dtype="float64")
+    experts = "moe" in name  # transformers' product of experts knows no float64
+    return osl.load_model(path, kind="bridge", dtype="float32" if experts else "float64")
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +132,12 @@ def pair(name: str, seed: int, folder: str) -> tuple[Any, Plain]:
     why = lacking(name, "bridge")
     if why is not None:
         pytest.skip(why)
-    model = loaded(name, seed, folder)
     try:
+        model = loaded(name, seed, folder)
         osl.support(model)
     except ModelError as error:
-        if name in WRONG_UPSTREAM and "computes another function" in str(error):
+        refused = "computes another function" in str(error) or "did not declare" in str(error)
+        if refused and name in WRONG_UPSTREAM and version("transformer-lens").startswith("3."):
             pytest.skip(f"the bridge of this TransformerLens is another function: {name}")
         raise
     return model, plain(name, seed)

@@ -408,7 +408,7 @@ def rotation(model: Any, hooks: dict[str, Any]) -> str:
 def delegated(block: Any) -> bool:
     """Whether attention is left to the module that a bridge wraps: its plain class does, most others compute it."""
     attn = getattr(block, "attn", None)
-    plain: Any = known_class(_COMPONENTS, "AttentionBridge")
+    plain = known_class(_COMPONENTS, "AttentionBridge")
     return plain is not None and isinstance(attn, plain) and getattr(type(attn), "forward", None) is plain.forward
 
 

@@ -245,18 +245,24 @@ def check_projections(
     normalized: Float[Tensor, "row d_model"],
     w: LayerWeights,
     seen: dict[str, Float[Tensor, "row heads d_head"]],
-    dtype: torch.dtype,
+    architecture: Architecture,
 ) -> None:
-    """Queries, keys and values from norm, gain and weights: no head of them was edited."""
+    """Queries, keys and values from norm, gain and weights: no head of them was edited.
+
+    What is cut to a range next is compared inside it: transformers' own code cuts in place what the hook saw.
+    """
+    dtype = architecture.dtype
     inside = normalized * w.attention_gain.to(normalized)
     if w.attention_norm_bias is not None:
         inside = inside + w.attention_norm_bias.to(normalized)
     for key, value in seen.items():
         weight, bias = getattr(w, key).to(normalized), getattr(w, f"{key}_bias")
         computed = einsum(inside, weight, "row d, head d i -> row head i")
-        computed = computed if bias is None else computed + bias.to(normalized)
+        computed, value = computed if bias is None else computed + bias.to(normalized), value.to(normalized)
+        if architecture.clip is not None and (key == "value" or not architecture.qk_norm):
+            computed, value = (each.clamp(-architecture.clip, architecture.clip) for each in (computed, value))
         place, seen_at = f"{name}, attn.hook_{key[0]}", f"hook_{key[0]}"
-        check_same(place, computed, value.to(normalized), f"norm · gain · W_{key}", seen_at, dtype)
+        check_same(place, computed, value, f"norm · gain · W_{key}", seen_at, dtype)
 
 
 def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: torch.dtype) -> None:

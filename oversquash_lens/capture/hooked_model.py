@@ -89,8 +89,8 @@ def is_a_class(found: type, module: str, name: str) -> bool:
 
 
 @cache
-def known_class(module: str, name: str) -> type | None:
-    """A class of TransformerLens, looked up when first asked for; None where this version has it not."""
+def known_class(module: str, name: str) -> Any:
+    """A class or table of TransformerLens, looked up when first asked for; None where this version has it not."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):  # version 4 raises ImportError for HookedTransformer, even for hasattr
@@ -129,7 +129,7 @@ def norm_behind(model: Any, hooks: dict[str, Any]) -> str | None:
     if "blocks.0.ln1_post.hook_scale" in hooks:
         return "_post"
     if is_hooked_transformer(model):
-        listed: Any = known_class("transformer_lens.utilities.architectures", "POST_NORM_ARCHITECTURES") or ()
+        listed = known_class("transformer_lens.utilities.architectures", "POST_NORM_ARCHITECTURES") or ()
         return "" if getattr(model.cfg, "original_architecture", None) in listed else None
     added = hooks.get("blocks.0.hook_attn_out")
     return "" if added is not None and added is hooks.get("blocks.0.ln1.hook_out") else None

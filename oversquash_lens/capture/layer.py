@@ -208,7 +208,7 @@ class LayerRecord:
         before = self.context.architecture.pre_norms
         normalized = self.context.normalized(residual[rows], scale) if before else self.context.work(residual[rows])
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
-        checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture.dtype)
+        checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture)
 
     def _key_pull(self, query: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
         """‖diag(γ₁)W_K q‖: how far a step of a position's normalised residual moves its score with this query."""

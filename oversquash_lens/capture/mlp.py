@@ -165,7 +165,7 @@ def experts(context: PassContext, layer: int, w: LayerWeights, x: Tensor, writte
     def update(entering: Tensor) -> Tensor:
         inside = (normed(entering) if architecture.pre_norms else entering) * w.mlp_gain.to(entering)
         inside = inside if w.mlp_norm_bias is None else inside + w.mlp_norm_bias.to(inside)
-        out = module(inside.to(device, x.dtype)[None])
+        out = module.forward(inside.to(device, x.dtype)[None])  # not what a block hangs on the call
         out = work((out[0] if isinstance(out, tuple) else out).to(x.device).reshape(x.shape)) * architecture.multiplier
         out = out if w.mlp_post_gain is None else normed(out) * w.mlp_post_gain.to(out)
         rerun.append(out.detach())
