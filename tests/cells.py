@@ -28,6 +28,7 @@ from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.paths.kinds import PRINTED
 
 LENGTH = 10
+BATCH = 64  # prompts at a time
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Subject:
         """(y(v + step) - y(v - step)) / 2 step: Float[pos, d_model, d_model]."""
         n, width = self.tokens.shape[1], self.model.cfg.d_model
         nudges = step * torch.eye(n * width, dtype=torch.float64).reshape(-1, n, width)
-        up, down = self._outputs(torch.cat([nudges, -nudges]), freeze_attention).chunk(2)
+        parts = torch.cat([nudges, -nudges]).split(BATCH)
+        up, down = torch.cat([self._outputs(part, freeze_attention) for part in parts]).chunk(2)
         return ((up - down) / (2 * step)).reshape(n, width, width)
 
     def _outputs(self, nudges: torch.Tensor, freeze_attention: bool) -> torch.Tensor:

@@ -40,7 +40,14 @@ SIZES = {word: size for size, words in WORDS.items() for word in words}
 SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "sliding_window", "window_size"), 4)
 SIZES |= dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_num_experts", "n_group", "topk_group"), 2)
 SIZES |= dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "expand"), 24)
+SIZES |= dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_decoder_layers"), 2)
+SIZES |= dict.fromkeys(
+    ("encoder_attention_heads", "num_kv_heads", "moe_k", "num_expert_group", "moe_num_shared_experts"), 4
+)
+SIZES |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 8)
+SIZES |= {"qk_rope_head_dim": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "global_head_dim": 4}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "attention_dropout": 0.0}
+MOST = 10**6  # weights of a model that is tiny
 # What one config class needs besides, and options of it that change its function: name -> (model type, settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"activation_function": "gelu_new"}),
@@ -119,6 +126,10 @@ def tiny(name: str, seed: int = 0) -> Any:
     sizes = {word: size for word, size in SIZES.items() if word in known}
     config = config_class(**sizes | settings)
     config._experts_implementation = "eager"  # the fused product of experts knows no float64
+    with torch.device("meta"):
+        size = sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST:
+        raise ValueError(f"{size} weights: its config has words for sizes that are not listed here")
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float64).eval()
     draw(model, seed)
     with torch.no_grad():

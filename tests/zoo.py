@@ -125,7 +125,11 @@ FAMILIES: dict[str, Family] = {
         LLAMA | LOCAL_GLOBAL | MOE | {"use_attention_sinks": True, "original_architecture": "GptOssForCausalLM"},
     ),
     "olmo2": Family("Olmo2", GROUPED, LLAMA | {"original_architecture": "Olmo2ForCausalLM"}),
-    "olmo3": Family("Olmo3", GROUPED | MIXED, LLAMA | {"original_architecture": "Olmo3ForCausalLM"} | LOCAL_GLOBAL),
+    "olmo3": Family(
+        "Olmo3",
+        GROUPED | MIXED,
+        LLAMA | LOCAL_GLOBAL | {"original_architecture": "Olmo3ForCausalLM", "rotary_base": 500000},
+    ),
     "olmo": Family("Olmo", GROUPED),
     "olmo-clip": Family("Olmo", GROUPED | {"clip_qkv": CLIP}),
     "olmoe": Family(
