@@ -91,6 +91,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "gemma4_text": ("gemma4_text", {"global_head_dim": 4, "hidden_size_per_layer_input": 0}),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "modernbert-decoder": ("modernbert-decoder", {"local_attention": 8, "global_attn_every_n_layers": 2}),
     "qwen2 window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "opt relu2": ("opt", {"activation_function": "relu2", "word_embed_proj_dim": 16}),

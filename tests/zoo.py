@@ -153,12 +153,18 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("Cohere", GROUPED),
     "cohere-norms": Family("Cohere", GROUPED | {"use_qk_norm": True}),
     "cohere2": Family("Cohere2", GROUPED | MIXED),
+    "llama4": Family("Llama4", GROUPED | {"head_dim": D_HEAD, "intermediate_size_mlp": D_MLP, "num_local_experts": 4}),
     "exaone4": Family("Exaone4", GROUPED | MIXED),
     "mpt": Family("Mpt", MPT_SIZES),
     "mpt-clip": Family("Mpt", MPT_SIZES | {"attn_config": {"clip_qkv": CLIP}}),
     "arcee": Family("Arcee", GROUPED),
     "nemotron": Family("Nemotron", GROUPED | {"head_dim": D_HEAD, "partial_rotary_factor": 0.5}),
     "apertus": Family("Apertus", GROUPED),
+    "bloom-residual": Family(
+        "Bloom",
+        {"vocab_size": D_VOCAB, "hidden_size": D_MODEL, "n_layer": LAYERS, "n_head": HEADS}
+        | {"apply_residual_connection_post_layernorm": True},
+    ),
     "falcon": Family(
         "Falcon",
         {name: size for name, size in SIZES.items() if name != "intermediate_size"}
@@ -231,7 +237,7 @@ def transformers_model(name: str, seed: int = 0, dtype: torch.dtype = torch.floa
 
     family = FAMILIES[name]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "attn_implementation": "eager"}
-    prefix = {"Gemma3": "Gemma3Text"}.get(family.prefix, family.prefix)
+    prefix = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(family.prefix, family.prefix)
     made = getattr(transformers, f"{prefix}Config")(**special | family.bridge | config)
     made.architectures = [f"{family.prefix}{family.causal_lm}"]
     made._experts_implementation = "eager"  # the fused product of experts knows no float64

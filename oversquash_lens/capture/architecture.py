@@ -20,7 +20,9 @@ from oversquash_lens.capture.hooked_model import (
     activation_name,
     activation_of,
     centres,
+    clip,
     folded_final_gain,
+    head_norms,
     is_a,
     is_folded,
     is_hooked_transformer,
@@ -251,7 +253,8 @@ def read_architecture(model: Any) -> Architecture:
             f"an activation that is no function of each neuron by itself; expected one such as "
             f"{', '.join(sorted(ACTIVATIONS))}, got {activation_name(model)!r}"
         )
-    behind, head_norm = norm_behind(model, hooks), getattr(getattr(block, "attn", None), "q_norm", None)
+    behind = norm_behind(model, hooks)
+    head_norm = next((each[0] for each in (head_norms(getattr(b, "attn", None)) for b in model.blocks) if each), None)
     architecture = Architecture(
         name=name,
         hooked=is_hooked_transformer(model),
@@ -303,13 +306,18 @@ def read_architecture(model: Any) -> Architecture:
 
 def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     """What would make the recorded hooks tell another story than the theory's equations."""
-    attention = [getattr(each, "attn", None) for each in model.blocks]
+    attention, before = ([getattr(each, name, None) for each in model.blocks] for name in ("attn", "ln1"))
     reasons = {
         "no attention in its first block": weight_of(attention[0], "W_O") is None,
         "attention without query and key weights of its own (latent attention)": weight_of(attention[0], "W_O")
         is not None
         and any(weight_of(attention[0], each) is None for each in ("W_Q", "W_K", "W_V")),
-        "norms in some places only": (norms(model, hooks) != "none") != ("ln_final.hook_scale" in hooks),
+        "norms in some places only": (norms(model, hooks) != "none") != ("ln_final.hook_scale" in hooks)
+        or any(is_a(getattr(each, "original_component", None), "torch.nn", "Identity") for each in before),
+        "a residual stream that is normalised itself": bool(
+            getattr(wrapped_config(model), "apply_residual_connection_post_layernorm", False)
+        ),
+        "values that are normalised": any(hasattr(getattr(a, "original_component", None), "v_norm") for a in attention),
         "blocks that differ in kind": len(
             {mlp_kind(b) for b, a in zip(model.blocks, attention, strict=True) if a is not None}
         )
@@ -342,13 +350,6 @@ def mlp_kind(block: Any) -> str:
 
 def parallel(model: Any, hooks: dict[str, Any]) -> bool:
     return hasattr(model.blocks[0], "mlp") and "blocks.0.hook_resid_mid" not in hooks
-
-
-def clip(block: Any) -> float | None:
-    """c where queries, keys and values are cut to ±c (OLMo, MPT)."""
-    component = getattr(getattr(block, "attn", None), "original_component", None)
-    found = (getattr(owner, "clip_qkv", None) for owner in (component, getattr(component, "config", None)))
-    return next((float(each) for each in found if each), None)
 
 
 def soft_cap(model: Any) -> float | None:

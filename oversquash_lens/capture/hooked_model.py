@@ -144,6 +144,22 @@ def norms_across_heads(model: Any, norm: Any) -> bool:
     return weight is not None and weight.ndim == 1 and weight.numel() != queries.shape[2]
 
 
+def head_norms(attn: Any) -> tuple[Any, Any] | None:
+    """The norms of queries and of keys; None without them. Llama 4 has one for both, in the module that it wraps."""
+    query = getattr(attn, "q_norm", None)
+    if query is not None:
+        return query, attn.k_norm
+    both = getattr(getattr(attn, "original_component", None), "qk_norm", None)
+    return None if both is None else (both, both)
+
+
+def clip(block: Any) -> float | None:
+    """c where queries, keys and values are cut to ±c (OLMo, MPT)."""
+    component = getattr(getattr(block, "attn", None), "original_component", None)
+    found = (getattr(owner, "clip_qkv", None) for owner in (component, getattr(component, "config", None)))
+    return next((float(each) for each in found if each), None)
+
+
 def centres(norm: Any) -> bool:
     """Whether a norm takes the mean away, as LayerNorm does; its own class knows better than a config."""
     parts = _norms_of_heads(norm)

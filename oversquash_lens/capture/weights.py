@@ -23,6 +23,7 @@ from oversquash_lens.capture.hooked_model import (
     Activation,
     HookedModel,
     activation_of,
+    head_norms,
     is_hooked_transformer,
     norm_bias,
     norm_gain,
@@ -107,9 +108,10 @@ def layer_weights(model: HookedModel, architecture: Architecture, layer: int) ->
     def post_gain(norm: str) -> Tensor | None:
         return None if architecture.behind is None else norm_gain(getattr(block, norm + architecture.behind), model)
 
-    def head_gain(norm: str) -> Tensor | None:
-        return norm_gain(getattr(attn, norm), model, width).view(-1, width) if architecture.qk_norm else None
+    def head_gain(norm: Any) -> Tensor | None:
+        return None if norm is None else norm_gain(norm, model, width).view(-1, width)
 
+    of_queries, of_keys = head_norms(attn) or (None, None)
     before = block.ln1 if architecture.pre_norms else None
     mlp_norm = getattr(block, "ln1" if architecture.shared_norm else "ln2", None) if architecture.pre_norms else None
     return LayerWeights(
@@ -121,8 +123,8 @@ def layer_weights(model: HookedModel, architecture: Architecture, layer: int) ->
         query_bias=_heads_bias(attn, "b_Q", architecture.n_heads),
         key_bias=_heads_bias(attn, "b_K", architecture.n_kv_heads),
         value_bias=_heads_bias(attn, "b_V", architecture.n_kv_heads),
-        query_gain=head_gain("q_norm"),
-        key_gain=head_gain("k_norm"),
+        query_gain=head_gain(of_queries),
+        key_gain=head_gain(of_keys),
         output=_times(attn.W_O.detach(), factor),
         output_bias=_times(_detached(attn, "b_O"), factor),
         score_scale=_score_scale(attn) * architecture.score_factor,
@@ -194,9 +196,9 @@ SCALE_WORDS = {"scaling": 1, "softmax_scale": 1, "inv_norm_factor": 1, "scale_at
 
 def _score_scale(attn: Any) -> float:
     """What q·k is multiplied by in the score; recording checks it against the scores themselves."""
-    if isinstance(getattr(attn, "attn_scale", None), float):
-        return 1.0 / attn.attn_scale
     component: Any = getattr(attn, "original_component", None)
+    if component is None:  # HookedTransformer's; a bridge's word of that name is the wrapped module's, of another sense
+        return 1.0 / attn.attn_scale
     for word, power in SCALE_WORDS.items():
         if isinstance(getattr(component, word, None), int | float | Tensor):
             return float(getattr(component, word)) ** power
