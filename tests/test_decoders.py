@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -51,7 +50,6 @@ DECODERS = (
     "apertus",
 )
 HOOKED = [name for name, kind in CELLS if kind == "hooked" and name in DECODERS and "moe" not in name]
-WRONG_UPSTREAM = ("cohere", "cohere-norms", "cohere2")  # as a bridge of TransformerLens 3
 SEEDS = (0, 1, 2)
 N = 9
 
@@ -133,14 +131,8 @@ def pair(name: str, seed: int, folder: str) -> tuple[Any, Plain]:
     why = lacking(name, "bridge")
     if why is not None:
         pytest.skip(why)
-    try:
-        model = loaded(name, seed, folder)
-        osl.support(model)
-    except ModelError as error:
-        refused = "computes another function" in str(error) or "did not declare" in str(error)
-        if refused and name in WRONG_UPSTREAM and version("transformer-lens").startswith("3."):
-            pytest.skip(f"the bridge of this TransformerLens is another function: {name}")
-        raise
+    model = loaded(name, seed, folder)
+    osl.support(model)
     return model, plain(name, seed)
 
 
