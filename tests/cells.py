@@ -114,12 +114,13 @@ class Subject:
     def differences(self, freeze_attention: bool) -> torch.Tensor:
         """‖∂y_n/∂v_i‖_F by central differences, every entry of every embedding moved: Float[pos].
 
-        nan where half the step says otherwise: there a router changes its mind, and no derivative is near. Where it
-        does so nearly everywhere, a smaller step, for what more rounding it costs.
+        nan where a tenth of the step says otherwise by more than is held against: there a router changes its mind or a value
+        is cut within the step, and no derivative is near. Where that is nearly everywhere, a smaller step, for what
+        more rounding it costs.
         """
         for step in (self.precision.step, self.precision.step / 10):
-            wide, narrow = (self._slopes(step / part, freeze_attention) for part in (1, 2))
-            jumps = (wide - narrow).abs().amax((1, 2)) > 0.1 * wide.abs().amax()
+            wide, narrow = (self._slopes(step / part, freeze_attention) for part in (1, 10))
+            jumps = (wide - narrow).abs().amax((1, 2)) > self.precision.difference * wide.abs().amax()
             if jumps.float().mean() < 0.5:
                 break
         return wide.square().sum((1, 2)).sqrt().masked_fill(jumps, torch.nan)
