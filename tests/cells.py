@@ -114,9 +114,9 @@ class Subject:
     def differences(self, freeze_attention: bool) -> torch.Tensor:
         """‖∂y_n/∂v_i‖_F by central differences, every entry of every embedding moved: Float[pos].
 
-        nan where a tenth of the step says otherwise by more than is held against: there a router changes its mind or a value
-        is cut within the step, and no derivative is near. Where that is nearly everywhere, a smaller step, for what
-        more rounding it costs.
+        nan where a tenth of the step says otherwise by more than is held against: there a router changes its mind or a
+        value is cut within the step, and no derivative is near. Where that is nearly everywhere, a smaller step, for
+        what more rounding it costs.
         """
         for step in (self.precision.step, self.precision.step / 10):
             wide, narrow = (self._slopes(step / part, freeze_attention) for part in (1, 10))
