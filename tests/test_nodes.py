@@ -69,12 +69,13 @@ class Mlp:
         post_norm = None
         if self.post_gain is not None:
             unit, divisor = self.normalise(self.written(self.x))
-            post_norm = PostNorm(divisor[:, 0], unit, self.post_gain)
+            post_norm = PostNorm(divisor[:, 0], unit, self.post_gain, self.norms == "layer")
         return MlpState(normalized, scale[:, 0], (gate,) if up is None else (gate, up), self.norms, post_norm)
 
     def weights(self) -> MlpWeights:
         entering = (self.w_in,) if self.w_gate is None else (self.w_gate, self.w_in)
         return MlpWeights(
+            activation=self.act,
             entering=entering,
             offsets=tuple(self.bias @ weight for weight in entering),
             post_bias=None,

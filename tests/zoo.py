@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ OPT_SIZES = {name: size for name, size in SIZES.items() if name != "intermediate
 OPT_SIZES |= {"ffn_dim": D_MLP, "word_embed_proj_dim": D_MODEL}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 GEMMA_SIZES = GROUPED | MIXED | {"head_dim": 2 * D_HEAD, "query_pre_attn_scalar": 2 * D_HEAD}
+MPT_SIZES = {"vocab_size": D_VOCAB, "d_model": D_MODEL, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": N_CTX}
+MULTIPLIERS = {"attention_multiplier": 0.3, "residual_multiplier": 0.4, "embedding_multiplier": 3.0}
+MULTIPLIERS |= {"logits_scaling": 4.0}
+CLIP = 0.6
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": D_MLP, "decoder_sparse_step": 1, "num_experts": 4}
 
 # HookedTransformerConfig's words for the structure.
@@ -121,6 +126,46 @@ FAMILIES: dict[str, Family] = {
         LLAMA | LOCAL_GLOBAL | MOE | {"use_attention_sinks": True, "original_architecture": "GptOssForCausalLM"},
     ),
     "olmo2": Family("Olmo2", GROUPED, LLAMA | {"original_architecture": "Olmo2ForCausalLM"}),
+    "olmo3": Family(
+        "Olmo3",
+        GROUPED | MIXED,
+        LLAMA | LOCAL_GLOBAL | {"original_architecture": "Olmo3ForCausalLM", "rotary_base": 500000},
+    ),
+    "olmo": Family("Olmo", GROUPED),
+    "olmo-clip": Family("Olmo", GROUPED | {"clip_qkv": CLIP}),
+    "olmoe": Family(
+        "Olmoe",
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
+        LLAMA | MOE | {"norm_topk_prob": False, "original_architecture": "OlmoeForCausalLM"},
+    ),
+    "olmoe-clip": Family("Olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": CLIP}),
+    "granite": Family("Granite", GROUPED | MULTIPLIERS),
+    "granite-moe": Family("GraniteMoe", GROUPED | MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-neo": Family(
+        "GPTNeo",
+        {name: size for name, size in SIZES.items() if not name.startswith("num_")}
+        | {"num_layers": LAYERS, "num_heads": HEADS, "window_size": WINDOW}
+        | {"attention_types": [[["global", "local"], 1]]},
+        {"act_fn": "gelu_new", "use_attn_scale": False} | LOCAL | {"attn_types": ["global", "local"]},
+    ),
+    "stablelm": Family("StableLm", GROUPED | {"partial_rotary_factor": 0.5}),
+    "stablelm-norms": Family("StableLm", GROUPED | {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "stablelm-parallel": Family("StableLm", GROUPED | {"partial_rotary_factor": 0.5, "use_parallel_residual": True}),
+    "cohere": Family("Cohere", GROUPED),
+    "cohere-norms": Family("Cohere", GROUPED | {"use_qk_norm": True}),
+    "cohere2": Family("Cohere2", GROUPED | MIXED),
+    "llama4": Family("Llama4", GROUPED | {"head_dim": D_HEAD, "intermediate_size_mlp": D_MLP, "num_local_experts": 4}),
+    "exaone4": Family("Exaone4", GROUPED | MIXED),
+    "mpt": Family("Mpt", MPT_SIZES),
+    "mpt-clip": Family("Mpt", MPT_SIZES | {"attn_config": {"clip_qkv": CLIP}}),
+    "arcee": Family("Arcee", GROUPED),
+    "nemotron": Family("Nemotron", GROUPED | {"head_dim": D_HEAD, "partial_rotary_factor": 0.5}),
+    "apertus": Family("Apertus", GROUPED),
+    "bloom-residual": Family(
+        "Bloom",
+        {"vocab_size": D_VOCAB, "hidden_size": D_MODEL, "n_layer": LAYERS, "n_head": HEADS}
+        | {"apply_residual_connection_post_layernorm": True},
+    ),
     "falcon": Family(
         "Falcon",
         {name: size for name, size in SIZES.items() if name != "intermediate_size"}
@@ -151,6 +196,8 @@ def lacking(name: str, kind: str) -> str | None:
 
         if not has_bridge():
             return NO_BRIDGE
+        if family.prefix.startswith("Cohere") and version("transformer-lens").startswith("3."):
+            return "the bridge of TransformerLens 3 computes another function (tests/test_subject.py)"
         return None if hasattr(transformers, f"{family.prefix}Config") else f"this transformers has no {family.prefix}"
     if not has_hooked():
         return NO_HOOKED
@@ -193,12 +240,12 @@ def transformers_model(name: str, seed: int = 0, dtype: torch.dtype = torch.floa
 
     family = FAMILIES[name]
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "attn_implementation": "eager"}
-    prefix = {"Gemma3": "Gemma3Text"}.get(family.prefix, family.prefix)
+    prefix = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(family.prefix, family.prefix)
     made = getattr(transformers, f"{prefix}Config")(**special | family.bridge | config)
     made.architectures = [f"{family.prefix}{family.causal_lm}"]
     made._experts_implementation = "eager"  # the fused product of experts knows no float64
     hf = getattr(transformers, made.architectures[0])(made).to(dtype).eval()
-    _draw(hf, seed, _transformers_value)
+    draw(hf, seed)
     return hf
 
 
@@ -249,6 +296,11 @@ def _hooked(name: str, seed: int, dtype: torch.dtype, config: dict[str, Any]) ->
     return model.eval()
 
 
+def draw(model: torch.nn.Module, seed: int) -> None:
+    """Every parameter of a transformers model, drawn anew."""
+    _draw(model, seed, _transformers_value)
+
+
 def _draw(model: torch.nn.Module, seed: int, value: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     owners = dict(model.named_modules())
@@ -256,24 +308,24 @@ def _draw(model: torch.nn.Module, seed: int, value: Any) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             owner, _, label = name.rpartition(".")
-            parameter.copy_(value(owners[owner], label, noise))
+            parameter.copy_(value(owners[owner], label, noise, parameter))
 
 
-def _transformers_value(owner: torch.nn.Module, label: str, noise: torch.Tensor) -> torch.Tensor:
+def _transformers_value(owner: torch.nn.Module, label: str, noise: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     kind = type(owner).__name__
     if label.endswith("bias"):
         return 0.3 * noise
     if label == "sinks":
         return noise
-    if noise.ndim == 1:  # a norm's gain; Gemma adds the 1 itself
-        return (0.0 if kind.startswith("Gemma") else 1.0) + 0.3 * noise
+    if noise.ndim == 1 or "norm" in kind.lower():  # a gain, about 1 or, where the class adds the 1 itself, about 0
+        return before + 0.3 * noise
     if isinstance(owner, torch.nn.Embedding):
         return 0.7 * noise
     inputs_first = kind in ("Conv1D", "GptOssExperts")
     return 1.1 * noise * noise.shape[-2 if inputs_first else -1] ** -0.5
 
 
-def _hooked_value(owner: torch.nn.Module, label: str, noise: torch.Tensor) -> torch.Tensor:
+def _hooked_value(owner: torch.nn.Module, label: str, noise: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     kind = label.removeprefix("_")  # grouped-query attention keeps _W_K, _b_K, …
     if kind == "w":
         return 1 + 0.3 * noise

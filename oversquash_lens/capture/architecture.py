@@ -7,6 +7,7 @@ exist, not from the config, which a bridge does not keep up to date.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,20 @@ from torch import Tensor, nn
 
 from oversquash_lens.capture.hooked_model import (
     ACTIVATIONS,
-    Activation,
+    activation_name,
+    activation_of,
+    centres,
+    clip,
     folded_final_gain,
+    head_norms,
     is_a,
     is_folded,
     is_hooked_transformer,
     known_class,
+    norm_behind,
     norm_gain,
+    norms,
+    norms_across_heads,
     weight_of,
     wrapped_config,
     wrapped_model,
@@ -56,7 +64,7 @@ LAYER_HOOKS = {
 }
 # The property of a `Architecture` without which a layer has no such hook; every layer has those that are not listed.
 ONLY_IF = {
-    "attention_scale": "normed",
+    "attention_scale": "pre_norms",
     "attention_post_scale": "post_norms",
     "middle": "sequential",
     "mlp_scale": "own_mlp_norm",
@@ -87,8 +95,6 @@ FINAL_HOOKS = {
     "final_scale": "ln_final.hook_scale",
     "prediction_input": "unembed.hook_in",
 }
-# What transformers' configs call an MLP's activation.
-ACTIVATION_WORDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _COMPONENTS = "transformer_lens.model_bridge.generalized_components"
 _UNSAID = object()  # of a layer that says nothing of its own window
 
@@ -102,12 +108,14 @@ class Architecture:
     HookedTransformer or a class made from it, rather than a bridge. `mlp` is "plain", "gated", "experts" or "none".
     `fused_obstacle`: what a pass has shown to be in the way of fused attention.
     `norms` is "layer" (subtracts the mean), "rms" or "none". `parallel`: attention and MLP both read the residual
-    that enters the layer; `shared_norm`: through one norm. `post_norms`: what attention and MLP write is normalised.
-    `qk_norm`: queries and keys are, head by head. `delegated`: the attention is computed out of the hooks' sight,
+    that enters the layer; `shared_norm`: through one norm. `pre_norms`: attention and MLP read a normalised residual;
+    `post_norms`: what they write is normalised, by norms called ln1 and ln2 with `behind` added. `qk_norm`: queries and
+    keys are, head by head or (`qk_across`) all heads together; `qk_centred`: their mean is taken away. `clip`: queries,
+    keys and values are cut to ±clip. `multiplier`: of what attention and MLP add to the residual. `steep`: the slope of
+    the MLP's activation has no bound. `delegated`: the attention is computed out of the hooks' sight,
     which show the scores only after the softmax; `rotary_dim` then says how much of a head its positions turn.
-    `rotation`: one of `ROTATIONS`. `alibi`: scores carry a bias that grows with the position, counted from the first;
-    `biased`: wherever it is counted from. `windows`: how many positions each layer sees, None for
-    all. `score_factor`: what stretched rotations multiply scores by (YaRN).
+    `rotation`: one of `ROTATIONS`. `biased`: scores carry a bias that grows with the position. `windows`: how many
+    positions each layer sees, None for all. `score_factor`: what stretched rotations multiply scores by (YaRN).
     """
 
     name: str
@@ -122,20 +130,24 @@ class Architecture:
     norms: str
     parallel: bool
     shared_norm: bool
-    post_norms: bool
+    pre_norms: bool
+    behind: str | None
     qk_norm: bool
+    qk_across: bool
+    qk_centred: bool
+    clip: float | None
+    multiplier: float
     mlp: str
     delegated: bool
     rotary_dim: int
     rotation: str
-    alibi: bool
     biased: bool
     score_factor: float
     soft_cap: float | None
     windows: tuple[int | None, ...]
     sinks: bool
     eps: float
-    activation: Activation | None
+    steep: bool
     dtype: torch.dtype
     folded: bool
     final_gain: Float[Tensor, " d_model"]
@@ -150,6 +162,10 @@ class Architecture:
     @property
     def centred(self) -> bool:
         return self.norms == "layer"
+
+    @property
+    def post_norms(self) -> bool:
+        return self.behind is not None
 
     @property
     def dense(self) -> bool:
@@ -169,11 +185,13 @@ class Architecture:
 
     @property
     def own_mlp_norm(self) -> bool:
-        return self.mlp != "none" and self.normed and not self.shared_norm
+        return self.mlp != "none" and self.pre_norms and not self.shared_norm
 
     def layer_hooks(self, route: str = "kept") -> dict[str, str]:
         """Key -> name inside `blocks.{layer}.` of the hooks that a route listens to in a layer of this model."""
-        return {key: name for key, name in LAYER_HOOKS.items() if self._has(key) and self._heard(key, route)}
+        behind = self.behind or ""
+        found = {key: name for key, name in LAYER_HOOKS.items() if self._has(key) and self._heard(key, route)}
+        return {key: name.replace("_post.", f"{behind}.") for key, name in found.items()}
 
     def _has(self, key: str) -> bool:
         return key not in ONLY_IF or getattr(self, ONLY_IF[key])
@@ -229,13 +247,14 @@ def read_architecture(model: Any) -> Architecture:
     grouped = (
         None if getattr(cfg, "ungroup_grouped_query_attention", False) else getattr(cfg, "n_key_value_heads", None)
     )
-    activation, known = None, activation_name(model)
-    if mlp in ("plain", "gated"):
-        activation = ACTIVATIONS.get(known)
-        if activation is None:
-            obstacles.append(
-                f"an activation of unknown slope; expected one of {', '.join(sorted(ACTIVATIONS))}, got {known!r}"
-            )
+    activation = activation_of(model, 0) if mlp in ("plain", "gated") else None
+    if mlp in ("plain", "gated") and activation is None:
+        obstacles.append(
+            f"an activation that is no function of each neuron by itself; expected one such as "
+            f"{', '.join(sorted(ACTIVATIONS))}, got {activation_name(model)!r}"
+        )
+    behind = norm_behind(model, hooks)
+    head_norm = next((each[0] for each in (head_norms(getattr(b, "attn", None)) for b in model.blocks) if each), None)
     architecture = Architecture(
         name=name,
         hooked=is_hooked_transformer(model),
@@ -249,20 +268,24 @@ def read_architecture(model: Any) -> Architecture:
         norms=norms(model, hooks),
         parallel=parallel(model, hooks),
         shared_norm=parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
-        post_norms="blocks.0.ln1_post.hook_scale" in hooks,
-        qk_norm=any(f"blocks.0.attn.{norm}.hook_scale" in hooks for norm in ("q_norm", "k_norm")),
+        pre_norms="blocks.0.ln1.hook_scale" in hooks and behind != "",
+        behind=behind,
+        qk_norm=head_norm is not None,
+        qk_across=norms_across_heads(model, head_norm),
+        qk_centred=centres(head_norm),
+        clip=clip(block),
+        multiplier=float(getattr(getattr(block, "original_component", None), "residual_multiplier", 1.0)),
         mlp=mlp,
         delegated=delegated(block),
         rotary_dim=rotary_dim(model),
         rotation=rotation(model, hooks),
-        alibi=alibi(model),
         biased=biased(model),
         score_factor=score_factor(model),
         soft_cap=soft_cap(model),
         windows=tuple(window(model, layer) for layer in range(len(model.blocks))),
         sinks=per_head_sinks(block) is not None,
         eps=float(getattr(cfg, "eps", None) or 1e-5),
-        activation=activation,
+        steep=activation is not None and math.isinf(activation.lipschitz),
         dtype=next(model.parameters()).dtype if weight is None else weight.dtype,
         folded=folded,
         final_gain=norm_gain(getattr(model, "ln_final", None), model) if restore is None else restore,
@@ -283,18 +306,18 @@ def read_architecture(model: Any) -> Architecture:
 
 def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     """What would make the recorded hooks tell another story than the theory's equations."""
-    cfg, block = model.cfg, model.blocks[0]
-    attention = [getattr(each, "attn", None) for each in model.blocks]
-    normed = "blocks.0.ln1.hook_scale" in hooks
-    architecture = str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or "")
+    attention, before = ([getattr(each, name, None) for each in model.blocks] for name in ("attn", "ln1"))
     reasons = {
         "no attention in its first block": weight_of(attention[0], "W_O") is None,
         "attention without query and key weights of its own (latent attention)": weight_of(attention[0], "W_O")
         is not None
         and any(weight_of(attention[0], each) is None for each in ("W_Q", "W_K", "W_V")),
-        "norms behind attention and MLP only": "olmo2" in architecture.lower() or "olmo3" in architecture.lower(),
-        "norms in some places only": normed != ("ln_final.hook_scale" in hooks),
-        "queries and keys normalised across heads": _norms_across_heads(block),
+        "norms in some places only": (norms(model, hooks) != "none") != ("ln_final.hook_scale" in hooks)
+        or any(is_a(getattr(each, "original_component", None), "torch.nn", "Identity") for each in before),
+        "a residual stream that is normalised itself": bool(
+            getattr(wrapped_config(model), "apply_residual_connection_post_layernorm", False)
+        ),
+        "values that are normalised": any(hasattr(getattr(a, "original_component", None), "v_norm") for a in attention),
         "blocks that differ in kind": len(
             {mlp_kind(b) for b, a in zip(model.blocks, attention, strict=True) if a is not None}
         )
@@ -325,22 +348,8 @@ def mlp_kind(block: Any) -> str:
     return "plain" if weight_of(mlp, "W_in") is not None else "experts"
 
 
-def norms(model: Any, hooks: dict[str, Any]) -> str:
-    if "blocks.0.ln1.hook_scale" not in hooks:
-        return "none"
-    return "rms" if "RMS" in str(getattr(model.cfg, "normalization_type", "LN") or "LN") else "layer"
-
-
 def parallel(model: Any, hooks: dict[str, Any]) -> bool:
     return hasattr(model.blocks[0], "mlp") and "blocks.0.hook_resid_mid" not in hooks
-
-
-def _norms_across_heads(block: Any) -> bool:
-    norm = getattr(block.attn, "q_norm", None) if hasattr(block, "attn") else None
-    weight = getattr(norm, "w", None) if norm is not None else None
-    weight = getattr(norm, "weight", None) if weight is None else weight
-    queries = weight_of(getattr(block, "attn", None), "W_Q")
-    return weight is not None and queries is not None and weight.numel() != queries.shape[2]
 
 
 def soft_cap(model: Any) -> float | None:
@@ -358,19 +367,15 @@ def window(model: Any, layer: int) -> int | None:
         kinds = getattr(model.cfg, "attn_types", None)
         local = getattr(model.cfg, "use_local_attn", False) and kinds is not None and kinds[layer] == "local"
         return model.cfg.window_size if local else None
+    if getattr(component, "attention_type", None) == "local":  # GPT-Neo
+        return component.config.window_size
+    kinds = getattr(wrapped_config(model), "layer_types", None)
+    if kinds is not None and kinds[layer] == "full_attention":  # EXAONE-4's know the others' window, too
+        return None
     found = getattr(component, "sliding_window", _UNSAID)
     if found is _UNSAID:  # Mistral, Mixtral, Phi-3: all layers see as far as the config says
         found = getattr(wrapped_config(model), "sliding_window", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def activation_name(model: Any) -> Any:
-    """A bridge's own word for it is not always true; what it wraps knows better."""
-    config = wrapped_config(model)
-    if getattr(config, "model_type", "") == "bloom":
-        return "gelu_new"  # it has no word for its own
-    named = (getattr(config, word, None) for word in ACTIVATION_WORDS)
-    return next((each for each in named if isinstance(each, str)), None) or getattr(model.cfg, "act_fn", None)
 
 
 def score_factor(model: Any) -> float:
@@ -404,16 +409,12 @@ def rotation(model: Any, hooks: dict[str, Any]) -> str:
 def delegated(block: Any) -> bool:
     """Whether attention is left to the module that a bridge wraps: its plain class does, most others compute it."""
     attn = getattr(block, "attn", None)
-    plain: Any = known_class(_COMPONENTS, "AttentionBridge")
+    plain = known_class(_COMPONENTS, "AttentionBridge")
     return plain is not None and isinstance(attn, plain) and getattr(type(attn), "forward", None) is plain.forward
 
 
 def biased(model: Any) -> bool:
     """Whether scores carry ALiBi's bias, wherever it is counted from."""
-    return alibi(model) or getattr(model.cfg, "positional_embedding_type", None) == "alibi"
-
-
-def alibi(model: Any) -> bool:
-    """Whether scores carry a bias that is counted from the first position, as transformers writes ALiBi."""
     config = wrapped_config(model)
-    return bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") == "bloom"
+    own = bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") == "bloom"
+    return own or getattr(model.cfg, "positional_embedding_type", None) == "alibi"

@@ -213,12 +213,14 @@ def check_delegated_scores(
     scale: float,
     rows: Int[Tensor, " row"],
     dtype: torch.dtype,
+    window: int | None = None,
 ) -> None:
     """softmax(q·k·scale) = pattern, where the scores are out of sight; queries and keys as they meet in them."""
     key = repeat(key, "pos kv d -> pos (kv heads) d", heads=query.shape[1] // key.shape[1])
     scores = einsum(query[rows], key, "row head d, src head d -> head row src") * scale
-    ahead = torch.arange(len(key), device=rows.device) > rows[:, None]
-    own = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+    back = rows[:, None] - torch.arange(len(key), device=rows.device)
+    hidden = (back < 0) | (back >= (len(key) if window is None else window))
+    own = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     check_same(name, own, pattern.float(), "softmax(q · k · scale)", "hook_pattern", dtype)
 
 
@@ -243,18 +245,24 @@ def check_projections(
     normalized: Float[Tensor, "row d_model"],
     w: LayerWeights,
     seen: dict[str, Float[Tensor, "row heads d_head"]],
-    dtype: torch.dtype,
+    architecture: Architecture,
 ) -> None:
-    """Queries, keys and values from norm, gain and weights: no head of them was edited."""
+    """Queries, keys and values from norm, gain and weights: no head of them was edited.
+
+    What is cut to a range next is compared inside it: transformers' own code cuts in place what the hook saw.
+    """
+    dtype = architecture.dtype
     inside = normalized * w.attention_gain.to(normalized)
     if w.attention_norm_bias is not None:
         inside = inside + w.attention_norm_bias.to(normalized)
     for key, value in seen.items():
         weight, bias = getattr(w, key).to(normalized), getattr(w, f"{key}_bias")
         computed = einsum(inside, weight, "row d, head d i -> row head i")
-        computed = computed if bias is None else computed + bias.to(normalized)
+        computed, value = computed if bias is None else computed + bias.to(normalized), value.to(normalized)
+        if architecture.clip is not None and (key == "value" or not architecture.qk_norm):
+            computed, value = (each.clamp(-architecture.clip, architecture.clip) for each in (computed, value))
         place, seen_at = f"{name}, attn.hook_{key[0]}", f"hook_{key[0]}"
-        check_same(place, computed, value.to(normalized), f"norm · gain · W_{key}", seen_at, dtype)
+        check_same(place, computed, value, f"norm · gain · W_{key}", seen_at, dtype)
 
 
 def check_sum(name: str, before: Tensor, update: Tensor, after: Tensor, dtype: torch.dtype) -> None:
@@ -295,8 +303,10 @@ def verify_pass(model: HookedModel, architecture: Architecture, ids: Int[Tensor,
         handle.remove()
     check_same("logits", recorded, plain, "the recorded pass", "a plain pass", architecture.dtype)
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
-    unembedded = cap * torch.tanh(shown[0] / cap) if cap > 0 else shown[0]
-    check_same("logits", unembedded[:, -1:], plain[:, -1:], "y · W_U + b_U", "the model's logits", architecture.dtype)
+    unembedded, logits = shown[0][0, -1], plain[0, -1].to(shown[0])
+    unembedded = cap * torch.tanh(unembedded / cap) if cap > 0 else unembedded
+    factor = (unembedded @ logits) / (unembedded @ unembedded)  # what logits are multiplied by (Granite, Cohere)
+    check_same("logits", unembedded * factor, logits, "y · W_U + b_U", "the model's logits", architecture.dtype)
     if not architecture.delegated and not patterns_are_used(model, architecture, ids):
         raise HookMismatchError(
             "attn.hook_pattern: halving all attention patterns changes nothing; expected the patterns that the hooks "

@@ -193,19 +193,20 @@ def choose_route(model: HookedModel, architecture: Architecture, n: int, attenti
     """
     check_attention(attention)
     if attention == "kept":
-        return ASKED_KEPT
+        return _kept(architecture, ASKED_KEPT.why)
     somebody = next(foreign_hooks(model), None)
     if attention == "recomputed":
-        _refuse_recomputed(architecture, somebody)
+        _refuse_unheard(somebody)
     elif somebody is not None:
-        return AttentionRoute("kept", f"a hook of yours on {somebody} changes or reads what rows made anew would not")
+        return _kept(architecture, f"a hook of yours on {somebody} changes or reads what rows made anew would not")
     obstacle = why_not_fused(model, architecture)
     if obstacle is None:
         return AttentionRoute("fused", "fused attention gives the class's own predictions")
     if attention == "recomputed":
+        _refuse_unturned(architecture)
         return AttentionRoute("recomputed", f"asked for; not fused: {obstacle}")
     if architecture.rotation == "unknown":
-        return AttentionRoute("kept", f"its rows cannot be made anew; not fused: {obstacle}")
+        return _kept(architecture, f"its rows cannot be made anew; not fused: {obstacle}")
     if patterns_fit(model, n, COMFORT):
         return AttentionRoute("kept", f"the patterns fit into memory {COMFORT} times; not fused: {obstacle}")
     return AttentionRoute("recomputed", f"the patterns do not fit into memory {COMFORT} times; not fused: {obstacle}")
@@ -219,8 +220,21 @@ def planned_route(model: Any, n: int, attention: str = "auto") -> AttentionRoute
 def own_route(architecture: Architecture, model: HookedModel, attention: str) -> AttentionRoute:
     """The route within the pass that somebody else makes."""
     if attention == "recomputed":
-        _refuse_recomputed(architecture, next(foreign_hooks(model), None))
-    return AttentionRoute(check_attention(attention, ATTENTION[1:]), "asked for")
+        _refuse_unheard(next(foreign_hooks(model), None))
+        _refuse_unturned(architecture)
+    route = AttentionRoute(check_attention(attention, ATTENTION[1:]), "asked for")
+    return _kept(architecture, route.why) if route == "kept" else route
+
+
+def _kept(architecture: Architecture, why: str) -> AttentionRoute:
+    """The route that keeps patterns; a ModelError where nothing shows the queries and keys that make them."""
+    if architecture.delegated and architecture.rotation == "unknown":
+        raise ModelError(
+            f"{architecture.name} leaves attention to transformers' own module, and no hook shows how positions turn "
+            "its queries and keys, so kept patterns cannot be held against them; expected record() with "
+            "attention='auto' or 'recomputed' and no hook inside attention, where its attention can be fused"
+        )
+    return AttentionRoute("kept", why)
 
 
 def check_attention(attention: Any, known: tuple[str, ...] = ATTENTION) -> str:
@@ -240,12 +254,15 @@ def foreign_hooks(model: HookedModel) -> Iterator[str]:
                 yield f"blocks.{layer}.attn.{name}".rstrip(".")
 
 
-def _refuse_recomputed(architecture: Architecture, somebody: str | None) -> None:
+def _refuse_unheard(somebody: str | None) -> None:
     if somebody is not None:
         raise InputError(
             "expected none inside attention, for rows made anew do not hear it, got attention='recomputed' with a "
             f"hook of yours on {somebody}: record with attention='kept', or remove the hook"
         )
+
+
+def _refuse_unturned(architecture: Architecture) -> None:
     if architecture.rotation == "unknown":
         raise ModelError(
             f"attention='recomputed' was asked of {architecture.name}, whose hooks do not show how positions turn its "

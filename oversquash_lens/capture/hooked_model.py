@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -89,28 +90,110 @@ def is_a_class(found: type, module: str, name: str) -> bool:
 
 
 @cache
-def known_class(module: str, name: str) -> type | None:
-    """A class of TransformerLens, looked up when first asked for; None where this version has it not."""
+def known_class(module: str, name: str) -> Any:
+    """A class or table of TransformerLens, looked up when first asked for; None where this version has it not."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):  # version 4 raises ImportError for HookedTransformer, even for hasattr
         return None
 
 
-def norm_gain(norm: Any, model: Any) -> Float[Tensor, " gain"]:
-    """A norm's γ as it multiplies: ones where folded away, one more than what is stored where the class says so."""
-    weight = getattr(norm, "w", None)
+def norm_gain(norm: Any, model: Any, width: int | None = None) -> Float[Tensor, " gain"]:
+    """A norm's γ as it multiplies: ones of `width` (d_model) where there is none, those of heads apart one after
+    another, one more than what is stored where the module that a bridge wraps adds one (Gemma, Nemotron).
+    """
+    weight = _stored(norm, "w", "weight")
     if weight is None:
-        weight = getattr(norm, "weight", None)
-    if weight is None:
-        return next(model.parameters()).detach().new_ones(model.cfg.d_model)
-    offset = bool(getattr(getattr(norm, "config", None), "rmsnorm_uses_offset", False))
-    return weight.detach() + 1 if offset else weight.detach()
+        return next(model.parameters()).detach().new_ones(width or model.cfg.d_model)
+    weight = weight.detach().flatten()
+    offset = getattr(getattr(norm, "config", None), "rmsnorm_uses_offset", False) or _adds_one(norm, weight)
+    return weight + 1 if offset else weight
 
 
 def norm_bias(norm: Any) -> Float[Tensor, " d_model"] | None:
-    bias = getattr(norm, "b", None)
-    return bias.detach() if isinstance(bias, Tensor) else None
+    bias = _stored(norm, "b", "bias")
+    return None if bias is None else bias.detach().flatten()
+
+
+def norms(model: Any, hooks: dict[str, Any]) -> str:
+    """One of "layer" (subtracts the mean), "rms" or "none"."""
+    if not any(f"blocks.0.{name}.hook_scale" in hooks for name in ("ln1", "ln1_post")):
+        return "none"
+    return "rms" if "RMS" in str(getattr(model.cfg, "normalization_type", "LN") or "LN") else "layer"
+
+
+def norm_behind(model: Any, hooks: dict[str, Any]) -> str | None:
+    """What the name of a norm of what attention writes adds to `ln1`; None where there is no such norm.
+
+    It is `ln1` itself where what that norm gives is what attention adds to the residual (OLMo 2).
+    """
+    if "blocks.0.ln1_post.hook_scale" in hooks:
+        return "_post"
+    if is_hooked_transformer(model):
+        listed = known_class("transformer_lens.utilities.architectures", "POST_NORM_ARCHITECTURES") or ()
+        return "" if getattr(model.cfg, "original_architecture", None) in listed else None
+    added = hooks.get("blocks.0.hook_attn_out")
+    return "" if added is not None and added is hooks.get("blocks.0.ln1.hook_out") else None
+
+
+def norms_across_heads(model: Any, norm: Any) -> bool:
+    """Whether one norm takes the queries of all heads together: it then has a gain for every coordinate of them."""
+    queries = weight_of(getattr(model.blocks[0], "attn", None), "W_Q")
+    if norm is None or queries is None:
+        return False
+    weight = weight_of(norm, "w") if weight_of(norm, "w") is not None else weight_of(norm, "weight")
+    return weight is not None and weight.ndim == 1 and weight.numel() != queries.shape[2]
+
+
+def head_norms(attn: Any) -> tuple[Any, Any] | None:
+    """The norms of queries and of keys; None without them. Llama 4 has one for both, in the module that it wraps."""
+    query = getattr(attn, "q_norm", None)
+    if query is not None:
+        return query, attn.k_norm
+    both = getattr(getattr(attn, "original_component", None), "qk_norm", None)
+    return None if both is None else (both, both)
+
+
+def clip(block: Any) -> float | None:
+    """c where queries, keys and values are cut to ±c (OLMo, MPT)."""
+    component = getattr(getattr(block, "attn", None), "original_component", None)
+    found = (getattr(owner, "clip_qkv", None) for owner in (component, getattr(component, "config", None)))
+    return next((float(each) for each in found if each), None)
+
+
+def centres(norm: Any) -> bool:
+    """Whether a norm takes the mean away, as LayerNorm does; its own class knows better than a config."""
+    parts = _norms_of_heads(norm)
+    wrapped = parts[0] if parts else getattr(norm, "original_component", None)
+    said = getattr(norm, "uses_rms_norm", None)
+    return isinstance(wrapped, torch.nn.LayerNorm) if said is None else not said
+
+
+def _stored(norm: Any, *names: str) -> Tensor | None:
+    """A norm's parameter by the first of these names that it has; of norms for heads apart, all of them."""
+    for name in names:
+        parts = [weight_of(part, name) for part in _norms_of_heads(norm)] or [weight_of(norm, name)]
+        if parts[0] is not None:
+            return torch.stack([part for part in parts if part is not None])
+    return None
+
+
+def _norms_of_heads(norm: Any) -> list[Any]:
+    """Each head's own norm, where they are modules of their own (StableLM)."""
+    return list(getattr(getattr(norm, "original_component", None), "norms", None) or ())
+
+
+def _adds_one(norm: Any, weight: Float[Tensor, " gain"]) -> bool:
+    """Whether the module that a bridge wraps multiplies by one more than its weight, found by what it makes of ±1."""
+    component = getattr(norm, "original_component", None)
+    own = weight_of(component, "weight")
+    if not isinstance(component, torch.nn.Module) or own is None:
+        return False
+    signs = 1.0 - 2.0 * (torch.arange(weight.numel(), device=weight.device) % 2).to(weight)
+    inputs = signs.view(own.shape)
+    with torch.no_grad():  # .forward, so that nobody's hook is called
+        seen = (component.forward(inputs) - component.forward(-inputs)).flatten() / 2
+    return bool((seen - signs * (weight + 1)).norm() < (seen - signs * weight).norm())
 
 
 def is_folded(model: Any) -> bool:
@@ -168,6 +251,40 @@ ACTIVATIONS = {
     "quick_gelu": Activation(_quick_gelu, 1.0999),
     "tanh": Activation(torch.tanh, 1.0),
 }
+# What transformers' configs call an MLP's activation, and what its modules call the function itself.
+ACTIVATION_WORDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+ACTIVATION_MODULES = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
+
+
+def activation_name(model: Any) -> Any:
+    """A bridge's own word for it is not always true; what it wraps knows better."""
+    config = wrapped_config(model)
+    named = (getattr(config, word, None) for word in ACTIVATION_WORDS)
+    return next((each for each in named if isinstance(each, str)), None) or getattr(model.cfg, "act_fn", None)
+
+
+def activation_of(model: Any, layer: int) -> Activation | None:
+    """What a layer's MLP applies to each neuron by itself: the function that its modules hold, else the config's.
+
+    A function that is none of `ACTIVATIONS` has no bound on its slope. None where none is found, or where neurons act
+    on one another (SoLU). Recording checks it against what the MLP shows.
+    """
+    block, named = model.blocks[layer], ACTIVATIONS.get(activation_name(model))
+    mlp = getattr(block, "mlp", None)
+    owners = [owner for owner in (mlp, getattr(mlp, "original_component", None)) if owner is not None]
+    owners += [getattr(block, "original_component", None)]  # OPT's layers hold their MLP's parts themselves
+    found = (getattr(owner, word, None) for owner in owners for word in ACTIVATION_MODULES)
+    own = next((each for each in found if callable(each)), None)
+    if own is None:
+        return named
+    wide = torch.promote_types(model.W_E.dtype, torch.float32)
+    points = torch.linspace(-6, 6, 49, dtype=wide, device=model.W_E.device)
+    with torch.no_grad():
+        together, apart = own(points), own(points[:, None])[:, 0]
+        if not torch.allclose(together, apart, atol=1e-6):
+            return None
+        known = (each for each in ACTIVATIONS.values() if torch.allclose(each.function(points), together, atol=1e-5))
+        return next(known, Activation(own, math.inf))
 
 
 DOUBLED_BOS = "the prompt begins with BOS twice: text that a chat template has made has it already; give bos=False"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -130,7 +129,7 @@ class LayerRecord:
             checks.check_finite(self.name("residual"), residual)
         self.kept["residual"] = self.context.work(residual[-1]).clone()
         self._between["residual"] = residual
-        if not self.context.architecture.normed:
+        if not self.context.architecture.pre_norms:
             self._keep_scale("attention_scale", residual.new_ones(len(residual), 1))
 
     def attention_norm(self) -> None:
@@ -146,11 +145,12 @@ class LayerRecord:
     def attend(self) -> None:
         query, key, value, z = map(self._pop, ("query", "key", "value", "z"))
         architecture, w, work = self.context.architecture, self._layer_weights(), self.context.work
-        scored_query, self.kept["query_scale"] = self._normalised_heads(work(query), w.query_gain)
-        scored_key, self.kept["key_scale"] = self._normalised_heads(work(key), w.key_gain)
+        scored_query, self.kept["query_scale"] = self._scored(work(query), w.query_gain)
+        scored_key, self.kept["key_scale"] = self._scored(work(key), w.key_gain)
+        projected, value = value, self._clipped(value)
         heads = Heads(scored_query, scored_key, value, z)
         self.attention = ROWS_ON[self.context.route](self.context, self.index, w, heads, self._pop)
-        self._check_projections(query, key, value)
+        self._check_projections(query, key, projected)
         self.kept["value"] = work(value).transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self.kept["query_norm"] = scored_query.norm(dim=-1).T.contiguous()
         self.kept["key_norm"] = scored_key.norm(dim=-1).T.contiguous()
@@ -205,23 +205,32 @@ class LayerRecord:
     def _check_projections(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         rows, residual = self.context.rows(len(query)), self._needed("residual")
         scale = self.context.work(self._needed("attention_scale", self.kept)[rows])
-        normalized = self.context.normalized(residual[rows], scale)
+        before = self.context.architecture.pre_norms
+        normalized = self.context.normalized(residual[rows], scale) if before else self.context.work(residual[rows])
         seen = {"query": query[rows], "key": key[rows], "value": value[rows]}
-        checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture.dtype)
+        checks.check_projections(self.name(), normalized, self._layer_weights(), seen, self.context.architecture)
 
     def _key_pull(self, query: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "head pos"]:
         """‖diag(γ₁)W_K q‖: how far a step of a position's normalised residual moves its score with this query."""
         factor = per_head(self.context.weights.key_factor[self.index].to(query), query.shape[1])
         return torch.linalg.vector_norm(query.transpose(0, 1) @ factor.mT, dim=-1)
 
-    def _normalised_heads(self, x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Queries or keys as they enter the score, and the divisors of their own norm [head, pos]."""
+    def _scored(
+        self, x: Float[Tensor, "pos head d_head"], gain: Tensor | None
+    ) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "head pos"]]:
+        """Queries or keys as they enter the score, and the divisors of their own norm."""
+        architecture = self.context.architecture
         if gain is None:
-            return x, to_float64(torch.ones(x.shape[1], x.shape[0], device=x.device))
-        scale = (
-            einsum(x, x, "pos head i, pos head i -> pos head") / x.shape[-1] + self.context.architecture.eps
-        ).sqrt()
-        return x / scale[..., None] * gain.to(x), to_float64(scale).T.contiguous()
+            return self._clipped(x), to_float64(torch.ones(x.shape[1], x.shape[0], device=x.device))
+        x = x - x.mean(-1, keepdim=True) if architecture.qk_centred else x
+        square = x.square().mean(-1)
+        square = square.mean(1, keepdim=True).expand_as(square) if architecture.qk_across else square
+        scale = (square + architecture.eps).sqrt()
+        return self._clipped(x / scale[..., None] * gain.to(x)), to_float64(scale).T.contiguous()
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        clip = self.context.architecture.clip
+        return x if clip is None else x.clamp(-clip, clip)
 
     def _check_norm(self, key: str, x: Tensor, scale: Tensor, at_rows: bool = False) -> None:
         rows = slice(None) if at_rows else self.context.rows(len(x))
@@ -392,7 +401,8 @@ def _check_scores(
     if architecture.delegated:
         query, key = (pairs_turned(each.float(), architecture.rotary_dim) for each in (query, key))
         place = context.name(layer, "pattern")
-        checks.check_delegated_scores(place, pattern[:, rows], query, key, scale, rows, architecture.dtype)
+        dtype, window = architecture.dtype, architecture.windows[layer]
+        checks.check_delegated_scores(place, pattern[:, rows], query, key, scale, rows, dtype, window)
     else:
         shown = scores.diagonal(dim1=1, dim2=2)[:, rows]
         bias_at = rows.to(query.dtype) if architecture.biased else None

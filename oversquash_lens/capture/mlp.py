@@ -43,6 +43,7 @@ class PostNorm(NamedTuple):
     scale: Float[Tensor, " pos"]
     normalized: Float[Tensor, "pos d_model"]
     gain: Float[Tensor, " d_model"]
+    centred: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MlpState:
             scale=self.scale[rows],
             pre=tuple(each[rows] for each in self.pre),
             norms=self.norms,
-            post_norm=None if post is None else PostNorm(post.scale[rows], post.normalized[rows], post.gain),
+            post_norm=None if post is None else post._replace(scale=post.scale[rows], normalized=post.normalized[rows]),
         )
 
     def slopes(self, activation: Activation) -> Slopes:
@@ -102,19 +103,17 @@ def dense_mlp(context: PassContext, layer: int, w: LayerWeights, x: Tensor, scal
     assert mlp is not None, "a dense MLP has its matrices"
     if w.mlp_post_gain is not None:
         shown = work(pop("mlp_post_scale").reshape(len(x))), work(pop("mlp_post_normalized"))
-        post_norm = PostNorm(*shown, work(w.mlp_post_gain))
+        post_norm = PostNorm(*shown, work(w.mlp_post_gain), architecture.centred)
     state = MlpState(
-        normalized=context.normalized(x, scale),
+        normalized=context.normalized(x, scale) if architecture.pre_norms else work(x),
         scale=work(scale).to(x.device),
         pre=tuple(work(pop(key)) for key in (("pre", "pre_linear") if architecture.gated else ("pre",))),
-        norms=architecture.norms,
+        norms=architecture.norms if architecture.pre_norms else "none",
         post_norm=post_norm,
     )
     rows = context.rows(len(x))
     post = work(pop("post")[rows])
-    activation = architecture.activation
-    assert activation is not None, "a dense MLP has an activation"
-    check_mlp(context.name(layer, "pre"), state.at(rows), post, w.mlp_gain, mlp, activation, architecture.dtype)
+    check_mlp(context.name(layer, "pre"), state.at(rows), post, w.mlp_gain, mlp, architecture.dtype)
     update = post @ work(mlp.output)
     update = update if mlp.output_bias is None else update + work(mlp.output_bias)
     if post_norm is not None:
@@ -124,12 +123,10 @@ def dense_mlp(context: PassContext, layer: int, w: LayerWeights, x: Tensor, scal
         computed, what = context.normalized(update, divisors), "what the MLP writes, normalised"
         checks.check_same(name, computed, seen, what, "hook_normalized", architecture.dtype)
         update = seen * post_norm.gain
-    return MlpRecord(update, _gains(context, layer, w, mlp, state, activation))
+    return MlpRecord(update, _gains(context, layer, w, mlp, state))
 
 
-def _gains(
-    context: PassContext, layer: int, w: LayerWeights, mlp: MlpWeights, state: MlpState, activation: Activation
-) -> dict[str, Tensor]:
+def _gains(context: PassContext, layer: int, w: LayerWeights, mlp: MlpWeights, state: MlpState) -> dict[str, Tensor]:
     norms = context.weights
     in_norm, out_norm = norms.mlp_in_norm[layer], norms.mlp_out_norm[layer]
     entering = [in_norm] if len(state.pre) == 1 else [norms.mlp_gate_norm[layer], in_norm]
@@ -138,18 +135,19 @@ def _gains(
     )
     gains, sigmas = [], []
     for block in state.blocks():
-        slopes = block.slopes(activation)
+        slopes = block.slopes(mlp.activation)
         gains.append(probes.gain(block, slopes))
         sigmas.append(mlp_lipschitz(slopes, entering, out_norm))
     sigma = torch.cat(sigmas)
     if state.post_norm is not None:
         sigma = sigma / to_float64(state.post_norm.scale)
-    everywhere = len(state.pre) == 1 and state.post_norm is None
+    lipschitz = mlp.activation.lipschitz
+    everywhere = len(state.pre) == 1 and state.post_norm is None and math.isfinite(lipschitz)
     return {
         "node_gain": to_float64(torch.cat(gains)),
         "mlp_lipschitz": sigma / to_float64(state.scale),
         # Where no global constant exists: the largest over this prompt's activations.
-        "mlp_sigma": in_norm * activation.lipschitz * out_norm if everywhere else sigma.max(),
+        "mlp_sigma": in_norm * lipschitz * out_norm if everywhere else sigma.max(),
     }
 
 
@@ -160,14 +158,16 @@ def experts(context: PassContext, layer: int, w: LayerWeights, x: Tensor, writte
     rerun: list[Tensor] = []
     device = next(module.parameters()).device
 
+    def normed(x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if architecture.centred else x
+        return x / (x.square().mean(-1, keepdim=True) + architecture.eps).sqrt()
+
     def update(entering: Tensor) -> Tensor:
-        inside = entering - entering.mean(-1, keepdim=True) if architecture.centred else entering
-        if architecture.normed:
-            inside = inside / (inside.square().mean(-1, keepdim=True) + architecture.eps).sqrt()
-        inside = inside * w.mlp_gain.to(inside)
+        inside = (normed(entering) if architecture.pre_norms else entering) * w.mlp_gain.to(entering)
         inside = inside if w.mlp_norm_bias is None else inside + w.mlp_norm_bias.to(inside)
-        out = module(inside.to(device, x.dtype)[None])
-        out = work((out[0] if isinstance(out, tuple) else out).to(x.device).reshape(x.shape))
+        out = module.forward(inside.to(device, x.dtype)[None])  # not what a block hangs on the call
+        out = work((out[0] if isinstance(out, tuple) else out).to(x.device).reshape(x.shape)) * architecture.multiplier
+        out = out if w.mlp_post_gain is None else normed(out) * w.mlp_post_gain.to(out)
         rerun.append(out.detach())
         return out
 
@@ -325,7 +325,7 @@ def _through_post_norm(out: Float[Tensor, "probe pos d_model"], state: MlpState)
     """What a norm behind the MLP makes of a change of what it writes."""
     if state.post_norm is None:
         return out
-    if state.norms == "layer":
+    if state.post_norm.centred:
         out = out - out.mean(-1, keepdim=True)
     unit = state.post_norm.normalized
     along = einsum(out, unit, "probe pos d, pos d -> probe pos") / unit.shape[1]
@@ -375,7 +375,6 @@ def check_mlp(
     post: Float[Tensor, "row d_mlp"],
     gain: Float[Tensor, " d_model"],
     mlp: MlpWeights,
-    activation: Activation,
     dtype: torch.dtype,
 ) -> None:
     """Pre-activations from norm, gain and weights, and activations from these, at the state's positions."""
@@ -386,7 +385,7 @@ def check_mlp(
     matrices = ("W_in",) if len(computed) == 1 else ("W_gate", "W_in")
     for matrix, own, seen, hook in zip(matrices, computed, state.pre, ("hook_pre", "hook_pre_linear"), strict=False):
         checks.check_same(name, own, seen, f"norm · gain · {matrix}", hook, dtype)
-    out = activation.function(state.pre[0])
+    out = mlp.activation.function(state.pre[0])
     out = out if len(state.pre) == 1 else out * state.pre[1]
     out = out if mlp.post_bias is None else out + mlp.post_bias.to(post)
     checks.check_same(name, out, post, "activation(pre)", "hook_post", dtype)

@@ -262,6 +262,7 @@ def _unprinted(architecture: Architecture) -> dict[str, bool]:
         "attention and MLP work side by side, where the paper has one after the other": architecture.parallel,
         "norms of what attention and MLP write are not in the paper's model": architecture.post_norms,
         "a router has no Lipschitz constant, so only shares have a meaning": architecture.experts,
+        "the MLP's activation has no global Lipschitz constant: σ_ψ is the largest over a prompt": architecture.steep,
         "rows of attention sum to less than 1, the rest goes to a sink": architecture.sinks,
     }
 
@@ -273,6 +274,7 @@ def _left_out(architecture: Architecture) -> dict[str, bool]:
         "post-norms are taken without their projection": architecture.post_norms,
         "norms of queries and keys are taken without their projection": architecture.qk_norm,
         "the slope of the scores' soft cap is taken as 1": architecture.soft_cap is not None,
+        "the slope of what cuts queries, keys and values is taken as 1": architecture.clip is not None,
     }
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from oversquash_lens.capture.architecture import Architecture, per_head_sinks
 from oversquash_lens.capture.attention import per_head
-from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer, norm_bias, norm_gain
+from oversquash_lens.capture.hooked_model import (
+    Activation,
+    HookedModel,
+    activation_of,
+    head_norms,
+    is_hooked_transformer,
+    norm_bias,
+    norm_gain,
+)
 from oversquash_lens.errors import ModelError
 from oversquash_lens.numerics import to_float64
 
@@ -41,6 +49,8 @@ class MlpWeights:
     normalized · gain · W (biases of norm and matrix). `post_bias` is what a class adds behind the gate's product.
     """
 
+    activation: Activation
+
     entering: tuple[Float[Tensor, "d_model d_mlp"], ...]
     offsets: tuple[Float[Tensor, " d_mlp"], ...]
     post_bias: Float[Tensor, " d_mlp"] | None
@@ -53,7 +63,9 @@ class LayerWeights:
     """One layer's weights: x @ W, heads apart, norms' gains beside. A norm that is not there has gains of 1.
 
     `attention_post_gain`, `mlp_post_gain` belong to norms of what attention and MLP write, `query_gain`, `key_gain` to
-    those of queries and keys: None without them. `mlp` is None where there is no MLP, or a mixture of experts.
+    those of queries and keys (one for all heads, or each head's own): None without them. `mlp` is None where there is
+    no MLP, or a mixture of experts. What a model multiplies by before it adds to the residual is inside `output` and
+    the MLP's, biases included.
     """
 
     attention_gain: Float[Tensor, " d_model"]
@@ -64,8 +76,8 @@ class LayerWeights:
     query_bias: Float[Tensor, "head d_head"] | None
     key_bias: Float[Tensor, "kv_head d_head"] | None
     value_bias: Float[Tensor, "kv_head d_head"] | None
-    query_gain: Float[Tensor, " d_head"] | None
-    key_gain: Float[Tensor, " d_head"] | None
+    query_gain: Float[Tensor, "head_or_1 d_head"] | None
+    key_gain: Float[Tensor, "kv_head_or_1 d_head"] | None
     output: Float[Tensor, "head d_head d_model"]
     output_bias: Float[Tensor, " d_model"] | None
     score_scale: float
@@ -90,35 +102,55 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 def layer_weights(model: HookedModel, architecture: Architecture, layer: int) -> LayerWeights:
     """One layer's weights, as views where the class has them; detached."""
-    block = model.blocks[layer]
-    attn = block.attn
-    mlp_norm = getattr(block, "ln1" if architecture.shared_norm else "ln2", None)
+    block, factor = model.blocks[layer], architecture.multiplier
+    attn, width = block.attn, block.attn.W_Q.shape[2]
+
+    def post_gain(norm: str) -> Tensor | None:
+        return None if architecture.behind is None else norm_gain(getattr(block, norm + architecture.behind), model)
+
+    def head_gain(norm: Any) -> Tensor | None:
+        return None if norm is None else norm_gain(norm, model, width).view(-1, width)
+
+    of_queries, of_keys = head_norms(attn) or (None, None)
+    before = block.ln1 if architecture.pre_norms else None
+    mlp_norm = getattr(block, "ln1" if architecture.shared_norm else "ln2", None) if architecture.pre_norms else None
     return LayerWeights(
-        attention_gain=norm_gain(block.ln1, model),
-        attention_norm_bias=norm_bias(block.ln1),
+        attention_gain=norm_gain(before, model),
+        attention_norm_bias=norm_bias(before),
         query=attn.W_Q.detach(),
         key=_per_kv_head(attn.W_K.detach(), architecture),
         value=_per_kv_head(attn.W_V.detach(), architecture),
         query_bias=_heads_bias(attn, "b_Q", architecture.n_heads),
         key_bias=_heads_bias(attn, "b_K", architecture.n_kv_heads),
         value_bias=_heads_bias(attn, "b_V", architecture.n_kv_heads),
-        query_gain=norm_gain(attn.q_norm, model) if architecture.qk_norm else None,
-        key_gain=norm_gain(attn.k_norm, model) if architecture.qk_norm else None,
-        output=attn.W_O.detach(),
-        output_bias=_detached(attn, "b_O"),
+        query_gain=head_gain(of_queries),
+        key_gain=head_gain(of_keys),
+        output=_times(attn.W_O.detach(), factor),
+        output_bias=_times(_detached(attn, "b_O"), factor),
         score_scale=_score_scale(attn) * architecture.score_factor,
         sinks=per_head_sinks(block),
-        attention_post_gain=norm_gain(block.ln1_post, model) if architecture.post_norms else None,
+        attention_post_gain=post_gain("ln1"),
         mlp_gain=norm_gain(mlp_norm, model),
         mlp_norm_bias=norm_bias(mlp_norm),
-        mlp_post_gain=norm_gain(block.ln2_post, model)
-        if architecture.post_norms and architecture.mlp != "none"
-        else None,
-        mlp=_mlp_weights(model, block.mlp, norm_bias(mlp_norm)) if architecture.dense else None,
+        mlp_post_gain=post_gain("ln2") if architecture.mlp != "none" else None,
+        mlp=_mlp_weights(model, layer, norm_bias(mlp_norm), factor) if architecture.dense else None,
     )
 
 
-def _mlp_weights(model: HookedModel, mlp: Any, norm_bias: Tensor | None) -> MlpWeights:
+def _times(weight: Any, factor: float) -> Any:
+    """The very weight where the factor is 1, else wide enough for the product not to round it."""
+    if weight is None or factor == 1:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) * factor
+
+
+def _mlp_weights(model: HookedModel, layer: int, norm_bias: Tensor | None, factor: float) -> MlpWeights:
+    mlp, activation = model.blocks[layer].mlp, activation_of(model, layer)
+    if activation is None:
+        raise ModelError(
+            f"the MLP of layer {layer} has an activation that is no function of each neuron by itself; expected one in "
+            "every layer, as in the first"
+        )
     gated = _detached(mlp, "W_gate") is not None
     # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
     after = is_hooked_transformer(model) and gated
@@ -131,11 +163,12 @@ def _mlp_weights(model: HookedModel, mlp: Any, norm_bias: Tensor | None) -> MlpW
     entering = tuple(getattr(mlp, f"W_{part}").detach() for part in parts)
     biases = (None if after else _detached(mlp, f"b_{part}") for part in parts)
     return MlpWeights(
+        activation=activation,
         entering=entering,
         offsets=tuple(offset(weight, bias) for weight, bias in zip(entering, biases, strict=True)),
         post_bias=_detached(mlp, "b_in") if after else None,
-        output=mlp.W_out.detach(),
-        output_bias=_detached(mlp, "b_out"),
+        output=_times(mlp.W_out.detach(), factor),
+        output_bias=_times(_detached(mlp, "b_out"), factor),
     )
 
 
@@ -157,15 +190,19 @@ def _per_kv_head(weight: Tensor, architecture: Architecture) -> Tensor:
     return weight[:: weight.shape[0] // architecture.n_kv_heads]
 
 
+# What attention modules call the factor of q·k, and its power in the score; GPT-Neo's has none.
+SCALE_WORDS = {"scaling": 1, "softmax_scale": 1, "inv_norm_factor": 1, "scale_attn": -1}
+
+
 def _score_scale(attn: Any) -> float:
     """What q·k is multiplied by in the score; recording checks it against the scores themselves."""
-    if isinstance(getattr(attn, "attn_scale", None), float):
-        return 1.0 / attn.attn_scale
     component: Any = getattr(attn, "original_component", None)
-    if getattr(component, "scaling", None) is not None:
-        return float(component.scaling)
-    divisor = getattr(component, "scale_attn", None)  # GPT-J
-    return 1.0 / float(divisor) if divisor is not None else attn.W_Q.shape[2] ** -0.5
+    if component is None:  # HookedTransformer's; a bridge's word of that name is the wrapped module's, of another sense
+        return 1.0 / attn.attn_scale
+    for word, power in SCALE_WORDS.items():
+        if isinstance(getattr(component, word, None), int | float | Tensor):
+            return float(getattr(component, word)) ** power
+    return 1.0 if hasattr(component, "attention_type") else attn.W_Q.shape[2] ** -0.5
 
 
 @dataclass(frozen=True)
@@ -175,10 +212,12 @@ class WeightGains:
     With OV_h = diag(γ₁) W_V^h W_O^h diag(γ_post), γ_post the gain of a norm behind attention (1 without one):
     `ov_trace` = tr(OV_h)/d, `ov_gram` = tr(OV_h OV_h'ᵀ)/d, `output_factor` the
     triangular R of (W_O^h diag(γ_post))ᵀ = QR: ‖v W_O‖ = ‖v Rᵀ‖, without the squares of a Gram matrix.
-    For bounds: `ov_norm` = ‖diag(γ₁) W_V^h W_O^h‖₂ · max|γ_post|, and `worst_output_factor` that of
-    W_O^h · max|γ_post| (None where it is `output_factor`). `query_norm`, `key_norm` = ‖diag(γ₁) W‖₂, times the largest
-    gain of the queries' and keys' own norm where they have one. With that gain inside, and what LayerNorm's centring
-    takes away taken away: `query_square` = ‖diag(γ₁) W_Q^h‖_F², `key_factor` R of diag(γ₁) W_K = QR, for lengths again.
+    For bounds: `ov_norm` = ‖diag(γ₁) W_V^h W_O^h‖₂ · max|γ_post| (‖diag(γ₁) W_V^h‖₂ ‖W_O^h‖₂ where values are cut to
+    a range in between), and `worst_output_factor` that of
+    W_O^h · max|γ_post| (None where it is `output_factor`). `query_norm`, `key_norm` = ‖diag(γ₁) W‖₂, W of all heads
+    where one norm takes them together, times the largest gain of the head's own norm where it has one. With that gain
+    inside, and what LayerNorm's centring takes away taken away: `query_square` = ‖diag(γ₁) W_Q^h‖_F², `key_factor` R of
+    diag(γ₁) W_K = QR, for lengths again.
     `mlp_gate_norm` (0 without a gate) and `mlp_in_norm` hold γ₂, `mlp_out_norm` the largest gain behind the MLP; all
     0 without an MLP, nan for a mixture of experts. `score_scale` is what q·k is multiplied by.
     """
@@ -255,7 +294,7 @@ def _layer_gains(w: LayerWeights, architecture: Architecture) -> dict[str, Tenso
     post = w.attention_post_gain
     output = bare if post is None else bare * to_float64(post)
     query = gain * to_float64(w.query)
-    value, key = (per_head(gain * to_float64(each), heads) for each in (w.value, w.key))
+    value = per_head(gain * to_float64(w.value), heads)
     # Values are shared by a group of heads: their Gram matrices are computed once per group.
     grouped = gain * to_float64(w.value)
     value_gram = einsum(grouped, grouped, "a d i, b d j -> a b i j")
@@ -263,13 +302,13 @@ def _layer_gains(w: LayerWeights, architecture: Architecture) -> dict[str, Tenso
     output_gram = einsum(output, output, "a i d, b j d -> a b i j")
     d_model = query.shape[1]
     return {
-        "ov_norm": _product_norm(value, bare) * _largest(post),
+        "ov_norm": _product_norm(value, bare, architecture.clip is not None) * _largest(post),
         "ov_trace": einsum(value, output, "h d i, h i d -> h") / d_model,
         "ov_gram": einsum(value_gram, output_gram, "a b i j, a b i j -> a b") / d_model,
         "output_factor": _factor(output),
         "worst_output_factor": None if post is None else _factor(bare) * _largest(post),
-        "query_norm": torch.linalg.svdvals(query)[:, 0] * _largest(w.query_gain),
-        "key_norm": torch.linalg.svdvals(key)[:, 0] * _largest(w.key_gain),
+        "query_norm": _head_norms(query, w.query_gain, architecture),
+        "key_norm": per_head(_head_norms(gain * to_float64(w.key), w.key_gain, architecture), heads),
         "query_square": _as_scores_see(query, w.query_gain, architecture).square().sum((1, 2)),
         "key_factor": torch.linalg.qr(_as_scores_see(gain * to_float64(w.key), w.key_gain, architecture), mode="r").R,
         "score_scale": gain.new_tensor(w.score_scale),
@@ -289,11 +328,27 @@ def _mlp_norms(w: LayerWeights, architecture: Architecture) -> dict[str, Tensor]
 
 
 def _as_scores_see(
-    weight: Float[Tensor, "head d_model d_head"], inside: Float[Tensor, " d_head"] | None, architecture: Architecture
+    weight: Float[Tensor, "head d_model d_head"],
+    inside: Float[Tensor, "head_or_1 d_head"] | None,
+    architecture: Architecture,
 ) -> Float[Tensor, "head d_model d_head"]:
     """diag(γ₁)W as queries or keys follow the residual: centred as it is, with the gain `inside` of their own norm."""
-    weight = weight if inside is None else weight * to_float64(inside)
-    return weight - weight.mean(1, keepdim=True) if architecture.centred else weight
+    if inside is not None:
+        weight = weight - weight.mean(2, keepdim=True) if architecture.qk_centred else weight
+        weight = weight * to_float64(inside)[:, None]
+    return weight - weight.mean(1, keepdim=True) if architecture.centred and architecture.pre_norms else weight
+
+
+def _head_norms(
+    weight: Float[Tensor, "head d_model d_head"],
+    inside: Float[Tensor, "head_or_1 d_head"] | None,
+    architecture: Architecture,
+) -> Float[Tensor, " head"]:
+    """‖W‖₂ of each head's queries or keys, of all heads' where one norm takes them together, times the largest gain."""
+    norms = torch.linalg.svdvals(weight)[:, 0]
+    if architecture.qk_across:
+        norms = torch.linalg.svdvals(weight.transpose(0, 1).flatten(1))[:1].expand(len(weight))
+    return norms if inside is None else norms * to_float64(inside).abs().amax(1)
 
 
 def _largest(gain: Float[Tensor, " gain"] | None) -> float:
@@ -302,9 +357,14 @@ def _largest(gain: Float[Tensor, " gain"] | None) -> float:
 
 
 def _product_norm(
-    value: Float[Tensor, "head d_model d_head"], output: Float[Tensor, "head d_head d_model"]
+    value: Float[Tensor, "head d_model d_head"], output: Float[Tensor, "head d_head d_model"], apart: bool
 ) -> Float[Tensor, " head"]:
-    """‖W_V W_O‖₂ from the triangular factors of both: as exact as the product's own singular values."""
+    """‖W_V W_O‖₂ from the triangular factors of both: as exact as the product's own singular values.
+
+    `apart`: ‖W_V‖₂ ‖W_O‖₂, which no cut of single coordinates in between can raise.
+    """
+    if apart:
+        return torch.linalg.matrix_norm(value, ord=2) * torch.linalg.matrix_norm(output, ord=2)
     left = torch.linalg.qr(value, mode="r").R
     return torch.linalg.matrix_norm(left @ _factor(output).mT, ord=2)
 
