@@ -24,7 +24,7 @@ from oversquash_lens.capture.weights import weights_known
 from oversquash_lens.collapse.curve import FORMATS
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, one_line, whole_number
-from oversquash_lens.jacobian import products
+from oversquash_lens.jacobian import routes
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.memory import (
     BASE,
@@ -73,7 +73,7 @@ class Request:
 
     def truth_bytes(self, route: str, spectral: bool = False) -> Bytes:
         """The most that one truth holds."""
-        return products.truth_bytes(self.size, self.n, self.products, self.memory, spectral, route)
+        return routes.truth_bytes(self.size, self.n, self.products, self.memory, spectral, route)
 
     def kept(self) -> Bytes:
         """The recording, while something else is done."""
@@ -268,7 +268,7 @@ def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[
 def _request(
     subject: Subject, n: int, probes: int | None, memory: int, times: float | int, new_tokens: int, other: int = 2
 ) -> Request:
-    truth, frozen = (products.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
+    truth, frozen = (routes.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
     recorded = choose_route(subject.model, subject.architecture, n)
     hooked: Any = subject.model
     recast = other * sum(weight.numel() for weight in hooked.parameters())
@@ -320,14 +320,14 @@ def _record(run: Request) -> Course:
 def _bound(run: Request) -> Course:
     """Every variant of the bound, and the estimate, in one sweep."""
     course = _record(run)
-    phases = {**course.phases, "summing over paths": run.kept() | products.block_bytes(run.size, run.n)}
+    phases = {**course.phases, "summing over paths": run.kept() | routes.block_bytes(run.size, run.n)}
     return Course(phases, {**course.steps, "bounds and estimate": run.times * run.sweep})
 
 
 def _flow(run: Request) -> Course:
     """The estimate's flow and that of uniform attention, each in two sweeps."""
     course = _record(run)
-    phases = {**course.phases, "following the flow": run.kept() | products.block_bytes(run.size, run.n)}
+    phases = {**course.phases, "following the flow": run.kept() | routes.block_bytes(run.size, run.n)}
     return Course(phases, {**course.steps, "flows": run.times * 4 * run.sweep})
 
 
@@ -341,7 +341,7 @@ def _audit(run: Request) -> Course:
     course, spectral = _bound(run), run.probes is None
     phases = {**course.phases, "measuring the truth": run.kept() | run.truth_bytes(run.truth, spectral)}
     steps = {**course.steps, "the truth": run.times * run.truth_operations(run.truth)}
-    if run.n <= products.MOST_FROZEN:
+    if run.n <= routes.MOST_FROZEN:
         name = "the truth with attention frozen"
         phases[f"measuring {name}"] = run.kept() | run.truth_bytes(run.frozen, spectral)
         steps[name] = run.times * run.truth_operations(run.frozen)
@@ -352,10 +352,10 @@ def _report(run: Request) -> Course:
     """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates."""
     course = _audit(run)
     steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep}
-    if run.n <= products.MOST_FROZEN:
+    if run.n <= routes.MOST_FROZEN:
         steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
         steps["each assumption imposed"] = run.times * 4 * run.sweep
-    phases = {**course.phases, "following the flow": run.kept() | products.block_bytes(run.size, run.n)}
+    phases = {**course.phases, "following the flow": run.kept() | routes.block_bytes(run.size, run.n)}
     return Course(phases, steps)
 
 
