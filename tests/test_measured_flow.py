@@ -80,7 +80,7 @@ def test_all_directions_are_whole_jacobians(family: str, kind: str) -> None:
     for source in (slice(2, 3), slice(1, 4)):
         found = measured_flow(model, IDS, source, probes=None)
         assert torch.allclose(found.node, brute_force(model, source), atol=1e-6)
-        assert found.error == 0 and found.probes is None
+        assert (found.error, found.probes) == (0, None)
 
 
 @each(*FAMILIES)
@@ -175,7 +175,8 @@ def test_the_estimate_is_near_all_directions_and_says_how_near(family: str, kind
     apart, said = [], []
     for seed in range(12):
         found = measured_flow(model, IDS, 2, probes=3, seed=seed)
-        assert found.probes == 3 and found.conservation < 1e-4
+        assert found.probes == 3
+        assert found.conservation < 1e-4
         apart.append(0.5 * (found.node - exact.node).abs().sum(-1).max().item())
         said.append(found.error)
     assert sum(apart) / len(apart) < 0.1
@@ -208,9 +209,10 @@ def test_sources_are_named_as_everywhere(family: str, kind: str) -> None:
 @each("llama")
 def test_a_result_says_itself(family: str, kind: str) -> None:
     found: MeasuredFlow = measured_flow(made(family, kind), IDS, target=7)
-    assert len(repr(found).splitlines()) <= 12 and "logit" in repr(found)
+    assert len(repr(found).splitlines()) <= 12
+    assert "logit" in repr(found)
     assert len(found.to_frame()) == len(found.stays)
     kept = found.to_dict()
     assert kept["node"] == [[pytest.approx(each) for each in row] for row in found.node.tolist()]
-    assert (found.width >= 1).all() and (found.width <= len(IDS)).all()
+    assert ((found.width >= 1) & (found.width <= len(IDS))).all()
     assert (found.negative >= 0).all()

@@ -1,9 +1,8 @@
-"""What a model makes of the last token of many sequences, in few passes, and the numbers that one may ask of it."""
+"""What a model makes of the last token of many sequences, in as few passes as their common beginnings allow."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,11 +16,21 @@ from torch import Tensor
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
-from oversquash_lens.capture.prefixes import Ids, PassPlan, Start, plan, run_branches, run_trunk, separate
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.prefixes import (
+    Branch,
+    Ids,
+    PassPlan,
+    Place,
+    Start,
+    Trunk,
+    plan,
+    run_branches,
+    run_trunk,
+    separate,
+)
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.capture.tokens import text_ids, token_strings
-from oversquash_lens.errors import HookMismatchError, InputError, one_line
+from oversquash_lens.errors import HookMismatchError, ModelError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +96,48 @@ def read(
     return reading(plan(sequences, branching=False), False)
 
 
+def read_substituted(subject: Subject, base: Ids, branches: Sequence[Branch]) -> Readings:
+    """The last token of `base`, and of it with each branch's tokens in their places; `base` is run once.
+
+    `shared` is False where the model does not answer with its cache and a mask as it does by itself: then each branch
+    is a pass of its own, and one that leaves gaps a ModelError.
+    """
+    trunk = Trunk(base, tuple(branches))
+    ends = (Place(0, number, len(branch.suffix) - 1) for number, branch in enumerate(branches))
+    way = PassPlan((trunk,), (Place(0, None, len(base) - 1), *ends))
+    sequences = [base, *(substituted(base, branch) for branch in branches)]
+    whole = [i for i, branch in enumerate(branches, 1) if _is_ending(base, branch)]
+    try:
+        found = _Reader(subject, sequences, [False] * len(sequences)).run(way, True)
+        if all(_is_as_alone(subject, sequences[i], found.prediction_input[i]) for i in {*whole[:1], *whole[-1:]}):
+            return found
+        said = "passes with a cache and a mask differ from the model's own"
+    except Exception as error:
+        # No class says beforehand which caches and masks it takes. What is wrong with more than these, the passes
+        # without them raise again.
+        said = one_line(error)
+        log.debug("branches are run by themselves: %s", said)
+    if len(whole) < len(branches):
+        raise ModelError(
+            f"{subject.about.model} cannot recompute some positions alone: {said}; expected a model that takes a mask "
+            "and positions: whole prompts can be run instead"
+        )
+    return _Reader(subject, sequences, [False] * len(sequences)).run(separate(sequences), False)
+
+
+def substituted(base: Ids, branch: Branch) -> Ids:
+    """The sequence that a branch stands for."""
+    found = list(base)
+    for place, token in zip(branch.places, branch.suffix, strict=True):
+        found[place] = token
+    return tuple(found)
+
+
+def _is_ending(base: Ids, branch: Branch) -> bool:
+    """Whether a branch has every token behind its first."""
+    return len(branch.suffix) == len(base) - branch.places[0]
+
+
 def read_alone(
     subject: Subject, ids: Ids, batch: int = 1
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
@@ -104,6 +155,18 @@ def read_alone(
     with torch.no_grad(), attached(model, hooks), _forward_hook(_last_module(model), keep_prediction_input):
         run_trunk(model, ids, batch=batch)
     return kept["y"], kept["heads"]
+
+
+def predictions(subject: Subject, ids: Ids) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, " d_vocab"]]:
+    """The prediction's input at every position of one pass, and the model's own logits at the last."""
+    model, kept = subject.model, {}
+
+    def keep(module: Any, inputs: Any, y: Tensor) -> None:
+        kept["y"] = _restored(y[0], subject.architecture).clone()
+
+    with torch.no_grad(), last_logits_only(model), _forward_hook(_last_module(model), keep):
+        logits = model(torch.tensor([ids], device=model.W_E.device), **without_cache(model))[0, -1]
+    return kept["y"], logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
@@ -127,13 +190,14 @@ def _as_alone(subject: Subject, sequences: Sequence[Ids], way: PassPlan, found: 
         if place.branch is not None:
             trunk = way.trunks[place.trunk]
             hidden[i] = len(trunk.ids) - trunk.branches[place.branch].fork
-    for i in {max(hidden, key=lambda i: len(sequences[i])), max(hidden, key=lambda i: hidden[i])}:
-        alone = read_alone(subject, sequences[i])[0].cpu().double()
-        cached = found.prediction_input[i].to(alone)
-        epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
-        if not bool((cached - alone).norm() <= min(MISMATCH * epsilon, WORST) * alone.norm()):
-            return False
-    return True
+    some = {max(hidden, key=lambda i: len(sequences[i])), max(hidden, key=lambda i: hidden[i])}
+    return all(_is_as_alone(subject, sequences[i], found.prediction_input[i]) for i in some)
+
+
+def _is_as_alone(subject: Subject, ids: Ids, shared: Float[Tensor, " d_model"]) -> bool:
+    alone = read_alone(subject, ids)[0].cpu().double()
+    epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((shared.to(alone) - alone).norm() <= min(MISMATCH * epsilon, WORST) * alone.norm())
 
 
 class _Reader:
@@ -167,7 +231,7 @@ class _Reader:
                     )
 
                 if trunk.branches:
-                    run_branches(self.model, trunk, cache, watch)
+                    run_branches(self.model, trunk, cache, watch, self.architecture.windows)
         self._check()
         return Readings(
             residuals=self.residuals,
@@ -281,85 +345,3 @@ def _forward_hook(module: Any, keep: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-# ------------------------------------------------------------ a number of the prediction
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number F of the prediction: a token's logit, a difference of two logits, or a token's log-probability.
-
-    `kind` is one of `TARGETS`; `token` and `against` are ids, the second of a "contrast" only. `label` says it as
-    results print it.
-    """
-
-    kind: str
-    token: int
-    against: int | None
-    label: str
-
-    def of(self, logits: Float[Tensor, "*axes d_vocab"]) -> Float[Tensor, "*axes"]:
-        """F of these logits, in float32 at least."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.kind == "log_probability":
-            return logits.log_softmax(-1)[..., self.token]
-        return logits[..., self.token] - (0 if self.against is None else logits[..., self.against])
-
-
-TARGETS = ("logit", "contrast", "log_probability")
-TOP = "top"  # the prompt's own likeliest next token
-_LOG_PROBABILITY = re.compile(r"log p\((.*)\)", re.DOTALL)
-
-
-def target_of(model: HookedModel, target: Any, logits: Float[Tensor, " d_vocab"]) -> Target:
-    """What a user's `target=` means for a prompt whose last token predicts these logits.
-
-    A token (an id, or its text: with or without a leading space, whichever the model finds likelier here), "top" (the
-    likeliest token), two of these for the contrast of their logits, "log p(token)" for a log-probability; or a
-    `Target`. Raises InputError for what is no single token of the model's vocabulary.
-    """
-    if isinstance(target, Target):
-        return target
-    if isinstance(target, list | tuple):
-        if len(target) != 2:
-            raise InputError(f"expected a token or two to set against each other, got target={_shown(target)}")
-        first, second = (_token_of(model, each, logits) for each in target)
-        if first == second:
-            raise InputError(f"expected two different tokens, got target={_shown(target)}, which are the same")
-        return Target("contrast", first, second, f"logit of {_name(model, first)} less that of {_name(model, second)}")
-    found = _LOG_PROBABILITY.fullmatch(target) if isinstance(target, str) else None
-    if found:
-        token = _token_of(model, found[1], logits)
-        return Target("log_probability", token, None, f"log-probability of {_name(model, token)}")
-    token = _token_of(model, target, logits)
-    return Target("logit", token, None, f"logit of {_name(model, token)}")
-
-
-def _token_of(model: HookedModel, target: Any, logits: Float[Tensor, " d_vocab"]) -> int:
-    d_vocab = len(logits)
-    expected = f'expected one token: its text, an id 0 … {d_vocab - 1}, or "{TOP}"'
-    if type(target) is int and 0 <= target < d_vocab:
-        return target
-    if target == TOP:
-        return int(logits.argmax())
-    if not isinstance(target, str) or not target:
-        raise InputError(f"{expected}, got target={_shown(target)}")
-    pieces = {text: text_ids(model, text) for text in (target, f" {target}")}
-    single = [ids[0] for ids in pieces.values() if len(ids) == 1]
-    if not single:
-        count = min(map(len, pieces.values()))
-        begin = token_strings(model, torch.tensor(min(pieces.values(), key=len)))
-        raise InputError(
-            f"{expected}, got target={_shown(target)}, which is {count} tokens, {' + '.join(map(repr, begin[:6]))}: "
-            "take the first of them"
-        )
-    return max(single, key=lambda token: float(logits[token]))
-
-
-def _name(model: HookedModel, token: int) -> str:
-    return repr(token_strings(model, torch.tensor([token]))[0])
-
-
-def _shown(value: Any) -> str:
-    return one_line(repr(value), 60)

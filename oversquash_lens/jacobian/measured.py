@@ -18,13 +18,13 @@ from torch import Tensor
 
 from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.capture.readings import target_of
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.products import Differentiated, differentiate
 from oversquash_lens.jacobian.routes import fitting_memory
+from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.profiles import LEVEL, deviations, mean_field_sensitivity
 from oversquash_lens.paths.recursion import PathProfile

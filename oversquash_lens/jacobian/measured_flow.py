@@ -23,13 +23,13 @@ from tqdm import tqdm
 from oversquash_lens.capture.architecture import LAYER_HOOKS
 from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.mlp import random_source
-from oversquash_lens.capture.readings import target_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import HookMismatchError, whole_number
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import Checkpointed, checkpointed, vjp, vjps
 from oversquash_lens.jacobian.routes import products_at_once
+from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Source, position_of
 from oversquash_lens.results import Result

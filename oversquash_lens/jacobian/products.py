@@ -24,11 +24,11 @@ from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import fused_attention, fused_shows_heads
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, full_precision, last_logits_only, without_cache
-from oversquash_lens.capture.readings import Target
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.jacobian.routes import CARRIED, product_bytes, products_at_once, truth_route
+from oversquash_lens.jacobian.targets import Target
 
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
 ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
