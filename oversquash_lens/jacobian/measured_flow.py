@@ -160,7 +160,7 @@ def measured_flow(
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     place = None if source is None else position_of(tokenized.tokens, source)
     made = checkpointed(subject, tokenized)
-    way = _Measurement(made, memory, progress)
+    way = BlockProducts(made, memory, progress)
     label, basis = "", None
     if target is not None:
         chosen = target_of(subject.model, target, made.prediction.logits.detach())
@@ -223,14 +223,14 @@ class _Contributions:
         return _Contributions(*(own.sum(0) + (0 if rest is None else rest.mean(0)) for own, rest in pairs))
 
 
-def _all(way: _Measurement, basis: Tensor, place: int | slice | None, step: float) -> tuple[_Contributions, float]:
+def _all(way: BlockProducts, basis: Tensor, place: int | slice | None, step: float) -> tuple[_Contributions, float]:
     """The sum over a whole basis, exact but for rounding."""
     squares = None if place is not None else way.starts(basis).square().sum((0, 2))
     return way.contributions(basis, _weights(place, squares, way.n), step).together(), 0.0
 
 
 def _hutch(
-    way: _Measurement, probes: int, place: int | slice | None, seed: int, step: float
+    way: BlockProducts, probes: int, place: int | slice | None, seed: int, step: float
 ) -> tuple[_Contributions, float]:
     """Hutch++: the directions that J W Jᵀ makes of some random ones exactly, and the mean over others without these."""
     random = random_source(seed)
@@ -267,7 +267,7 @@ class _Gradients:
 
 
 @dataclass
-class _Measurement:
+class BlockProducts:
     """Backward and forward products of one prompt, a block at a time, each block run again when its turn comes."""
 
     made: Checkpointed
@@ -303,7 +303,7 @@ class _Measurement:
         for part in tqdm(
             covectors.split(max(1, self.memory // kept)), desc="flow", disable=not self.progress, leave=False
         ):
-            gradients = self._gradients(part)
+            gradients = self.gradients(part)
             start = gradients.residual[0].double() * weights[:, None].to(gradients.residual[0].device)
             products = _Products(gradients)
             self.tangents(start, step, products)
@@ -311,7 +311,7 @@ class _Measurement:
         names = ("node", "head", "mlp", "squares")
         return _Contributions(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
-    def _gradients(self, covectors: Float[Tensor, "row d_model"]) -> _Gradients:
+    def gradients(self, covectors: Float[Tensor, "row d_model"]) -> _Gradients:
         made = self.made
         with torch.inference_mode(False):
             rows = vjp(made.output, made.top, covectors.to(made.output.dtype))
