@@ -15,6 +15,7 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.swaps import substitution as module
+from oversquash_lens.swaps.replacements import Chances
 from oversquash_lens.swaps.substitution import substitution
 
 IDS = [1, 7, 9, 3, 20, 11, 5, 8, 2, 4, 13, 17, 6]
@@ -149,7 +150,7 @@ def test_plausible_draws_follow_the_models_own_prediction() -> None:
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
     chances[[IDS[place], *special]] = 0
     chances /= chances.sum()
-    found = module._Chances(Subject.of(model), module.predictions(Subject.of(model), tuple(IDS))[0], tuple(IDS))
+    found = Chances(Subject.of(model), module.predictions(Subject.of(model), tuple(IDS))[0], tuple(IDS))
     drawn = torch.tensor([new for (new,) in found.drawn((place, place + 1), (True,) * draws, 0)])
     counts = torch.bincount(drawn, minlength=len(chances)).double()
     likely = chances > 5 / draws

@@ -24,18 +24,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.capture.hooked_model import About, is_hooked_transformer
-from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.prefixes import Branch, Ids
 from oversquash_lens.capture.readings import predictions, read_substituted
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, text_ids
+from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format, stored
 from oversquash_lens.errors import InputError, ModelError, one_line, whole_number
 from oversquash_lens.jacobian.targets import Target, logits_of, target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.parts import Parts
-from oversquash_lens.paths.flow import position_of
 from oversquash_lens.results import Result
+from oversquash_lens.swaps.replacements import Chances, Span, given_replacements, spans_of
 
 METHODS = ("auto", "exact", "nodes")
 BEHIND, LAST = 3, 4  # node substitution recomputes so many tokens behind the one replaced, and before the last one
@@ -45,8 +44,6 @@ LOGITS = 64  # of which so many distributions over the vocabulary at a time
 # Spearman's ρ with the real effect over the positions of a prompt, median of nine prompts that had no part in choosing
 # BEHIND and LAST; half of the draws reaches 0.82 to 0.90 with the other half.
 NODES_RHO = {2: 0.72, 4: 0.79}
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,17 +196,17 @@ def substitution(
     subject = Subject.of(model)
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     base: Ids = tuple(tokenized.ids.tolist())
-    spans = _spans(tokenized, positions)
+    spans = spans_of(tokenized, positions)
     formats = tuple(number_format(each) for each in dtypes)
     y, logits = predictions(subject, base)
     check_logits(subject, y, logits)
     chosen = None if target is None else target_of(subject.model, target, logits)
     if replacements is None:
-        chances = _Chances(subject, y, base)
+        chances = Chances(subject, y, base)
         plausible = tuple(draw >= (draws + 1) // 2 for draw in range(draws))
         texts = tuple(chances.drawn(span, plausible, seed) for span in spans)
     else:
-        texts = _given(subject, tokenized, spans, replacements)
+        texts = given_replacements(subject, tokenized, spans, replacements)
         plausible = (False,) * len(texts[0])
     way, reason = _choose(subject, base, spans, len(plausible), method)
     run = _Run(subject, base, spans, texts, way, chosen, formats)
@@ -227,89 +224,6 @@ def substitution(
         collapsed={name[len(COLLAPSED) :]: fields.pop(name) for name in [*fields] if name.startswith(COLLAPSED)},
         **fields,
     )
-
-
-# ------------------------------------------------------------ what is replaced by what
-
-
-def _spans(tokenized: TokenizedPrompt, positions: Sequence[Any] | None) -> tuple[Span, ...]:
-    n = len(tokenized.ids)
-    if positions is None:
-        return tuple((i, i + 1) for i in range(n))
-    if isinstance(positions, str | int | slice):
-        positions = [positions]
-    found = [position_of(tokenized.tokens, each) for each in positions]
-    if not found:
-        raise InputError("expected at least one position, text or slice, got none: leave positions= out for all tokens")
-    return tuple((each.start, each.stop) if isinstance(each, slice) else (each, each + 1) for each in found)
-
-
-def _given(
-    subject: Subject, tokenized: TokenizedPrompt, spans: Sequence[Span], replacements: Sequence[Sequence[Any]]
-) -> tuple[tuple[Ids, ...], ...]:
-    if isinstance(replacements, str) or len(replacements) != len(spans):
-        raise InputError(
-            f"expected a list of replacements for each of the {len(spans)} positions, got {len(replacements)}: give "
-            "positions= and as many lists"
-        )
-    found = tuple(
-        tuple(aligned(subject, tokenized, span, each) for each in row)
-        for span, row in zip(spans, replacements, strict=True)
-    )
-    if len(sizes := {len(row) for row in found}) != 1 or sizes == {0}:
-        raise InputError(f"expected as many replacements for each position, at least one, got {sorted(sizes)}")
-    return found
-
-
-def aligned(subject: Subject, tokenized: TokenizedPrompt, span: Span, new: Any) -> Ids:
-    """The ids that take a span's place: of a text with the old one's leading space, and as many tokens."""
-    start, stop = span
-    old = "".join(tokenized.tokens[start:stop])
-    if isinstance(new, str):
-        space = old[: len(old) - len(old.lstrip())]
-        text = new if new[:1].isspace() or not space else space + new
-        ids = text_ids(subject.model, text)
-    else:
-        text, ids = repr(new), (new,) if type(new) is int else tuple(new)
-    if len(ids) != stop - start:
-        raise InputError(
-            f"expected {stop - start} token{'s' if stop - start > 1 else ''} in place of {old!r}, got {text!r}, which "
-            f"is {len(ids)}: choose a replacement of as many tokens, or give a span (a slice) that is as long"
-        )
-    if not all(type(each) is int and 0 <= each < subject.model.cfg.d_vocab for each in ids):
-        raise InputError(f"expected ids in 0 … {subject.model.cfg.d_vocab - 1}, got {one_line(repr(ids), 60)}")
-    return ids
-
-
-class _Chances:
-    """Replacements drawn for a position, other than what stands there: ordinary tokens all alike, or as predicted."""
-
-    def __init__(self, subject: Subject, y: Float[Tensor, "pos d_model"], base: Ids) -> None:
-        self.subject, self.y, self.base = subject, y, base
-        special = getattr(getattr(subject.model, "tokenizer", None), "all_special_ids", None) or ()
-        self.ordinary = torch.ones(subject.model.cfg.d_vocab, dtype=torch.float64, device="cpu")
-        self.ordinary[[each for each in special if each < len(self.ordinary)]] = 0
-
-    def drawn(self, span: Span, plausible: Sequence[bool], seed: int) -> tuple[Ids, ...]:
-        """Each draw's ids; the same for a position whatever else is asked for."""
-        columns = [self._at(position, plausible, random_source(seed, position)) for position in range(*span)]
-        return tuple(zip(*columns, strict=True))
-
-    def _at(self, position: int, plausible: Sequence[bool], random: torch.Generator) -> list[int]:
-        chances = {False: self.ordinary.clone()}
-        if any(plausible):
-            chances[True] = self.ordinary.clone()
-            if position:
-                logits = logits_of(self.subject, self.y[position - 1 : position])[0]
-                chances[True] *= logits.double().cpu().softmax(0)[: len(self.ordinary)]
-        found = []
-        for each in plausible:
-            chances[each][self.base[position]] = 0
-            weights = chances[each] if chances[each].sum() > 0 else chances[False]
-            steps = weights.cumsum(0)
-            at = torch.rand((), generator=random, dtype=torch.float64) * steps[-1]
-            found.append(min(int(torch.searchsorted(steps, at, right=True)), len(steps) - 1))
-        return found
 
 
 def check_logits(subject: Subject, y: Float[Tensor, "pos d_model"], logits: Float[Tensor, " d_vocab"]) -> None:

@@ -25,14 +25,14 @@ from oversquash_lens.capture.readings import predictions
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, token_strings
 from oversquash_lens.errors import InputError, one_line, whole_number
+from oversquash_lens.jacobian.block_products import BlockProducts
 from oversquash_lens.jacobian.measured import MEMORY
-from oversquash_lens.jacobian.measured_flow import BlockProducts
 from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import Target, target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.flow import position_of
 from oversquash_lens.results import Result
-from oversquash_lens.swaps.substitution import aligned
+from oversquash_lens.swaps.replacements import aligned
 
 BUDGET = 40_000  # tokens of patched passes for the nodes, and as many for the heads
 ROWS = 512  # tokens of one batch of patched passes
