@@ -16,7 +16,8 @@ from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
 from oversquash_lens import memory as memory_module
-from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse
+from oversquash_lens.analyses.courses import MEASURES
+from oversquash_lens.analyses.plan import SMALL, plan_collapse
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooked_model import check_recording, size_of
 from oversquash_lens.capture.subject import Subject

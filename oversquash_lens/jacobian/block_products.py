@@ -42,8 +42,10 @@ class Contributions:
 
     def together(self, other: Contributions | None = None) -> Contributions:
         """The sum over this one's rows, and the mean over the other's."""
-        pairs = ((getattr(self, name), other and getattr(other, name)) for name in ("node", "head", "mlp", "squares"))
-        return Contributions(*(own.sum(0) + (0 if rest is None else rest.mean(0)) for own, rest in pairs))
+        names = ("node", "head", "mlp", "squares")
+        sums = [getattr(self, name).sum(0) for name in names]
+        means = [0] * len(names) if other is None else [getattr(other, name).mean(0) for name in names]
+        return Contributions(*(own + rest for own, rest in zip(sums, means, strict=True)))
 
 
 @dataclass

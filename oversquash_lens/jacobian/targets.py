@@ -58,7 +58,9 @@ def target_of(model: HookedModel, target: Any, logits: Float[Tensor, " d_vocab"]
             raise InputError(f"expected a token or two to set against each other, got target={_shown(target)}")
         first, second = (_token_of(model, each, logits) for each in target)
         if first == second:
-            raise InputError(f"expected two different tokens, got target={_shown(target)}, which are the same")
+            raise InputError(
+                f"expected two different tokens, got target={_shown(target)}, which are the same: give two"
+            )
         return Target("contrast", first, second, f"logit of {_name(model, first)} less that of {_name(model, second)}")
     found = _LOG_PROBABILITY.fullmatch(target) if isinstance(target, str) else None
     if found:

@@ -45,7 +45,9 @@ def given_replacements(
         for span, row in zip(spans, replacements, strict=True)
     )
     if len(sizes := {len(row) for row in found}) != 1 or sizes == {0}:
-        raise InputError(f"expected as many replacements for each position, at least one, got {sorted(sizes)}")
+        raise InputError(
+            f"expected as many replacements for each position, got {sorted(sizes)}: give lists of one length, not empty"
+        )
     return found
 
 
@@ -65,7 +67,9 @@ def aligned(subject: Subject, tokenized: TokenizedPrompt, span: Span, new: Any) 
             f"is {len(ids)}: choose a replacement of as many tokens, or give a span (a slice) that is as long"
         )
     if not all(type(each) is int and 0 <= each < subject.model.cfg.d_vocab for each in ids):
-        raise InputError(f"expected ids in 0 … {subject.model.cfg.d_vocab - 1}, got {one_line(repr(ids), 60)}")
+        raise InputError(
+            f"expected ids in 0 … {subject.model.cfg.d_vocab - 1}, got {one_line(repr(ids), 60)}: give such ids"
+        )
     return ids
 
 

@@ -198,14 +198,17 @@ def _changed(subject: Subject, before: TokenizedPrompt, change: Any, chat: bool,
             ids[start:stop] = torch.tensor(aligned(subject, before, (start, stop), new))
         after = subject.tokenize(ids)
     else:
-        after = subject.tokenize(change, **({"chat": chat, "bos": bos} if isinstance(change, str) else {}))
+        typed = isinstance(change, str)
+        after = subject.tokenize(change, chat=chat and typed, bos=bos if typed else None)
     if len(after.ids) != len(before.ids):
         raise InputError(
             f"expected another prompt of {len(before.ids)} tokens, got one of {len(after.ids)}: every position must "
             'have its counterpart; replace single words by change={"old": "new"}'
         )
     if torch.equal(after.ids, before.ids):
-        raise InputError("expected a change, got the same tokens before and after the swap")
+        raise InputError(
+            "expected a change, got the same tokens before and after the swap: give another prompt or replacement"
+        )
     return after
 
 
