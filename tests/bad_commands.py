@@ -165,9 +165,12 @@ SINGLE = [
     Command(("flow", "--prompt", PROMPT, "--target", "w5 w9"), "2 tokens"),
     Command(("flow", "--prompt", PROMPT, "--target", "w5", "w9", "w7"), "w5 w9 w7"),
     Command(("flow", "--prompt", PROMPT, "--probes", "0"), "--probes 0"),
+    Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--target", "w5 w9"), "2 tokens"),
     # substitute and swap
+    Command(("swap", "--prompt", PROMPT, "--change", "w30=w7", "--target", "w5", "w5"), "the same"),
     Command(("substitute", "--prompt", PROMPT, "--draws", "0"), "--draws 0"),
     Command(("substitute", "--prompt", PROMPT, "--method", "guess"), "'guess'"),
+    Command(("substitute", "--prompt", PROMPT, "--top", "0"), "--top 0"),
     Command(("substitute", "--prompt", PROMPT, "--positions", "w5"), "'w5'"),
     Command(("substitute", "--prompt", PROMPT, "--positions", "77"), "77"),
     Command(("substitute", "--prompt", PROMPT, "--target", "w5", "w5"), "the same"),

@@ -312,6 +312,8 @@ ARGUMENTS = [
     Case("substitution", "a place beyond it", "99", lambda w: osl.substitution(w.model, PROMPT, [99])),
     Case("substitution", "too few lists", "got 1", lambda w: osl.substitution(w.model, PROMPT, replacements=[[3]])),
     Case("substitution", "no such id", "9999", lambda w: osl.substitution(w.model, PROMPT, [1], replacements=[[9999]])),
+    Case("figures.measured_flow", "nothing", "NoneType", lambda w: osl.figures.measured_flow(None)),
+    Case("figures.swap", "a trace", "Trace", lambda w: osl.figures.swap(w.trace)),
     Case("swap", "the same", "same tokens", lambda w: osl.swap(w.model, PROMPT, PROMPT)),
     Case("swap", "no such place", "99", lambda w: osl.swap(w.model, PROMPT, {99: 3})),
     Case("swap", "two for one", "which is 2", lambda w: osl.swap(w.model, PROMPT, {1: [3, 4]})),

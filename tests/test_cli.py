@@ -531,3 +531,11 @@ def test_swap_says_what_carries_it(on_tiny: Callable, tiny: Any) -> None:
     said = on_tiny("swap", "--prompt", PROMPT, "--change", "w30=w7")
     for words in ("likeliest before", "residuals that carry it", "heads that carry it", "of the whole"):
         assert words in said.out
+
+
+def test_the_measured_flow_is_drawn(on_tiny: Callable, tmp_path: Path) -> None:
+    found = on_tiny("flow", "--prompt", PROMPT, "--figures", str(tmp_path / "drawn"))
+    assert found.code == 0, found.err
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        f"measured_flow.{x}" for x in ("pdf", "svg", "png")
+    }

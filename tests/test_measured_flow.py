@@ -14,6 +14,7 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.jacobian.block_products import BlockProducts
 from oversquash_lens.jacobian.measured_flow import MeasuredFlow, measured_flow
+from oversquash_lens.viz import result_charts
 
 IDS = [1, 7, 9, 3, 20, 11]
 FAMILIES = [
@@ -216,3 +217,14 @@ def test_a_result_says_itself(family: str, kind: str) -> None:
     assert kept["node"] == [[pytest.approx(each) for each in row] for row in found.node.tolist()]
     assert ((found.width >= 1) & (found.width <= len(IDS))).all()
     assert (found.negative >= 0).all()
+
+
+@each("llama")
+def test_it_is_drawn(family: str, kind: str) -> None:
+    found = measured_flow(made(family, kind), IDS, 1, target=7)
+    chart = result_charts.measured_flow_chart(found)
+    nodes, heads = (panel.heat for panel in chart.panels)
+    assert nodes.values == tuple(map(tuple, found.node.abs().tolist()))
+    assert heads.values == tuple(map(tuple, found.head.abs().tolist()))
+    assert "negative shares" in chart.notes[0]
+    assert len(osl.figures.measured_flow(found).axes) > 2

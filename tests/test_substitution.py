@@ -262,3 +262,13 @@ def test_a_result_says_itself(family: str, kind: str) -> None:
     kept = found.to_dict()
     assert kept["distances"] == found.distances.tolist()
     assert set(kept["collapsed"]) == set(found.collapsed)
+
+
+@each("llama")
+def test_it_is_seen_on_the_tokens(family: str, kind: str) -> None:
+    model = zoo(family, kind)
+    found = substitution(model, IDS, draws=2)
+    assert found.share.sum().item() == pytest.approx(1)
+    assert "replaced" in str(osl.views.positions(found))
+    with pytest.raises(osl.OversquashError, match="spans"):
+        osl.views.positions(substitution(model, IDS, [2], draws=2))

@@ -14,6 +14,7 @@ from zoo import zoo
 
 import oversquash_lens as osl
 from oversquash_lens.swaps.swap import swap
+from oversquash_lens.viz import result_charts
 
 IDS = [1, 7, 9, 3, 20, 11, 5]
 OTHER = [1, 7, 4, 3, 20, 12, 5]
@@ -197,3 +198,16 @@ def test_what_cannot_be_swapped_is_said(change: Any, options: dict[str, Any], sa
     with pytest.raises(osl.OversquashError, match=said) as caught:
         swap(zoo("llama", "bridge"), IDS, change, **options)
     assert "\n" not in str(caught.value)
+
+
+@each("llama")
+def test_a_swap_is_drawn(family: str, kind: str) -> None:
+    """Two prompts side by side: what differs, what was patched; nodes that were not are gaps."""
+    found = swap(zoo(family, kind), IDS, OTHER, (3, 4), patches=2)
+    chart = result_charts.swap_chart(found)
+    apart, patched, heads = (panel.heat for panel in chart.panels)
+    assert apart.values == tuple(map(tuple, found.spread.tolist()))
+    assert sum(math.isnan(value) for row in heads.values for value in row) == int(found.patched_heads.isnan().sum())
+    assert all(math.isnan(value) or value >= 0 for row in patched.values for value in row)
+    assert "→" in chart.panels[0].x_names[2]
+    assert len(osl.figures.swap(found).axes) > 3

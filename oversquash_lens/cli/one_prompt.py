@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oversquash_lens.cli.common import (
@@ -104,7 +104,7 @@ def run_flow(options: argparse.Namespace) -> None:
     checked("top", options.top)
     checked("probes", options.probes)
     check_out(options)
-    if options.estimate or options.variant is not None or options.figures is not None:
+    if options.estimate or options.variant is not None:
         _estimated_flow(options)
     else:
         _measured_flow(options)
@@ -114,6 +114,7 @@ def _measured_flow(options: argparse.Namespace) -> None:
     """Of the likeliest token unless another target, or all outputs, are asked for."""
     if options.probes is not None and options.target is not None:
         raise InputError("expected --target or --probes, got both: leave one out; only a target's flow is exact")
+    _places(options.figures, ("measured_flow",))
     prompt = prompt_of(options)
     from oversquash_lens.jacobian.measured_flow import measured_flow
 
@@ -124,6 +125,10 @@ def _measured_flow(options: argparse.Namespace) -> None:
     if options.probes is None and how["target"] is None:
         how["target"] = "top"
     found = measured_flow(model, prompt, options.source, options.probes or 8, seed=options.seed, progress=True, **how)
+    if options.figures:
+        from oversquash_lens.viz import figures
+
+        figures.save(figures.measured_flow(found), options.figures, "measured_flow")
     deliver(options, found.to_dict(), "\n".join(_measured_lines(found, options.top)))
 
 
@@ -149,7 +154,7 @@ def _estimated_flow(options: argparse.Namespace) -> None:
     one_of("variant", variant, KINDS)
     if options.target is not None or options.probes is not None:
         raise InputError("expected neither --target nor --probes with an estimate: leave out --estimate and --variant")
-    figures = _places(options.figures)
+    figures = _places(options.figures, ("flow", "heads", "width", "route"))
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
     from oversquash_lens.paths.flow import flow
@@ -250,10 +255,10 @@ def _profile_table(profile: Any, top: int) -> str:
     return "\n".join(lines)
 
 
-def _places(folder: str | None) -> list:
+def _places(folder: str | None, names: Sequence[str]) -> list:
     from oversquash_lens.storage import check_place
 
-    return [check_place(folder, f"{name}.pdf") for name in ("flow", "heads", "width", "route")] if folder else []
+    return [check_place(folder, f"{name}.pdf") for name in names] if folder else []
 
 
 def _draw(flow: Any, squashed: Any, folder: str) -> None:

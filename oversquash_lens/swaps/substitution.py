@@ -93,6 +93,11 @@ class Substitution(Result):
         return self.distance / self.size
 
     @property
+    def share(self) -> Float[Tensor, " span"]:
+        """Each span's part of the sum of `distance`; sums to 1."""
+        return self.distance / self.distance.sum()
+
+    @property
     def kl(self) -> Float[Tensor, " span"]:
         """Mean of `kls` over draws."""
         return self.kls.mean(-1)
