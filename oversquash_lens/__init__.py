@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oversquash_lens.collapse.curve import collapse_curve
     from oversquash_lens.errors import OversquashError
     from oversquash_lens.jacobian.measured import measured_sensitivity, probe_corrected_sensitivity
+    from oversquash_lens.jacobian.measured_flow import measured_flow
     from oversquash_lens.models.loading import load_model
     from oversquash_lens.paper.reproduce import reproduce
     from oversquash_lens.paper.tasks import run_task
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
         profiles,
     )
     from oversquash_lens.paths.squashing import squashing
+    from oversquash_lens.swaps.substitution import substitution
+    from oversquash_lens.swaps.swap import swap
     from oversquash_lens.sweeps.run import sweep
     from oversquash_lens.viz import figures, views
     from oversquash_lens.viz.report import report
@@ -59,6 +62,7 @@ __all__ = [
     "last_token_residual_hooks",
     "load_model",
     "mean_field_sensitivity",
+    "measured_flow",
     "measured_sensitivity",
     "path_bound",
     "path_products",
@@ -73,7 +77,9 @@ __all__ = [
     "reproduce",
     "run_task",
     "squashing",
+    "substitution",
     "support",
+    "swap",
     "sweep",
     "views",
     "what_if",
@@ -98,6 +104,7 @@ _HOME = {
     "last_token_residual_hooks": "capture.hooks",
     "load_model": "models.loading",
     "mean_field_sensitivity": "paths.profiles",
+    "measured_flow": "jacobian.measured_flow",
     "measured_sensitivity": "jacobian.measured",
     "path_bound": "paths.profiles",
     "path_products": "paths.profiles",
@@ -112,7 +119,9 @@ _HOME = {
     "reproduce": "paper.reproduce",
     "run_task": "paper.tasks",
     "squashing": "paths.squashing",
+    "substitution": "swaps.substitution",
     "support": "capture.subject",
+    "swap": "swaps.swap",
     "sweep": "sweeps.run",
     "views": "viz",
     "what_if": "analyses.what_if",

@@ -14,12 +14,14 @@ MODELLED = {  # the commands that run a model, with what they need beside
     "audit": (),
     "flow": (),
     "what-if": ("--edit", "window:2"),
+    "substitute": ("--draws", "2"),
+    "swap": ("--change", "w30=w7"),
     "sweep": ("--prompts-file", "@/good.txt"),
     "collapse": ("--lengths", "1-3", "--no-floor"),
     "tasks": ("--lengths", "3"),
     "reproduce": ("5",),
 }
-PROMPTED = ("report", "bound", "audit", "flow", "what-if")
+PROMPTED = ("report", "bound", "audit", "flow", "what-if", "substitute", "swap")
 FILES = {
     "empty.txt": b"",
     "good.txt": b"w5 w9 w5 w30\nw7 w8",
@@ -134,8 +136,9 @@ SINGLE = [
     # bound
     *(
         Command((name, "--prompt", PROMPT, "--attention", "sparse"), "'sparse'")
-        for name in ("report", "bound", "audit", "flow")
+        for name in ("report", "bound", "audit")
     ),
+    Command(("flow", "--prompt", PROMPT, "--estimate", "--attention", "sparse"), "'sparse'"),
     Command(("bound", "--prompt", PROMPT, "--variant", "theorem_9"), "'theorem_9'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "much"), "'much'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "0"), "beta=0"),
@@ -156,6 +159,29 @@ SINGLE = [
     Command(("flow", "--prompt", PROMPT, "--source=-1"), "'-1'"),
     Command(("flow", "--prompt", PROMPT, "--top", "0"), "--top 0"),
     Command(("flow", "--prompt", PROMPT, "--figures", "@/taken"), "taken"),
+    Command(("flow", "--prompt", PROMPT, "--estimate", "--source", "99"), "99"),
+    Command(("flow", "--prompt", PROMPT, "--estimate", "--probes", "2"), "--probes"),
+    Command(("flow", "--prompt", PROMPT, "--target", "top", "--probes", "2"), "--probes"),
+    Command(("flow", "--prompt", PROMPT, "--target", "w5 w9"), "2 tokens"),
+    Command(("flow", "--prompt", PROMPT, "--target", "w5", "w9", "w7"), "w5 w9 w7"),
+    Command(("flow", "--prompt", PROMPT, "--probes", "0"), "--probes 0"),
+    Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--target", "w5 w9"), "2 tokens"),
+    # substitute and swap
+    Command(("swap", "--prompt", PROMPT, "--change", "w30=w7", "--target", "w5", "w5"), "the same"),
+    Command(("substitute", "--prompt", PROMPT, "--draws", "0"), "--draws 0"),
+    Command(("substitute", "--prompt", PROMPT, "--method", "guess"), "'guess'"),
+    Command(("substitute", "--prompt", PROMPT, "--top", "0"), "--top 0"),
+    Command(("substitute", "--prompt", PROMPT, "--positions", "w5"), "'w5'"),
+    Command(("substitute", "--prompt", PROMPT, "--positions", "77"), "77"),
+    Command(("substitute", "--prompt", PROMPT, "--target", "w5", "w5"), "the same"),
+    Command(("substitute", "--prompt", PROMPT, "--keep", "@/taken/x.parquet"), "taken"),
+    Command(("swap", "--prompt", PROMPT), "--change"),
+    Command(("swap", "--prompt", PROMPT, "--change", "w30"), "w30"),
+    Command(("swap", "--prompt", PROMPT, "--change", "w30=w7 w8"), "which is 2"),
+    Command(("swap", "--prompt", PROMPT, "--change", "w5=w7"), "'w5'"),
+    Command(("swap", "--prompt", PROMPT, "--with-prompt", "w5 w9"), "another prompt"),
+    Command(("swap", "--prompt", PROMPT, "--with-prompt", PROMPT), "same tokens"),
+    Command(("swap", "--prompt", PROMPT, "--change", "w30=w7", "--patches=-1"), "--patches -1"),
     # what-if
     Command(("what-if", "--prompt", PROMPT), "--edit"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "nonsense"), "'nonsense'"),

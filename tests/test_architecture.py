@@ -38,11 +38,12 @@ ALLOWED: dict[str, set[str]] = {
     "paths": BASE | {"capture"},
     "jacobian": BASE | {"capture", "paths"},
     "collapse": BASE | {"capture", "jacobian", "identity"},
-    "analyses": BASE | {"capture", "paths", "jacobian", "collapse"},
-    "sweeps": BASE | {"models", "identity", "capture", "paths", "jacobian", "collapse", "analyses"},
-    "viz": BASE | {"capture", "paths", "jacobian", "collapse", "analyses", "sweeps"},
-    "paper": BASE | {"models", "identity", "capture", "paths", "jacobian", "collapse", "analyses", "viz"},
-    "cli": BASE | {"models", "capture", "paths", "jacobian", "collapse", "analyses", "sweeps", "viz", "paper"},
+    "swaps": BASE | {"identity", "capture", "paths", "jacobian", "collapse"},
+    "analyses": BASE | {"swaps", "capture", "paths", "jacobian", "collapse"},
+    "sweeps": BASE | {"swaps", "models", "identity", "capture", "paths", "jacobian", "collapse", "analyses"},
+    "viz": BASE | {"swaps", "capture", "paths", "jacobian", "collapse", "analyses", "sweeps"},
+    "paper": BASE | {"swaps", "models", "identity", "capture", "paths", "jacobian", "collapse", "analyses", "viz"},
+    "cli": BASE | {"swaps", "models", "capture", "paths", "jacobian", "collapse", "analyses", "sweeps", "viz", "paper"},
 }
 # From the library's own folders, paper/ takes what is public only: documented names, these modules, and these names:
 # a result's class, the rule that makes ids of a piece of text, and the class of HookedTransformer's cache.

@@ -69,7 +69,7 @@ def test_nothing_heavy_is_imported(code: str) -> None:
 def test_help_names_every_command() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for name in ("report", "bound", "audit", "models"):
+    for name in ("report", "bound", "audit", "models", "substitute", "swap"):
         assert name in done.stdout.decode()
 
 
@@ -502,12 +502,73 @@ def test_a_shell_that_leaves_us_nothing(script: str, said: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["bound"], ["audit"], ["flow"], ["report"], ["what-if", "--edit", "window:2", "--edit", "mask:1"]]
+    ("arguments", "measure"),
+    [
+        (["bound"], "bound"),
+        (["audit"], "audit"),
+        (["flow"], "measured_flow"),
+        (["flow", "--probes", "4"], "measured_flow"),
+        (["flow", "--estimate"], "flow"),
+        (["report"], "report"),
+        (["what-if", "--edit", "window:2", "--edit", "mask:1"], "what_if"),
+        (["substitute"], "substitution"),
+        (["swap", "--change", "w30=w7"], "forward"),
+    ],
 )
-def test_a_plan_of_every_command_on_one_prompt(arguments: list[str], on_tiny: Callable) -> None:
+def test_a_plan_of_every_command_on_one_prompt(arguments: list[str], measure: str, on_tiny: Callable) -> None:
     found = on_tiny(*arguments, "--prompt", PROMPT, "--plan", "--json")
     assert found.code == 0, found.err
     told = json.loads(found.out)
     assert (told["kind"], told["n"], told["fits"]) == ("plan", 5, True)
-    assert told["measure"] == {"bound": "bound", "what-if": "what_if"}.get(arguments[0], arguments[0])
+    assert told["measure"] == measure
     assert not list(Path().iterdir())
+
+
+# ---------------------------------------------------------------- what is measured by really replacing, and where
+
+
+def test_flow_is_measured_and_of_the_likeliest_token(on_tiny: Callable, tiny: Any) -> None:
+    found = on_tiny("flow", "--prompt", PROMPT, "--source", "w30", "--json")
+    assert found.code == 0, found.err
+    wanted = oversquash_lens.measured_flow(tiny, PROMPT, "w30", target="top").to_dict()
+    assert json.loads(found.out) == json.loads(json.dumps(wanted))
+    said = on_tiny("flow", "--prompt", PROMPT, "--target", "w7", "w8", "--top", "3")
+    assert "logit of 'w7' less that of 'w8'" in said.out.splitlines()[0]
+    assert len(re.findall("layer [0-9]+, head", said.out)) == 3
+    estimate = on_tiny("flow", "--prompt", PROMPT, "--estimate")
+    assert "an estimate (mean_field)" in estimate.out
+    probed = on_tiny("flow", "--prompt", PROMPT, "--probes", "2", "--json")
+    assert json.loads(probed.out)["probes"] == 2
+
+
+def test_substitute_is_substitution(on_tiny: Callable, tiny: Any, tmp_path: Path) -> None:
+    kept = str(tmp_path / "kept.parquet")
+    arguments = ("substitute", "--prompt", PROMPT, "--positions", "w9", "1:3", "--draws", "4", "--keep", kept)
+    found = on_tiny(*arguments, "--target", "w7", "--json")
+    assert found.code == 0, found.err
+    wanted = oversquash_lens.substitution(tiny, PROMPT, ["w9", "1:3"], 4, target="w7").to_dict()
+    assert json.loads(found.out) == json.loads(json.dumps(wanted))
+    assert Path(kept).exists()
+    table = on_tiny("substitute", "--prompt", PROMPT, "--draws", "2", "--top", "2")
+    assert "… and 3 more" in table.out
+    assert "uniform over the vocabulary" in table.out
+
+
+def test_swap_says_what_carries_it(on_tiny: Callable, tiny: Any) -> None:
+    found = on_tiny("swap", "--prompt", PROMPT, "--change", "w30=w7", "--json")
+    assert found.code == 0, found.err
+    wanted = oversquash_lens.swap(tiny, PROMPT, {"w30": "w7"}).to_dict()
+    assert json.loads(found.out) == json.loads(json.dumps(wanted))
+    other = on_tiny("swap", "--prompt", PROMPT, "--with-prompt", "w5 w9 w5 w7", "--json")
+    assert json.loads(other.out)["effect"] == wanted["effect"]
+    said = on_tiny("swap", "--prompt", PROMPT, "--change", "w30=w7")
+    for words in ("likeliest before", "residuals that carry it", "heads that carry it", "of the whole"):
+        assert words in said.out
+
+
+def test_the_measured_flow_is_drawn(on_tiny: Callable, tmp_path: Path) -> None:
+    found = on_tiny("flow", "--prompt", PROMPT, "--figures", str(tmp_path / "drawn"))
+    assert found.code == 0, found.err
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        f"measured_flow.{x}" for x in ("pdf", "svg", "png")
+    }

@@ -19,7 +19,7 @@ PROMPT = "w5 w9 w5 w30"
 
 
 def test_flow_prints_widths_edges_and_paths(on_tiny: Callable, tiny: object) -> None:
-    result = on_tiny("flow", "--prompt", PROMPT, "--top", "3")
+    result = on_tiny("flow", "--estimate", "--prompt", PROMPT, "--top", "3")
     assert result.code == 0
     trace = osl.record(tiny, PROMPT)
     squashing = osl.squashing(trace)
@@ -37,8 +37,8 @@ def test_flow_prints_widths_edges_and_paths(on_tiny: Callable, tiny: object) -> 
 def test_flow_of_one_source_by_number_and_by_text(on_tiny: Callable, tiny: object) -> None:
     trace = osl.record(tiny, PROMPT)
     place = next(i for i, token in enumerate(trace.tokens) if token.strip() == "w9")
-    by_number = on_tiny("flow", "--prompt", PROMPT, "--source", str(place), "--json")
-    by_text = on_tiny("flow", "--prompt", PROMPT, "--source", "w9", "--json")
+    by_number = on_tiny("flow", "--estimate", "--prompt", PROMPT, "--source", str(place), "--json")
+    by_text = on_tiny("flow", "--estimate", "--prompt", PROMPT, "--source", "w9", "--json")
     assert by_number.out == by_text.out
     written = json.loads(by_text.out)
     assert written["source"] == place
@@ -49,7 +49,9 @@ def test_flow_of_one_source_by_number_and_by_text(on_tiny: Callable, tiny: objec
 
 def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None:
     figures, out = tmp_path / "figures", tmp_path / "flow.json"
-    result = on_tiny("flow", "--prompt", PROMPT, "--variant", "proof", "--figures", str(figures), "--out", str(out))
+    result = on_tiny(
+        "flow", "--estimate", "--prompt", PROMPT, "--variant", "proof", "--figures", str(figures), "--out", str(out)
+    )
     assert result.code == 0
     names = {f"{name}.{kind}" for name in ("flow", "heads", "width", "route") for kind in ("pdf", "svg", "png")}
     assert {path.name for path in figures.iterdir()} == names
@@ -71,7 +73,7 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
     ],
 )
 def test_flow_refuses_in_one_line(on_tiny: Callable, arguments: list[str], said: str) -> None:
-    result = on_tiny("flow", "--prompt", PROMPT, *arguments)
+    result = on_tiny("flow", "--estimate", "--prompt", PROMPT, *arguments)
     assert (result.code, result.out) == (2, "")
     assert said in result.err.splitlines()[-1]
 

@@ -111,6 +111,10 @@ CALLS: dict[str, tuple[Call, Call] | None] = {
         lambda w: [osl.measured_sensitivity(w.model, PROMPT, probes=probes) for probes in (2, None)],
         lambda w: osl.measured_sensitivity(w.model, PROMPT, probes=0),
     ),
+    "measured_flow": (
+        lambda w: [osl.measured_flow(w.model, PROMPT, 1, probes) for probes in (2, None)],
+        lambda w: osl.measured_flow(w.model, PROMPT, 99),
+    ),
     "path_bound": (lambda w: osl.path_bound(w.trace), lambda w: osl.path_bound(w.trace, "median")),
     "path_products": (_path_products, lambda w: osl.path_products({})),
     "plan": (lambda w: osl.plan(w.model, PROMPT, "report"), lambda w: osl.plan(w.model, PROMPT, "median")),
@@ -137,6 +141,11 @@ CALLS: dict[str, tuple[Call, Call] | None] = {
     ),
     "squashing": (lambda w: osl.squashing(w.trace), lambda w: osl.squashing(None)),
     "support": (lambda w: osl.support(w.model), lambda w: osl.support(None)),
+    "substitution": (
+        lambda w: osl.substitution(w.model, PROMPT, draws=2, target=3, dtypes=["bfloat16"], out=w.folder / "s.parquet"),
+        lambda w: osl.substitution(w.model, PROMPT, [99]),
+    ),
+    "swap": (lambda w: osl.swap(w.model, PROMPT, {1: 3}), lambda w: osl.swap(w.model, PROMPT, PROMPT)),
     "sweep": (
         lambda w: osl.sweep(w.model, [PROMPT, IDS, ""], out=w.folder / "rows.parquet"),
         lambda w: osl.sweep(w.model, w.file("p.csv", b"a,b\n1,2\n"), out=w.folder / "rows.parquet"),

@@ -16,13 +16,14 @@ from small_models import bridge, has_bridge, has_hooked, hooked, tokens_for
 
 import oversquash_lens as osl
 from oversquash_lens import memory as memory_module
-from oversquash_lens.analyses.plan import MEASURES, SMALL, plan_collapse
+from oversquash_lens.analyses.courses import MEASURES
+from oversquash_lens.analyses.plan import SMALL, plan_collapse
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooked_model import check_recording, size_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
-from oversquash_lens.jacobian import products
+from oversquash_lens.jacobian import routes
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import differentiate
 from oversquash_lens.memory import BASE, MEMORY_VARIABLE, Size, available_bytes, in_words, kept_bytes, parse_bytes
@@ -179,7 +180,7 @@ def test_a_backward_product_is_reckoned_as_the_truth_reckons_it() -> None:
         widest = max(4 * architecture.n_heads * 9 * 9, 4 * 9 * architecture.d_mlp)
         expected = (widest + 6 * 9 * architecture.d_model) * architecture.dtype.itemsize
         tape = differentiate(Subject.of(model), tokenize(model, tokens_for(5, 9)))
-        assert products.product_bytes(size_of(model), 9) == tape.bytes_per_product == expected
+        assert routes.product_bytes(size_of(model), 9) == tape.bytes_per_product == expected
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -357,7 +358,7 @@ def test_a_truth_without_room_for_one_product_is_refused(memory: Callable) -> No
         with pytest.raises(
             InputError, match=r"the truth of 12 tokens needs at least .* for the graph, and 1 MB are there"
         ):
-            products.fitting_memory(Subject.of(model), 12, MEMORY)
+            routes.fitting_memory(Subject.of(model), 12, MEMORY)
 
 
 def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Callable) -> None:
@@ -365,10 +366,10 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
         size, ids = size_of(model), tokens_for(5, 12)
         memory("10GB")
         enough = osl.measured_sensitivity(model, ids, probes=9).values
-        assert products.fitting_memory(Subject.of(model), 12, MEMORY) == MEMORY
-        one = products.product_bytes(size, 12)
-        memory(sum(products.graph_bytes(size, 12, "blocks").values()) + 3 * one)
-        lean = products.fitting_memory(Subject.of(model), 12, MEMORY)
+        assert routes.fitting_memory(Subject.of(model), 12, MEMORY) == MEMORY
+        one = routes.product_bytes(size, 12)
+        memory(sum(routes.graph_bytes(size, 12, "blocks").values()) + 3 * one)
+        lean = routes.fitting_memory(Subject.of(model), 12, MEMORY)
         assert one <= lean <= 7 * one
         assert osl.plan(model, 12, "truth", probes=64).verdict == "fits, leaner"
         few = osl.measured_sensitivity(model, ids, probes=9, memory=lean).values
@@ -379,33 +380,33 @@ def test_a_truth_takes_fewer_products_at_a_time_where_memory_is_short(memory: Ca
 def test_the_leaner_the_route_the_less_it_holds(n: int) -> None:
     for size in (SMOLLM2, replace(SMOLLM2, kind="hooked")):
         whole, blocks, fused = (
-            sum(products.truth_bytes(size, n, 16, MEMORY, route=route).values()) for route in products.TRUTH_ROUTES
+            sum(routes.truth_bytes(size, n, 16, MEMORY, route=route).values()) for route in routes.TRUTH_ROUTES
         )
         assert whole > blocks > fused
-    fused = [sum(products.graph_bytes(SMOLLM2, n, "fused").values()) - BASE for n in (2048, 4096)]
+    fused = [sum(routes.graph_bytes(SMOLLM2, n, "fused").values()) - BASE for n in (2048, 4096)]
     assert fused[1] == 2 * fused[0]  # nothing in it grows as the square
 
 
 def test_a_truth_takes_the_route_that_the_memory_allows(memory: Callable) -> None:
     for model in both_kinds():
         subject, size = Subject.of(model), size_of(model)
-        most = sum(products.graph_bytes(size, 400).values()) + products.product_bytes(size, 400)
-        for amount, route in ((products.COMFORT * most, "whole"), (products.COMFORT * most - 1, "blocks")):
+        most = sum(routes.graph_bytes(size, 400).values()) + routes.product_bytes(size, 400)
+        for amount, route in ((routes.COMFORT * most, "whole"), (routes.COMFORT * most - 1, "blocks")):
             memory(amount)
-            assert products.truth_route(subject, 400) == route
+            assert routes.truth_route(subject, 400) == route
         can_fuse = size.kind == "bridge"
-        assert products.truth_route(subject, products.FUSED_FROM) == ("fused" if can_fuse else "blocks")
-        assert products.truth_route(subject, products.FUSED_FROM, ("norms",)) == ("fused" if can_fuse else "blocks")
-        assert products.truth_route(subject, products.FUSED_FROM, ("attention",)) == "blocks"
+        assert routes.truth_route(subject, routes.FUSED_FROM) == ("fused" if can_fuse else "blocks")
+        assert routes.truth_route(subject, routes.FUSED_FROM, ("norms",)) == ("fused" if can_fuse else "blocks")
+        assert routes.truth_route(subject, routes.FUSED_FROM, ("attention",)) == "blocks"
         with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: None)]):
-            assert products.truth_route(subject, products.FUSED_FROM) == "blocks"
+            assert routes.truth_route(subject, routes.FUSED_FROM) == "blocks"
 
 
 def test_leaner_never_means_more() -> None:
     for n in (64, 512, 2048):
         for spectral in (False, True):
-            for route in products.TRUTH_ROUTES:
-                found = [products.truth_bytes(SMOLLM2, n, 576, m, spectral, route) for m in (0, 10**8, MEMORY)]
+            for route in routes.TRUTH_ROUTES:
+                found = [routes.truth_bytes(SMOLLM2, n, 576, m, spectral, route) for m in (0, 10**8, MEMORY)]
                 sums = [sum(each.values()) for each in found]
                 assert sums == sorted(sums)
 
@@ -413,8 +414,8 @@ def test_leaner_never_means_more() -> None:
 def test_the_verdict_says_which_way(memory: Callable) -> None:
     for model in both_kinds():
         size = size_of(model)  # so little memory that no whole graph is kept
-        least = sum(products.truth_bytes(size, 12, 1, 0, route="blocks").values())
-        most = sum(products.truth_bytes(size, 12, 64, MEMORY, route="blocks").values())
+        least = sum(routes.truth_bytes(size, 12, 1, 0, route="blocks").values())
+        most = sum(routes.truth_bytes(size, 12, 64, MEMORY, route="blocks").values())
         for amount, verdict in ((most, "fits"), ((least + most) // 2, "fits, leaner"), (least - 1, "does not fit")):
             memory(amount)
             found = osl.plan(model, 12, "truth", probes=64)

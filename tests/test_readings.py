@@ -47,12 +47,13 @@ SHARING = {
     **dict.fromkeys((f"hooked-{name}" for name in HOOKED if name not in ("alibi", "local")), EXACT),
     "bridge-gpt2": EXACT,
     **dict.fromkeys(("bridge-llama", "bridge-mistral", "bridge-qwen2", "bridge-gemma"), HALFWAY),
+    # All layers see a window, or every second one.
+    **dict.fromkeys(("bridge-mistral-window", "bridge-gemma2", "bridge-gemma3"), HALFWAY),
 }
 # Models that with a cache and a mask answer otherwise than without, or not at all.
 NOT_SHARING = {
     "hooked-alibi": EXACT,  # counts the masked positions as distance
     "hooked-local": EXACT,  # … and in its window
-    "bridge-mistral-window": HALFWAY,  # forgets its window where a mask comes
     "bridge-bloom": HALFWAY,  # takes no mask of four axes
 }
 ALL = SHARING | NOT_SHARING
@@ -281,8 +282,8 @@ def test_a_cache_that_lies_is_found_out(name: str, layer: int, watch: Watch, mon
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_positions_that_are_off_are_found_out(wrong: int, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sequences = made("bridge-llama"), endings()
-    positions = prefixes.tree_positions
-    monkeypatch.setattr(prefixes, "tree_positions", lambda forks, sizes: positions(forks, sizes) + wrong)
+    positions = prefixes.branch_positions
+    monkeypatch.setattr(prefixes, "branch_positions", lambda branches: positions(branches) + wrong)
     found = read(Subject.of(model), sequences)
     assert not found.shared
     truth = own_passes(model, sequences, watch)

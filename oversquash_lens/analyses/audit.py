@@ -20,7 +20,8 @@ from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
-from oversquash_lens.jacobian.products import MOST_FROZEN, differentiate, fitting_memory, truth_bytes, truth_route
+from oversquash_lens.jacobian.products import differentiate, truth_route
+from oversquash_lens.jacobian.routes import MOST_FROZEN, fitting_memory, truth_bytes
 from oversquash_lens.memory import HELD, check_memory, kept_bytes, record_bytes
 from oversquash_lens.numerics import json_numbers, spearman
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS

@@ -27,7 +27,7 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
-from oversquash_lens.jacobian.products import MOST_FROZEN
+from oversquash_lens.jacobian.routes import MOST_FROZEN
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths

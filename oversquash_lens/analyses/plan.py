@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from oversquash_lens.analyses.courses import MEASURES, Bytes, Request
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.hooks import last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import plan as shared_passes
@@ -24,88 +25,16 @@ from oversquash_lens.capture.weights import weights_known
 from oversquash_lens.collapse.curve import FORMATS
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError, one_line, whole_number
-from oversquash_lens.jacobian import products
+from oversquash_lens.jacobian import routes
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.memory import (
-    BASE,
-    HELD,
-    Size,
     available_bytes,
     in_words,
-    kept_bytes,
-    logits_bytes,
-    record_bytes,
     resident_bytes,
 )
 from oversquash_lens.results import Result, duration
 
-Bytes = dict[str, int]
-
 SMALL = 64  # tokens of the pass that is timed
-SWEEP = 1.5  # attentions: what all kinds of path in one sweep multiply for each [head, dest, src] of a layer
-EDITED = 3  # copies of its [head, dest, src] that an edit adds to the graph of a layer
-DIRECTIONS = 144  # pairs of directions through each MLP at the default number of node probes
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run is of, and the routes that it would take now: of the recording, of the truth as it is, and frozen.
-
-    `times`: how often the whole is done, as `plan` takes it; `new_tokens`: of each completion. `recast`:
-    bytes of the weights in another number format.
-    """
-
-    size: Size
-    n: int
-    probes: int | None
-    memory: int
-    times: float | int = 1
-    new_tokens: int = 0
-    recast: int = 0
-    recorded: str = "kept"
-    truth: str = "whole"
-    frozen: str = "whole"
-
-    @property
-    def products(self) -> int:
-        """Backward products of one truth."""
-        return self.size.d_model if self.probes is None else self.probes
-
-    def truth_bytes(self, route: str, spectral: bool = False) -> Bytes:
-        """The most that one truth holds."""
-        return products.truth_bytes(self.size, self.n, self.products, self.memory, spectral, route)
-
-    def kept(self) -> Bytes:
-        """The recording, while something else is done."""
-        return kept_bytes(self.size, self.n, self.recorded, HELD)
-
-    @property
-    def one_pass(self) -> int:
-        """Multiply-adds of one pass over the prompt, logits of the last position."""
-        return self.size.pass_operations(self.n)
-
-    @property
-    def sweep(self) -> float:
-        """Multiply-adds of one sweep over the layers' attention, all kinds of path together."""
-        return SWEEP * self.size.attention_operations(self.n)
-
-    def truth_operations(self, route: str) -> int:
-        """A pass with its graph (once more, a block at a time), and backward products, their attention twice."""
-        back = self.one_pass + self.size.attention_operations(self.n)
-        return (1 if route == "whole" else 2) * self.one_pass + self.products * back
-
-
-@dataclass(frozen=True)
-class Course:
-    """What one measure does: phases, each with what it holds at its fullest, and steps with their multiply-adds."""
-
-    phases: Mapping[str, Bytes]
-    steps: Mapping[str, float | int]
-
-    def fullest(self) -> tuple[str, int]:
-        """The phase that holds most, and how much."""
-        sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
-        return max(sums.items(), key=lambda each: each[1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +197,7 @@ def _planned(subject: Subject, measure: str, request: Request, clock: Callable[[
 def _request(
     subject: Subject, n: int, probes: int | None, memory: int, times: float | int, new_tokens: int, other: int = 2
 ) -> Request:
-    truth, frozen = (products.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
+    truth, frozen = (routes.truth_route(subject, n, freeze) for freeze in ((), ("attention",)))
     recorded = choose_route(subject.model, subject.architecture, n)
     hooked: Any = subject.model
     recast = other * sum(weight.numel() for weight in hooked.parameters())
@@ -301,116 +230,6 @@ def _small_pass_seconds(subject: Subject, n: int, clock: Callable[[], float]) ->
         begun = clock()
         once(ids)
         return clock() - begun
-
-
-def _forward(run: Request) -> Course:
-    size, n = run.size, run.n
-    parts = {"the logits": logits_bytes(size, n), "one layer at work": 2 * size.scores(n), "the libraries": BASE}
-    return Course({"running the model": parts}, {"the pass": run.times * (run.one_pass + size.logits_operations(n))})
-
-
-def _record(run: Request) -> Course:
-    """A pass, its checks, and the nodes' gains from pairs of directions."""
-    size = run.size
-    pairs = DIRECTIONS * size.n_layers * size.matrices * (run.n + size.d_model) * size.d_mlp
-    steps = {"recording": run.times * (run.one_pass + size.attention_operations(run.n) + pairs)}
-    return Course({"recording": record_bytes(size, run.n, run.recorded)}, steps)
-
-
-def _bound(run: Request) -> Course:
-    """Every variant of the bound, and the estimate, in one sweep."""
-    course = _record(run)
-    phases = {**course.phases, "summing over paths": run.kept() | products.block_bytes(run.size, run.n)}
-    return Course(phases, {**course.steps, "bounds and estimate": run.times * run.sweep})
-
-
-def _flow(run: Request) -> Course:
-    """The estimate's flow and that of uniform attention, each in two sweeps."""
-    course = _record(run)
-    phases = {**course.phases, "following the flow": run.kept() | products.block_bytes(run.size, run.n)}
-    return Course(phases, {**course.steps, "flows": run.times * 4 * run.sweep})
-
-
-def _truth(run: Request) -> Course:
-    steps = {"the truth": run.times * run.truth_operations(run.truth)}
-    return Course({"measuring the truth": run.truth_bytes(run.truth)}, steps)
-
-
-def _audit(run: Request) -> Course:
-    """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate."""
-    course, spectral = _bound(run), run.probes is None
-    phases = {**course.phases, "measuring the truth": run.kept() | run.truth_bytes(run.truth, spectral)}
-    steps = {**course.steps, "the truth": run.times * run.truth_operations(run.truth)}
-    if run.n <= products.MOST_FROZEN:
-        name = "the truth with attention frozen"
-        phases[f"measuring {name}"] = run.kept() | run.truth_bytes(run.frozen, spectral)
-        steps[name] = run.times * run.truth_operations(run.frozen)
-    return Course(phases, steps)
-
-
-def _report(run: Request) -> Course:
-    """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates."""
-    course = _audit(run)
-    steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep}
-    if run.n <= products.MOST_FROZEN:
-        steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
-        steps["each assumption imposed"] = run.times * 4 * run.sweep
-    phases = {**course.phases, "following the flow": run.kept() | products.block_bytes(run.size, run.n)}
-    return Course(phases, steps)
-
-
-def _what_if(run: Request) -> Course:
-    """Prompt and edits: each recorded, bounded, its truth measured, and run once more with the last token repeated.
-
-    An edit of the attention is a hook inside it, so patterns are kept and no truth is fused.
-    """
-    edited = replace(run, recorded="kept", truth=run.frozen, times=run.times + 1)
-    course = _bound(edited)
-    layers = run.size.n_layers if edited.truth == "whole" else 1
-    weights = {"the edited attention": EDITED * layers * run.size.scores(run.n)}
-    phases = {**course.phases, "measuring the truth": edited.kept() | weights | edited.truth_bytes(edited.truth)}
-    truth = {"the truth": edited.times * edited.truth_operations(edited.truth)}
-    return Course(phases, {**course.steps, **truth, "the last token repeated": edited.times * edited.one_pass})
-
-
-def _collapse(run: Request) -> Course:
-    """The passes that read all pairs, and those that check endings against passes of their own, in each format."""
-    size, n = run.size, run.n
-    parts = {
-        "one layer at work": 2 * size.scores(n) + size.position(n),
-        "the weights in another format": run.recast,
-        "keys and values": size.cache_bytes(n),
-        "the unembedding": size.unembedding,
-        "the libraries": BASE,
-    }
-    return Course({"reading the pairs": parts}, {"the passes": run.times * run.one_pass})
-
-
-def _generate(run: Request) -> Course:
-    """Completions: a pass over each prompt, and one of a single token for each token that follows."""
-    size, n = run.size, run.n + run.new_tokens
-    parts = {
-        "the logits": logits_bytes(size, run.n),
-        "one layer at work": 2 * size.scores(run.n),
-        "keys and values": size.cache_bytes(n),
-        "the libraries": BASE,
-    }
-    new = run.new_tokens * size.d_model * size.d_vocab + size.pass_operations(n) - run.one_pass
-    return Course({"generating": parts}, {"the prompts": run.times * run.one_pass, "new tokens": run.times * new})
-
-
-MEASURES: dict[str, Callable[[Request], Course]] = {
-    "forward": _forward,
-    "record": _record,
-    "bound": _bound,
-    "flow": _flow,
-    "truth": _truth,
-    "audit": _audit,
-    "report": _report,
-    "what_if": _what_if,
-    "collapse": _collapse,
-    "generate": _generate,
-}
 
 
 def by_size(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -17,12 +17,13 @@ from oversquash_lens.analyses.audit import check_effort
 from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
 from oversquash_lens.capture.hooked_model import About
-from oversquash_lens.capture.readings import read_alone
+from oversquash_lens.capture.readings import predictions, read_alone
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
+from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import effective_number, json_numbers, spearman
 from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound
@@ -242,6 +243,7 @@ def what_if(
     *edits: Any,
     variant: str = "proof",
     probes: int | None = 16,
+    target: Any = None,
     chat: bool = False,
     bos: bool | None = None,
     seed: int = 0,
@@ -261,6 +263,8 @@ def what_if(
         edits: one or more, such as `edits.ablate_head(23, 1)`.
         variant: of the bound, as in `path_bound`; `calibrated_full`, which always holds, is measured besides.
         probes: as in `measured_sensitivity`, the same ones throughout, so that differences have little noise.
+        target: a number of the prediction, as `measured_sensitivity` takes it, whose sensitivity is measured instead of
+            that of all outputs; "top" is the likeliest token of the prompt as it is, throughout.
         chat: as `record` takes it, and so are bos, seed, verify and node_probes.
         memory: bytes for a batch of backward products.
         progress: show a bar.
@@ -280,12 +284,16 @@ def what_if(
     for edit, edited in zip((None, *edits), prompts, strict=True):
         _check_length(subject.architecture, edit, len(edited.prompt.ids))
     hooked = subject.model
+    chosen = None
+    if target is not None:
+        chosen = target_of(hooked, target, predictions(subject, tuple(tokenized.ids.tolist()))[1])
 
     def measured(edit: Edit | None, edited: EditedPrompt) -> Outcome:
         tokens, places = edited
         with edited_attention(hooked, edit if edit is not None and edit.attend is not None else None):
             trace = record_tokens(hooked, tokens, node_probes=node_probes, seed=seed, verify=verify)
-            truth = measured_sensitivity(hooked, tokens.ids, probes=probes, seed=seed, memory=memory)
+            how: dict[str, Any] = {"target": chosen, "seed": seed, "memory": memory}
+            truth = measured_sensitivity(hooked, tokens.ids, probes=probes, **how)
             repeated, _ = read_alone(subject, (*tokens.ids.tolist(), int(tokens.ids[-1])))
         trace = trace if edit is None else edited_trace(trace, edit)
         y = trace.prediction_input

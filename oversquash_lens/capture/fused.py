@@ -52,6 +52,11 @@ def why_not_fused(model: HookedModel, architecture: Architecture) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
+def fused_shows_heads(model: HookedModel) -> bool:
+    """Whether the hook of what heads write fires in a pass of fused attention, in every block."""
+    return not any("z" in _silent(block.attn) for block in model.blocks)
+
+
 def copied_projections_differ(model: HookedModel) -> bool:
     """Whether a bridge's own copies of joint projections are no longer those of the modules that it wraps."""
     for block in model.blocks:

@@ -31,10 +31,18 @@ Watch = Callable[[list[Start]], AbstractContextManager[Any]]  # entered around a
 
 @dataclass(frozen=True)
 class Branch:
-    """`suffix` follows the first `fork` tokens of a trunk."""
+    """`suffix` stands in place of a trunk's tokens at `positions`: those from `fork` on, where these are not given.
+
+    With gaps between the positions, what lies between keeps the trunk's keys and values.
+    """
 
     fork: int
     suffix: Ids
+    positions: Ids = ()
+
+    @property
+    def places(self) -> Sequence[int]:
+        return self.positions or range(self.fork, self.fork + len(self.suffix))
 
 
 @dataclass(frozen=True)
@@ -167,43 +175,63 @@ def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int 
     return cache
 
 
-def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
-    """All endings of a trunk, some at a time, each pass inside `watch`."""
+def run_branches(
+    model: HookedModel, trunk: Trunk, cache: Any, watch: Watch, windows: Sequence[int | None] = ()
+) -> None:
+    """All endings of a trunk, some at a time, each pass inside `watch`; `windows`: how far each layer sees."""
     if is_hooked_transformer(model):
         _run_batches(model, trunk, cache, watch)
     else:
-        _run_trees(model, trunk, cache, watch)
+        _run_trees(model, trunk, cache, watch, windows)
 
 
-def tree_mask(forks: Sequence[int], sizes: Sequence[int], trunk: int) -> Bool[Tensor, "token trunk_plus_token"]:
-    """What each token of the endings sees: the trunk up to its ending's fork, and its own ending up to itself."""
-    ending = torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
-    order = torch.arange(len(ending), device="cpu")
-    past = torch.arange(trunk, device="cpu") < torch.tensor(forks, device="cpu")[ending][:, None]
-    same_ending = (ending[:, None] == ending) & (order[:, None] >= order)
-    return torch.cat([past, same_ending], dim=1)
+def branch_mask(branches: Sequence[Branch], trunk: int, window: int | None = None) -> Bool[Tensor, "token key"]:
+    """What each token of the branches sees: the trunk's tokens before it, but those in whose place its own branch has
+    others, and its own branch up to itself; of both at most `window` positions back. Keys: the trunk's, then theirs.
+    """
+    positions = branch_positions(branches)
+    branch = torch.arange(len(branches), device="cpu").repeat_interleave(
+        torch.tensor([len(each.suffix) for each in branches], device="cpu")
+    )
+    before = torch.arange(trunk, device="cpu")
+    replaced = torch.zeros(len(branches), trunk, dtype=torch.bool, device="cpu")
+    inside = positions < trunk
+    replaced[branch[inside], positions[inside]] = True
+    past = (before < positions[:, None]) & ~replaced[branch]
+    own = (branch[:, None] == branch) & (positions[:, None] >= positions)
+    seen = torch.cat([past, own], dim=1)
+    if window is not None:
+        seen &= positions[:, None] - torch.cat([before, positions]) < window
+    return seen
 
 
-def tree_positions(forks: Sequence[int], sizes: Sequence[int]) -> Int[Tensor, " token"]:
-    return torch.cat([torch.arange(fork, fork + size, device="cpu") for fork, size in zip(forks, sizes, strict=True)])
+def branch_positions(branches: Sequence[Branch]) -> Int[Tensor, " token"]:
+    return torch.tensor([place for branch in branches for place in branch.places], device="cpu")
 
 
-def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
+def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch, windows: Sequence[int | None]) -> None:
     device, n = model.W_E.device, len(trunk.ids)
+
+    def mask_of(branches: Sequence[Branch], window: int | None) -> Tensor:
+        seen = branch_mask(branches, n, window).to(device)
+        mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
+        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+    kinds = sorted(set(windows), key=lambda window: window or 0) or [None]
     for numbered in _chunks(list(enumerate(trunk.branches)), lambda pair: len(pair[1].suffix)):
         branches = [branch for _, branch in numbered]
-        forks, sizes = [b.fork for b in branches], [len(b.suffix) for b in branches]
-        seen = tree_mask(forks, sizes, n).to(device)
-        mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
-        mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        sizes = [len(each.suffix) for each in branches]
+        masks: Any = mask_of(branches, kinds[0])
+        if len(kinds) > 1:  # transformers' names of a layer that sees all, and of one that sees a window
+            masks = {"full_attention": masks, "sliding_attention": mask_of(branches, kinds[-1])}
         starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
         with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
             model(
-                torch.tensor([[token for b in branches for token in b.suffix]], device=device),
+                torch.tensor([[token for each in branches for token in each.suffix]], device=device),
                 past_key_values=cache,
                 use_cache=True,
-                attention_mask=mask[None, None],
-                position_ids=tree_positions(forks, sizes)[None].to(device),
+                attention_mask=masks,
+                position_ids=branch_positions(branches)[None].to(device),
                 logits_to_keep=1,
             )
         cache.crop(-sum(sizes))  # what this pass added: newer versions take no positive length

@@ -16,10 +16,21 @@ from torch import Tensor
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached
-from oversquash_lens.capture.prefixes import Ids, PassPlan, Start, plan, run_branches, run_trunk, separate
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.prefixes import (
+    Branch,
+    Ids,
+    PassPlan,
+    Place,
+    Start,
+    Trunk,
+    plan,
+    run_branches,
+    run_trunk,
+    separate,
+)
 from oversquash_lens.capture.subject import Subject
-from oversquash_lens.errors import HookMismatchError, one_line
+from oversquash_lens.errors import HookMismatchError, ModelError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +96,48 @@ def read(
     return reading(plan(sequences, branching=False), False)
 
 
+def read_substituted(subject: Subject, base: Ids, branches: Sequence[Branch]) -> Readings:
+    """The last token of `base`, and of it with each branch's tokens in their places; `base` is run once.
+
+    `shared` is False where the model does not answer with its cache and a mask as it does by itself: then each branch
+    is a pass of its own, and one that leaves gaps a ModelError.
+    """
+    trunk = Trunk(base, tuple(branches))
+    ends = (Place(0, number, len(branch.suffix) - 1) for number, branch in enumerate(branches))
+    way = PassPlan((trunk,), (Place(0, None, len(base) - 1), *ends))
+    sequences = [base, *(substituted(base, branch) for branch in branches)]
+    whole = [i for i, branch in enumerate(branches, 1) if _is_ending(base, branch)]
+    try:
+        found = _Reader(subject, sequences, [False] * len(sequences)).run(way, True)
+        if all(_is_as_alone(subject, sequences[i], found.prediction_input[i]) for i in {*whole[:1], *whole[-1:]}):
+            return found
+        said = "passes with a cache and a mask differ from the model's own"
+    except Exception as error:
+        # No class says beforehand which caches and masks it takes. What is wrong with more than these, the passes
+        # without them raise again.
+        said = one_line(error)
+        log.debug("branches are run by themselves: %s", said)
+    if len(whole) < len(branches):
+        raise ModelError(
+            f"{subject.about.model} cannot recompute some positions alone: {said}; expected a model that takes a mask "
+            "and positions: whole prompts can be run instead"
+        )
+    return _Reader(subject, sequences, [False] * len(sequences)).run(separate(sequences), False)
+
+
+def substituted(base: Ids, branch: Branch) -> Ids:
+    """The sequence that a branch stands for."""
+    found = list(base)
+    for place, token in zip(branch.places, branch.suffix, strict=True):
+        found[place] = token
+    return tuple(found)
+
+
+def _is_ending(base: Ids, branch: Branch) -> bool:
+    """Whether a branch has every token behind its first."""
+    return len(branch.suffix) == len(base) - branch.places[0]
+
+
 def read_alone(
     subject: Subject, ids: Ids, batch: int = 1
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
@@ -102,6 +155,18 @@ def read_alone(
     with torch.no_grad(), attached(model, hooks), _forward_hook(_last_module(model), keep_prediction_input):
         run_trunk(model, ids, batch=batch)
     return kept["y"], kept["heads"]
+
+
+def predictions(subject: Subject, ids: Ids) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, " d_vocab"]]:
+    """The prediction's input at every position of one pass, and the model's own logits at the last."""
+    model, kept = subject.model, {}
+
+    def keep(module: Any, inputs: Any, y: Tensor) -> None:
+        kept["y"] = _restored(y[0], subject.architecture).clone()
+
+    with torch.no_grad(), last_logits_only(model), _forward_hook(_last_module(model), keep):
+        logits = model(torch.tensor([ids], device=model.W_E.device), **without_cache(model))[0, -1]
+    return kept["y"], logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
@@ -125,13 +190,14 @@ def _as_alone(subject: Subject, sequences: Sequence[Ids], way: PassPlan, found: 
         if place.branch is not None:
             trunk = way.trunks[place.trunk]
             hidden[i] = len(trunk.ids) - trunk.branches[place.branch].fork
-    for i in {max(hidden, key=lambda i: len(sequences[i])), max(hidden, key=lambda i: hidden[i])}:
-        alone = read_alone(subject, sequences[i])[0].cpu().double()
-        cached = found.prediction_input[i].to(alone)
-        epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
-        if not bool((cached - alone).norm() <= min(MISMATCH * epsilon, WORST) * alone.norm()):
-            return False
-    return True
+    some = {max(hidden, key=lambda i: len(sequences[i])), max(hidden, key=lambda i: hidden[i])}
+    return all(_is_as_alone(subject, sequences[i], found.prediction_input[i]) for i in some)
+
+
+def _is_as_alone(subject: Subject, ids: Ids, shared: Float[Tensor, " d_model"]) -> bool:
+    alone = read_alone(subject, ids)[0].cpu().double()
+    epsilon = max(torch.finfo(subject.architecture.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((shared.to(alone) - alone).norm() <= min(MISMATCH * epsilon, WORST) * alone.norm())
 
 
 class _Reader:
@@ -165,7 +231,7 @@ class _Reader:
                     )
 
                 if trunk.branches:
-                    run_branches(self.model, trunk, cache, watch)
+                    run_branches(self.model, trunk, cache, watch, self.architecture.windows)
         self._check()
         return Readings(
             residuals=self.residuals,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
-from oversquash_lens.cli import many_prompts, one_prompt, paper
+from oversquash_lens.cli import finite_effects, many_prompts, one_prompt, paper
 from oversquash_lens.cli.common import DEFAULT_PROMPT
 from oversquash_lens.errors import InputError, OversquashError, nearest, one_line, visible
 from oversquash_lens.storage import check_working_folder
@@ -183,6 +183,7 @@ def build_parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     many_prompts.add_report(commands)
     one_prompt.add_commands(commands)
+    finite_effects.add_commands(commands)
     many_prompts.add_sweep(commands)
     paper.add_commands(commands)
     models = commands.add_parser("models", help="which models are cached, and where")

@@ -60,6 +60,24 @@ def verify_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def target_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--target",
+        nargs="+",
+        metavar="TOKEN",
+        help='a number of the prediction: a token, "top", two tokens (their logits\' contrast), or "log p(token)"',
+    )
+
+
+def target_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The target, and how the prompt is read, as every function that takes a target takes them."""
+    given = options.target
+    if given is not None and len(given) > 2:
+        raise InputError(f"expected one token or two, got --target {' '.join(given)}")
+    target = given if given is None or len(given) == 2 else given[0]
+    return {"target": target, "chat": options.chat, "bos": options.bos}
+
+
 def attention_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--attention",

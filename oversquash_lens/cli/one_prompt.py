@@ -1,10 +1,10 @@
-"""The commands that measure one prompt: `bound`, `audit`, `flow` and `what-if`."""
+"""The commands that measure one prompt as it is, and under edits: `bound`, `audit`, `flow` and `what-if`."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oversquash_lens.cli.common import (
@@ -18,6 +18,8 @@ from oversquash_lens.cli.common import (
     prompt_of,
     recording_options,
     remark,
+    target_option,
+    target_options,
     verify_option,
 )
 from oversquash_lens.errors import InputError, one_line, one_of
@@ -37,17 +39,23 @@ def add_commands(commands: Any) -> None:
     bound.add_argument("--top", type=int, default=20, metavar="K", help="rows of the table (default 20)")
     audit = prompt_command(commands, "audit", run_audit, "every measure beside the measured truth")
     audit.add_argument("--probes", type=int, metavar="K", help="estimate the truth from K probes, not exactly")
-    flow = prompt_command(commands, "flow", run_flow, "where the paths run: widths, heads, heaviest edges and paths")
-    flow.add_argument("--variant", default="mean_field", help=f"one of {', '.join(KINDS)} (default mean_field)")
+    flow = prompt_command(commands, "flow", run_flow, "where the sensitivity runs, measured; or an estimate of it")
     flow.add_argument(
         "--source", metavar="TOKEN", help="the route of one token: its position, its text, or START:END for a span"
     )
+    target_option(flow)
+    flow.add_argument(
+        "--probes", type=int, metavar="K", help="of all outputs, from K directions, in place of a target (8 is near)"
+    )
+    flow.add_argument("--estimate", action="store_true", help="path sums from one pass: an estimate, heads unsigned")
+    flow.add_argument("--variant", help=f"of the path sums (with --estimate): {', '.join(KINDS)}; default mean_field")
     flow.add_argument("--top", type=int, default=10, metavar="K", help="edges and paths to list (default 10)")
     flow.add_argument("--figures", metavar="FOLDER", help="write the figures as PDF, SVG and PNG")
     edited = prompt_command(commands, "what-if", run_what_if, "measure again under edits of prompt or attention")
     edited.add_argument("--edit", action="append", required=True, metavar="EDIT", help=f"repeatable; one of {FORMS}")
     edited.add_argument("--variant", default="proof", help=f"the bound beside: {', '.join(VARIANTS)}")
     edited.add_argument("--probes", type=int, default=16, metavar="K", help="backward probes (default 16)")
+    target_option(edited)
     edited.add_argument("--exact", action="store_true", help="exact truth, d_model backward products each")
     for command in (bound, audit, flow, edited):
         command.add_argument("--out", metavar="FILE", help="write the result as JSON")
@@ -96,10 +104,61 @@ def run_audit(options: argparse.Namespace) -> None:
 
 
 def run_flow(options: argparse.Namespace) -> None:
-    one_of("variant", options.variant, KINDS)
     checked("top", options.top)
+    checked("probes", options.probes)
     check_out(options)
-    figures = _places(options.figures)
+    if options.estimate or options.variant is not None:
+        _estimated_flow(options)
+    else:
+        _measured_flow(options)
+
+
+def _measured_flow(options: argparse.Namespace) -> None:
+    """Of the likeliest token unless another target, or all outputs, are asked for."""
+    if options.probes is not None and options.target is not None:
+        raise InputError("expected --target or --probes, got both: leave one out; only a target's flow is exact")
+    _places(options.figures, ("measured_flow",))
+    prompt = prompt_of(options)
+    from oversquash_lens.jacobian.measured_flow import measured_flow
+
+    model = load(options)
+    if planned(options, model, prompt, "measured_flow", options.probes):
+        return
+    how = target_options(options)
+    if options.probes is None and how["target"] is None:
+        how["target"] = "top"
+    found = measured_flow(model, prompt, options.source, options.probes or 8, seed=options.seed, progress=True, **how)
+    remark(found.about)
+    if options.figures:
+        from oversquash_lens.viz import figures
+
+        figures.save(figures.measured_flow(found), options.figures, "measured_flow")
+    deliver(options, found.to_dict(), "\n".join(_measured_lines(found, options.top)))
+
+
+def _measured_lines(found: Any, top: int) -> list[str]:
+    """One line per layer, the highest first; then the heads that carry most, signed."""
+    lines = [found._title(), "", "layer  width  stays    MLP  most through"]
+    for layer in reversed(range(len(found.stays))):
+        at = int(found.node[layer].argmax())
+        lines.append(
+            f"{layer:5d}  {found.width[layer].item():5.1f}  {found.stays[layer].item():5.0%}  "
+            f"{found.mlp[layer].item():5.0%}  {found.node[layer, at].item():.0%} at {at} {found.tokens[at]!r}"
+        )
+    if found.head.numel():
+        lines += ["", "heads that carry most; negative ones work against the rest"]
+        for i in found.head.abs().flatten().argsort(descending=True)[:top].tolist():
+            layer, head = divmod(i, found.head.shape[1])
+            lines.append(f"{found.head[layer, head].item():8.1%}  layer {layer}, head {head}")
+    return lines
+
+
+def _estimated_flow(options: argparse.Namespace) -> None:
+    variant = "mean_field" if options.variant is None else options.variant
+    one_of("variant", variant, KINDS)
+    if options.target is not None or options.probes is not None:
+        raise InputError("expected neither --target nor --probes with an estimate: leave out --estimate and --variant")
+    figures = _places(options.figures, ("flow", "heads", "width", "route"))
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
     from oversquash_lens.paths.flow import flow
@@ -111,8 +170,8 @@ def run_flow(options: argparse.Namespace) -> None:
         return
     trace = record(model, prompt, **recording_options(options))
     remark(trace.about)
-    squashed = squashing(trace, options.variant) if options.source is None else None
-    found = squashed.flow if squashed else flow(trace, options.variant, options.source)
+    squashed = squashing(trace, variant) if options.source is None else None
+    found = squashed.flow if squashed else flow(trace, variant, options.source)
     edges, paths = heaviest_edges(found, options.top), heaviest_paths(found, options.top)
     result = squashed.to_dict() if squashed else found.to_dict()
     result |= {"edges": [edge.to_dict() for edge in edges], "paths": [path.to_dict() for path in paths]}
@@ -138,6 +197,7 @@ def run_what_if(options: argparse.Namespace) -> None:
         *edits,
         variant=options.variant,
         probes=probes,
+        target=target_options(options)["target"],
         progress=True,
         **recording_options(options),
     )
@@ -201,10 +261,10 @@ def _profile_table(profile: Any, top: int) -> str:
     return "\n".join(lines)
 
 
-def _places(folder: str | None) -> list:
+def _places(folder: str | None, names: Sequence[str]) -> list:
     from oversquash_lens.storage import check_place
 
-    return [check_place(folder, f"{name}.pdf") for name in ("flow", "heads", "width", "route")] if folder else []
+    return [check_place(folder, f"{name}.pdf") for name in names] if folder else []
 
 
 def _draw(flow: Any, squashed: Any, folder: str) -> None:
@@ -217,7 +277,7 @@ def _draw(flow: Any, squashed: Any, folder: str) -> None:
 
 def _title(flow: Any, squashed: Any) -> list[str]:
     n, kind = len(flow.tokens), flow.kind
-    lines = [f"{flow.about}, {n} tokens", f"{kind}: paths from {flow.source_text} to the last one"]
+    lines = [f"{flow.about}, {n} tokens", f"an estimate ({kind}): paths from {flow.source_text} to the last one"]
     return lines + ([squashed.sentence] if squashed else [])
 
 

@@ -8,7 +8,7 @@ length, and a few Gaussian probes estimate the Frobenius norm with a standard er
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,9 @@ from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import InputError, whole_number
-from oversquash_lens.jacobian.products import Differentiated, differentiate, fitting_memory
+from oversquash_lens.jacobian.products import Differentiated, differentiate
+from oversquash_lens.jacobian.routes import fitting_memory
+from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.profiles import LEVEL, deviations, mean_field_sensitivity
 from oversquash_lens.paths.recursion import PathProfile
@@ -35,7 +37,10 @@ MEMORY = 1 << 30  # bytes that one batch of backward products may take
 
 @dataclass(frozen=True, repr=False)
 class MeasuredSensitivity(Result):
-    """‖∂y_n/∂v_i‖ for every position i, measured: in units of y per unit of the residual stream."""
+    """‖∂y_n/∂v_i‖ for every position i, measured: in units of y per unit of the residual stream.
+
+    With a `target` F it is ‖∂F/∂v_i‖ instead, in units of F (nats or logits) per unit of the residual stream.
+    """
 
     tokens: tuple[str, ...]
     values: Float[Tensor, " pos"]
@@ -50,6 +55,8 @@ class MeasuredSensitivity(Result):
     """How many Gaussian probes; None where `exact`."""
     seed: int | None
     about: About
+    target: str = field(default="", kw_only=True)
+    """The number F of the prediction, in words; empty where it is all of y_n."""
 
     _ranked_by: ClassVar[str | None] = "share"
 
@@ -61,7 +68,8 @@ class MeasuredSensitivity(Result):
     def _title(self) -> str:
         how = "exact" if self.exact else f"{self.probes} probes, seed {self.seed}"
         frozen = f", {' and '.join(self.freeze)} frozen" if self.freeze else ""
-        return f"‖∂y_n/∂v_i‖ ({self.norm}), measured over {len(self.tokens)} tokens ({how}{frozen}): {self.about}"
+        of = f"∂F/∂v_i‖, F the {self.target}" if self.target else f"∂y_n/∂v_i‖ ({self.norm})"
+        return f"‖{of}, measured over {len(self.tokens)} tokens ({how}{frozen}): {self.about}"
 
     def _table(self) -> Mapping[str, Sequence[Any]]:
         return {
@@ -88,6 +96,7 @@ def measured_sensitivity(
     freeze: Sequence[str] = (),
     chat: bool = False,
     bos: bool | None = None,
+    target: Any = None,
     seed: int = 0,
     memory: int = MEMORY,
     progress: bool = False,
@@ -103,6 +112,9 @@ def measured_sensitivity(
     - `norm`: "fro" or, exact only, "spectral".
     - `freeze`: "attention" and/or "norms": attention weights or the norms' divisors are held fixed, as the paper's
       assumptions do.
+    - `target`: a number F of the prediction instead of all of y_n: ‖∂F/∂v_i‖, exact, by one backward product; `probes`
+      and `norm` are then without effect. A token (id or text), "top", two of them for the contrast of their logits, or
+      "log p(token)".
     - `seed`: draws the probes; the global random state is left alone.
     - `memory`: bytes that a batch of backward products may take.
     - `progress`: show a bar.
@@ -121,7 +133,13 @@ def measured_sensitivity(
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
     differentiated = differentiate(subject, tokenized, freeze)
-    if probes is None:
+    label, exact = "", probes is None or target is not None
+    if target is not None:
+        chosen = target_of(subject.model, target, differentiated.prediction.logits.detach())
+        (row,) = differentiated.products(differentiated.prediction.covector(chosen)[None], memory, progress)
+        values, label = row[0].double().norm(dim=-1).cpu(), chosen.label
+        error = torch.zeros_like(values)
+    elif probes is None:
         values = exact_norms(differentiated, (norm,), memory, progress)[norm]
         error = torch.zeros_like(values)
     else:
@@ -131,12 +149,13 @@ def measured_sensitivity(
         tokens=tokenized.tokens,
         values=values,
         standard_error=error,
-        exact=probes is None,
+        exact=exact,
         norm=norm,
         freeze=tuple(freeze),
-        probes=probes,
-        seed=None if probes is None else seed,
+        probes=None if exact else probes,
+        seed=None if exact else seed,
         about=tokenized.described(subject.about),
+        target=label,
     )
 
 

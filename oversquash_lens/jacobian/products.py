@@ -22,13 +22,13 @@ from tqdm import tqdm
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import patterns_are_used
-from oversquash_lens.capture.fused import foreign_hooks, fused_attention, why_not_fused
-from oversquash_lens.capture.hooks import NamedHook, attached, full_precision, last_logits_only, without_cache
+from oversquash_lens.capture.fused import fused_attention, fused_shows_heads
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, full_precision, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
-from oversquash_lens.errors import HookMismatchError, InputError, ModelError
-from oversquash_lens.memory import BASE, MEMORY_VARIABLE, Size, available_bytes, in_words
-from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
+from oversquash_lens.errors import HookMismatchError, ModelError
+from oversquash_lens.jacobian.routes import CARRIED, product_bytes, products_at_once, truth_route
+from oversquash_lens.jacobian.targets import Target
 
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
 ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
@@ -37,12 +37,33 @@ Rows = Float[Tensor, "row one pos d_model"]
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The end of a differentiable pass: y_n as `output`, what the unembedding read, and its logits, in one graph."""
+
+    output: Float[Tensor, " d_model"]
+    read: Float[Tensor, "one some d_model"]
+    logits: Float[Tensor, " d_vocab"]
+    gain: Float[Tensor, " d_model"] | None
+    """What folding has moved from y_n into the unembedding; None where nothing."""
+
+    def covector(self, target: Target) -> Float[Tensor, " d_model"]:
+        """∂F/∂y_n, F being the target."""
+        (gradient,) = torch.autograd.grad(target.of(self.logits), self.read, retain_graph=True)
+        found = gradient[0, -1].detach()
+        return found if self.gain is None else torch.where(self.gain == 0, 0, found / self.gain).to(found)
+
+
+@dataclass(frozen=True)
 class WholeGraph:
     """A pass whose whole graph is kept: y_n, and the residuals entering the first block that it is a function of."""
 
-    output: Float[Tensor, " d_model"]
+    prediction: Prediction
     leaf: Float[Tensor, "one pos d_model"]
     bytes_per_product: int
+
+    @property
+    def output(self) -> Float[Tensor, " d_model"]:
+        return self.prediction.output
 
     def products(
         self, covectors: Float[Tensor, "row d_model"], memory: int, progress: bool
@@ -80,13 +101,17 @@ class Checkpointed:
     `frozen` are the hooks that hold parts of it fixed, `fused` whether attention is.
     """
 
-    output: Float[Tensor, " d_model"]
+    prediction: Prediction
     top: Float[Tensor, "one pos d_model"]
     calls: list[BlockCall]
     bytes_per_product: int
     subject: Subject
     frozen: list[NamedHook]
     fused: bool
+
+    @property
+    def output(self) -> Float[Tensor, " d_model"]:
+        return self.prediction.output
 
     @property
     def leaf(self) -> Float[Tensor, "one pos d_model"]:
@@ -110,17 +135,36 @@ class Checkpointed:
 
     def _through_block(self, layer: int, rows: Rows, memory: int) -> Rows:
         """Covectors of the residual that leaves the block become those of the one that enters it."""
-        caught: dict[str, Tensor] = {}
-        first = [_leaf_hook(caught)] if layer == 0 else []
-        with _differentiable(self.subject, [*first, *self.frozen], self.fused):
-            leaf = self.calls[layer].residual().detach().requires_grad_()
-            leaving = self.calls[layer].repeat(leaf)
-            self._check_same(layer, leaving.detach())
-            leaf, batch = caught.get("leaf", leaf), products_at_once(leaf.shape[1], memory, self.bytes_per_product)
+        with self.block(layer) as (leaf, leaving, _):
+            batch = products_at_once(leaf.shape[1], memory, self.bytes_per_product)
             for part in rows.split(batch):  # views: each batch's rows take the place of their covectors
                 part.copy_(vjp(leaving, leaf, part))
         checks.check_finite(f"layer {layer}, the derivative of the unembedding's input", rows)
         return rows
+
+    @contextmanager
+    def block(self, layer: int, watched: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """A block run again: the residual that enters it, the one that leaves it, and what `watched` hooks showed.
+
+        `watched` are keys of LAYER_HOOKS. All of it is in one graph, in which the first is the leaf.
+        """
+        caught: dict[str, Tensor] = {}
+        hooks = [_leaf_hook(caught)] if layer == 0 else []
+        hooks += [(f"blocks.{layer}.{LAYER_HOOKS[key]}", _watching_hook(caught, key)) for key in watched]
+        with _differentiable(self.subject, [*hooks, *self.frozen], self.fused):
+            leaf = self.calls[layer].residual().detach().requires_grad_()
+            leaving = self.calls[layer].repeat(leaf)
+            self._check_same(layer, leaving.detach())
+            yield caught.pop("leaf", leaf), leaving, caught
+
+    def block_at(
+        self, layer: int, residual: Float[Tensor, "one pos d_model"], watched: Sequence[str] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What leaves a block, and what `watched` hooks show, where this residual enters it; without a graph."""
+        caught: dict[str, Tensor] = {}
+        hooks = [(f"blocks.{layer}.{LAYER_HOOKS[key]}", _watching_hook(caught, key)) for key in watched]
+        with _differentiable(self.subject, [*hooks, *self.frozen], self.fused), torch.no_grad():
+            return self.calls[layer].repeat(residual), caught
 
     def _check_same(self, layer: int, leaving: Tensor) -> None:
         """Dropout, or a user's hook that does another thing at its second call, would make it another function."""
@@ -154,31 +198,46 @@ def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable
     return _with_checkpoints(subject, tokenized, frozen, one, fused=route == "fused")
 
 
+def checkpointed(subject: Subject, tokenized: TokenizedPrompt) -> Checkpointed:
+    """As `differentiate`, always a block at a time; fused where it pays and where hooks show what heads write."""
+    n = len(tokenized.ids)
+    route = truth_route(subject, n)
+    fused = route == "fused" and fused_shows_heads(subject.model)
+    one = product_bytes(subject.size, n, "fused" if fused else "blocks")
+    return _with_checkpoints(subject, tokenized, [], one, fused=fused)
+
+
 def vjp(
     output: Tensor, leaf: Float[Tensor, "one pos d_model"], covectors: Float[Tensor, "row ..."]
 ) -> Float[Tensor, "row one pos d_model"]:
     """Each covector · ∂output/∂leaf, in float32 at least. Several go through the graph together, one goes alone."""
+    return vjps(output, [leaf], covectors)[0]
+
+
+def vjps(output: Tensor, leaves: Sequence[Tensor], covectors: Float[Tensor, "row ..."]) -> list[Tensor]:
+    """As `vjp`, by each of several leaves of one graph."""
     covectors, dtype = covectors.to(output.device), output.dtype
     if dtype != torch.float16:
-        rows = _gradients(output, leaf, covectors.to(dtype))
-        return rows.to(torch.promote_types(dtype, torch.float32))
+        found = _gradients(output, leaves, covectors.to(dtype))
+        return [rows.to(torch.promote_types(dtype, torch.float32)) for rows in found]
     # Small derivatives would be 0 in float16: there they pass through lifted.
     size = covectors.float().flatten(1).norm(torch.inf, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     unit = covectors.float() / size.view(-1, *[1] * output.ndim)
     for lift in LIFTS:
-        rows = _gradients(output, leaf, (unit * lift).to(dtype)).float() / lift
-        if torch.isfinite(rows).all():
+        found = [rows.float() / lift for rows in _gradients(output, leaves, (unit * lift).to(dtype))]
+        if all(bool(torch.isfinite(rows).all()) for rows in found):
             break
-    return rows * size.view(-1, 1, 1, 1).to(rows)
+    return [rows * size.view(-1, *[1] * (rows.ndim - 1)).to(rows) for rows in found]
 
 
-def _gradients(output: Tensor, leaf: Tensor, covectors: Float[Tensor, "row ..."]) -> Tensor:
+def _gradients(output: Tensor, leaves: Sequence[Tensor], covectors: Float[Tensor, "row ..."]) -> list[Tensor]:
     """One product for each covector; anomaly detection asks for numbers that a batch of products has not."""
+    keep: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     with full_precision(output.device):
         if len(covectors) == 1 or torch.is_anomaly_enabled():
-            rows = [torch.autograd.grad(output, leaf, each, retain_graph=True)[0] for each in covectors]
-            return torch.stack(rows)
-        return torch.autograd.grad(output, leaf, covectors, is_grads_batched=True, retain_graph=True)[0]
+            rows = [torch.autograd.grad(output, leaves, each, **keep) for each in covectors]
+            return [torch.stack(each) for each in zip(*rows, strict=True)]
+        return list(torch.autograd.grad(output, leaves, covectors, is_grads_batched=True, **keep))
 
 
 # ------------------------------------------------------------ the pass
@@ -190,8 +249,8 @@ def _with_whole_graph(
     """Run the model once with a leaf at the first residual, and keep the graph."""
     caught: dict[str, Tensor] = {}
     with _differentiable(subject, [_leaf_hook(caught), _output_hook(subject.architecture, caught), *frozen]):
-        _run(subject, tokenized)
-    return WholeGraph(_prediction_input(caught["output"], subject.architecture), caught["leaf"], bytes_per_product)
+        prediction = _run(subject, tokenized, caught)
+    return WholeGraph(prediction, caught["leaf"], bytes_per_product)
 
 
 def _with_checkpoints(
@@ -203,13 +262,12 @@ def _with_checkpoints(
     blocks = list(subject.model.blocks)
     hooks = [_output_hook(subject.architecture, caught), *frozen]
     with _differentiable(subject, hooks, fused), _calls_kept(blocks, calls, caught):
-        _run(subject, tokenized)
+        prediction = _run(subject, tokenized, caught)
     if len(calls) != len(blocks) or "top" not in caught:
         raise HookMismatchError(
             f"{len(calls)} of {len(blocks)} blocks ran; expected each to run once: a plain forward pass"
         )
-    output = _prediction_input(caught["output"], subject.architecture)
-    return Checkpointed(output, caught["top"], calls, bytes_per_product, subject, frozen, fused)
+    return Checkpointed(prediction, caught["top"], calls, bytes_per_product, subject, frozen, fused)
 
 
 @contextmanager
@@ -230,9 +288,11 @@ def _ignore(layer: int, key: str, value: Tensor) -> None:
     """What fused attention tells a recording is of no use here."""
 
 
-def _run(subject: Subject, tokenized: TokenizedPrompt) -> None:
+def _run(subject: Subject, tokenized: TokenizedPrompt, caught: dict[str, Tensor]) -> Prediction:
     """One forward pass; ids made in inference mode cannot be differentiated behind."""
-    subject.model(tokenized.batch(subject.model).clone(), **without_cache(subject.model))
+    logits = subject.model(tokenized.batch(subject.model).clone(), **without_cache(subject.model))
+    output = _prediction_input(caught["read"][0, -1], subject.architecture)
+    return Prediction(output, caught["read"], logits[0, -1], subject.architecture.restore_gain)
 
 
 @contextmanager
@@ -280,13 +340,20 @@ def _leaf_hook(caught: dict[str, Tensor]) -> NamedHook:
     return f"blocks.0.{LAYER_HOOKS['residual']}", start
 
 
+def _watching_hook(caught: dict[str, Tensor], key: str) -> Hook:
+    """Keeps what a hook shows, as a part of the graph: what it returns is what the model goes on with."""
+
+    def watch(value: Tensor, hook: Any = None) -> Tensor:
+        caught[key] = value.clone()
+        return caught[key]
+
+    return watch
+
+
 def _output_hook(architecture: Architecture, caught: dict[str, Tensor]) -> NamedHook:
     """Where gradients begin: what the unembedding reads at the last position."""
 
-    def end(y: Tensor, hook: Any = None) -> None:
-        caught["output"] = y[0, -1]
-
-    return architecture.final_hooks()["prediction_input"], end
+    return architecture.final_hooks()["prediction_input"], _watching_hook(caught, "read")
 
 
 def _freezing_hooks(architecture: Architecture, freeze: tuple[str, ...]) -> list[NamedHook]:
@@ -318,101 +385,3 @@ def _check_patterns_are_used(subject: Subject, tokenized: TokenizedPrompt) -> No
             f"{subject.about.model}: halving its attention patterns changes nothing; expected hook_pattern to be "
             "what the model uses: freezing attention is not possible with this model class"
         )
-
-
-BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
-TOGETHER = (
-    1024  # positions of all products of a batch: where a few keep a processor busy, more only fight for its cache
-)
-TRUTH_ROUTES = ("whole", "blocks", "fused")  # the whole graph, one block's at a time, and that without [dest, src]
-FUSED_FROM = 512  # tokens; shorter prompts gain nothing, and their truth is to the last digit what the class computes
-COMFORT = 4  # a graph that takes less than one part in so many of the memory that is there is kept whole
-CARRIED = 3  # rows of covectors from block to block, what becomes of them, and one batch's of each
-# What autograd keeps of one layer: multiples of its activations, and of its [head, dest, src].
-GRAPH = {"bridge": (1, 1), "hooked": (2, 3)}
-FUSED = 8  # vectors of all heads that fused attention keeps besides: turned, repeated for each head, mixed
-ALIVE = 0.4  # of the memory set aside for a batch of backward products, what they are seen to take
-SPECTRAL = 4  # whole Jacobians, their copy, their Gram matrices and the eigenvalues' work space
-MAPS = 8  # copies of a block of rows, all heads, that bounds and estimate work with
-MOST_FROZEN = 2048  # tokens; of more, the truth is measured as it is and not also with attention or norms frozen
-
-
-def truth_route(subject: Subject, n: int, freeze: Iterable[str] = ()) -> str:
-    """One of `TRUTH_ROUTES`: how the truth of n tokens is measured with the memory that is there now."""
-    model, size = subject.model, subject.size
-    frozen = "attention" in freeze or next(foreign_hooks(model), None) is not None
-    if n >= FUSED_FROM and not frozen and why_not_fused(model, subject.architecture) is None:
-        return "fused"
-    whole = sum(graph_bytes(size, n).values()) + product_bytes(size, n)
-    return "whole" if COMFORT * whole <= available_bytes(subject.device) else "blocks"
-
-
-def products_at_once(n: int, memory: int, one: int) -> int:
-    """Backward products in a batch, each of which takes `one` bytes of `memory`."""
-    return max(1, min(BATCH, memory // one, TOGETHER // n))
-
-
-def product_bytes(size: Size, n: int, route: str = "whole") -> int:
-    """About what one backward product keeps alive at its widest: attention of one layer, or its MLP."""
-    attention = 0 if route == "fused" else 4 * size.n_heads * n * n
-    widest = max(attention, 4 * n * (size.d_mlp or 4 * size.d_model))
-    return (widest + 6 * n * size.d_model) * size.itemsize
-
-
-def graph_bytes(size: Size, n: int, route: str = "whole") -> dict[str, int]:
-    """One forward pass that can be differentiated, the backward products left out."""
-    linear, square = GRAPH[size.kind]
-    heads = n * size.n_heads * size.d_head * size.itemsize
-    layer = linear * size.position(n) + (FUSED * heads if route == "fused" else square * size.scores(n))
-    if size.kind == "hooked":  # grouped keys and values, repeated for every head, and their gradients' way back
-        layer += 2 * size.d_model * size.d_head * size.n_heads * size.itemsize
-    rest = {"the unembedding": size.unembedding, "the libraries": BASE}
-    if route == "whole":
-        return {"the graph of all layers": size.n_layers * layer} | rest
-    residuals = (size.n_layers + 1) * n * size.d_model * size.itemsize
-    return {"the graph of one layer": layer, "the residuals between layers": residuals} | rest
-
-
-def truth_bytes(
-    size: Size, n: int, products: int, memory: int, spectral: bool = False, route: str = "whole"
-) -> dict[str, int]:
-    """The most that measuring the truth by `products` backward products holds at once."""
-    one, row = product_bytes(size, n, route), n * size.d_model * max(4, size.itemsize)
-    chunk = min(products, products_at_once(n, memory, one))
-    carried = chunk if route == "whole" else max(1, min(products, memory // (CARRIED * row)))
-    at_once = round(ALIVE * chunk * one) + (2 if route == "whole" else CARRIED) * carried * row
-    if spectral:
-        at_once += SPECTRAL * min(max(memory, jacobian_bytes(size)), n * jacobian_bytes(size))
-    return graph_bytes(size, n, route) | {"a batch of backward products": at_once}
-
-
-def jacobian_bytes(size: Size) -> int:
-    """∂y_n/∂v_i of one position."""
-    return size.d_model**2 * size.itemsize
-
-
-def block_bytes(size: Size, n: int) -> dict[str, int]:
-    """A block of rows at work: bounds, estimate and flows take one layer after another, all through the same block."""
-    entries = min(ENTRIES["cpu"], size.n_heads * min(MOST_ROWS, n) * n)
-    return {"a block of rows": MAPS * entries * max(4, size.itemsize), "the libraries": BASE}
-
-
-def fitting_memory(
-    subject: Subject, n: int, memory: int, *, spectral: bool = False, freeze: Iterable[str] = ("attention",)
-) -> int:
-    """`memory` for backward products, or what of it there is: fewer products at a time are a little slower.
-
-    Raises InputError where not even one fits beside the graph. Frozen attention needs most.
-    """
-    size, there = subject.size, available_bytes(subject.device)
-    route = truth_route(subject, n, freeze)
-    fixed = sum(graph_bytes(size, n, route).values())
-    least = sum(truth_bytes(size, n, 1, 0, spectral, route).values())
-    if least > there:
-        raise InputError(
-            f"the truth of {n} tokens needs at least {in_words(least)} of memory beyond what is in use, "
-            f"{in_words(fixed)} of it for the graph, and {in_words(there)} are there; expected less than that: take a "
-            f"shorter prompt, free some memory, or set {MEMORY_VARIABLE} if you know of more"
-        )
-    each = (ALIVE + 0.1 if route == "whole" else ALIVE + 1.1) + (SPECTRAL if spectral else 0)
-    return max(1, min(memory, int((there - fixed) / each)))

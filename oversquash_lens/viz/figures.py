@@ -20,10 +20,12 @@ from torch import Tensor
 from oversquash_lens.collapse.curve import CollapseCurve
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import Squashing
 from oversquash_lens.storage import check_place, write_atomically
+from oversquash_lens.swaps.swap import Swap
 from oversquash_lens.sweeps.result import SweepResult
 from oversquash_lens.viz import result_charts
 from oversquash_lens.viz.chart import Chart, Panel, Series
@@ -107,6 +109,26 @@ def flow(flow: Flow | object) -> matplotlib.figure.Figure:
     share or less, darkest at 1.
     """
     return chart(result_charts.map_chart(_checked_flow(flow)))
+
+
+def measured_flow(found: MeasuredFlow | object) -> matplotlib.figure.Figure:
+    """Where the sensitivity runs as measured, as a matplotlib Figure: positions and heads by layer.
+
+    The colour is the size of a share, logarithmic; what is negative is shown by its size.
+    """
+    if not isinstance(found, MeasuredFlow):
+        raise InputError(f"expected what measured_flow returns, got a {type(found).__name__}: call it first")
+    return chart(result_charts.measured_flow_chart(found))
+
+
+def swap(found: Swap | object) -> matplotlib.figure.Figure:
+    """A swap as a matplotlib Figure: where the prompts differ, and what patched residuals and heads carry, by layer.
+
+    The colour is the size of a number, logarithmic from 0.01 to 1; nodes that were not patched are gaps.
+    """
+    if not isinstance(found, Swap):
+        raise InputError(f"expected what swap returns, got a {type(found).__name__}: call it first")
+    return chart(result_charts.swap_chart(found))
 
 
 def heads(flow: Flow | object) -> matplotlib.figure.Figure:

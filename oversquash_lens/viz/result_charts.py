@@ -13,9 +13,11 @@ from torch import Tensor
 from oversquash_lens.collapse.curve import CollapseCurve
 from oversquash_lens.collapse.precision import number_format
 from oversquash_lens.errors import InputError
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import ROWS
 from oversquash_lens.paths.squashing import Squashing
+from oversquash_lens.swaps.swap import Swap
 from oversquash_lens.sweeps.result import Bands, SweepResult
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route, Series, Verdict
 from oversquash_lens.viz.style import short
@@ -202,6 +204,63 @@ def _check(flow: Flow) -> None:
 
 def _rows(values: Float[Tensor, "row column"]) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, values.tolist()))
+
+
+# -- measured: a flow, and two prompts ---------------------------------------------------------------------------
+
+
+def measured_flow_chart(found: MeasuredFlow) -> Chart:
+    """Layer × position map of a measured flow's shares, and layer × head map of their sizes."""
+    n, n_heads = len(found.tokens), max(1, found.head.shape[1])
+    layers = tuple(range(len(found.stays)))
+    widths = Series("effective width", (*layers, len(layers)), tuple(found.width.tolist()))
+    stays = Series("stays", layers, tuple(found.stays.tolist()))
+    share = "share of the squared sensitivity"
+    names = tuple(map(visible_token, found.tokens))
+    maps = [Panel("positions", "token", "layer", (widths,), heat=_sized(found.node, 0.1 / n, share), x_names=names)]
+    if found.head.shape[1]:
+        heat = _sized(found.head, 0.1 / (n_heads + 1), f"size of the {share}")
+        maps.append(Panel("heads", "head", "layer", (stays,), heat=heat, x_names=tuple(map(str, range(n_heads)))))
+    most = found.negative.max().item()
+    notes = (f"conserved within {found.conservation:.0e}; negative shares sum to at most {most:.0%} of a layer",)
+    source = "all tokens" if found.source is None else f"source {found.source}"
+    title = f"Where the sensitivity runs, measured: {found.target or 'all outputs'}, {source}"
+    return Chart("measured", title, tuple(maps), (), str(found.about), notes=notes, columns=1)
+
+
+def swap_chart(found: Swap) -> Chart:
+    """Layer × position maps: where two prompts differ, and how much of the effect each patched residual carries."""
+    names = tuple(
+        visible_token(old if old == new else f"{old}→{new}")
+        for old, new in zip(found.tokens, found.swapped, strict=True)
+    )
+    heads = tuple(range(len(found.patched_heads)))
+    largest = found.patched_heads.nan_to_num(0).abs()
+    carried = Series(
+        "largest head", heads, tuple(largest.amax(-1).tolist()) if largest.numel() else (0.0,) * len(heads)
+    )
+    sums = Series("sum of the layer", tuple(range(len(found.patched))), tuple(found.additivity.tolist()))
+    apart, effect = "‖Δx‖/‖x‖", "size of the share of the effect"
+    panels = (
+        Panel("where the prompts differ", "token", "layer", heat=_sized(found.spread, 0.01, apart), x_names=names),
+        Panel("residuals patched", "token", "layer", (sums,), heat=_sized(found.patched, 0.01, effect), x_names=names),
+        Panel(
+            "heads patched",
+            "head",
+            "layer",
+            (carried,),
+            heat=_sized(found.patched_heads, 0.01, effect),
+            x_names=tuple(map(str, range(found.patched_heads.shape[1]))),
+        ),
+    )
+    title = f"A swap: {found.target} {found.before:.3g} → {found.after:.3g}"
+    kept = panels if found.patched_heads.numel() else panels[:2]
+    return Chart("swap", title, kept, (), str(found.about), columns=1)
+
+
+def _sized(values: Float[Tensor, "row column"], low: float, label: str) -> Heat:
+    """Sizes of signed numbers as a map; what is not known is a gap."""
+    return Heat(_rows(values.double().abs()), low=low, high=1.0, label=label)
 
 
 # -- a collapse curve ------------------------------------------------------------------------------------------

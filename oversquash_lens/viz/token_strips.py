@@ -15,6 +15,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import PathProfile
+from oversquash_lens.swaps.substitution import Substitution
 from oversquash_lens.viz.html import View, inert
 from oversquash_lens.viz.words import colour_key, guide, place, rounded, visible_token
 
@@ -163,13 +164,15 @@ class Rows(NamedTuple):
         return 0.1 / len(self.tokens)
 
 
-def input_rows(result: PathProfile | MeasuredSensitivity | object) -> Rows:
+def input_rows(result: PathProfile | MeasuredSensitivity | Substitution | object) -> Rows:
     """The one row of shares of each input position."""
-    if not isinstance(result, PathProfile | MeasuredSensitivity):
+    if not isinstance(result, PathProfile | MeasuredSensitivity | Substitution):
         raise InputError(
-            f"expected a result of path_bound, mean_field_sensitivity or measured_sensitivity, got {kind_of(result)}: "
-            "call one of them first"
+            "expected a result of path_bound, mean_field_sensitivity, measured_sensitivity or substitution, got "
+            f"{kind_of(result)}: call one of them first"
         )
+    if isinstance(result, Substitution) and result.spans != tuple((i, i + 1) for i in range(len(result.tokens))):
+        raise InputError("expected a substitution of every token by itself, got one of spans: leave positions= out")
     return _checked(Rows(result.tokens, result.share.detach().cpu().double()[None], [""], [""], SHARE))
 
 

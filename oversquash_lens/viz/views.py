@@ -15,6 +15,7 @@ from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import HeavyEdge, heaviest_by_layer
 from oversquash_lens.paths.recursion import ROWS, PathProfile
+from oversquash_lens.swaps.substitution import Substitution
 from oversquash_lens.viz.html import View, Views
 from oversquash_lens.viz.token_strips import (
     SHARE,
@@ -56,8 +57,10 @@ __all__ = [
 NEW = "‹+›"  # stands before a token that an edit put in
 
 
-def positions(result: PathProfile | MeasuredSensitivity | object) -> View:
+def positions(result: PathProfile | MeasuredSensitivity | Substitution | object) -> View:
     """Tokens of the prompt, coloured by their share in the last output's sensitivity; hover shows the share.
+
+    Of a `substitution` it is their share in how far the last output moves when they are replaced.
 
     Shares are dimensionless and sum to 1. The colour is logarithmic and the same in every view of a prompt:
     none at a tenth of a uniform share (0.1/n) or less, full at 1. Beyond 512 tokens the 192 with the largest
@@ -66,7 +69,7 @@ def positions(result: PathProfile | MeasuredSensitivity | object) -> View:
     return side_by_side(result)[0]
 
 
-def side_by_side(*results: PathProfile | MeasuredSensitivity | object) -> tuple[View, ...]:
+def side_by_side(*results: PathProfile | MeasuredSensitivity | Substitution | object) -> tuple[View, ...]:
     """As `positions`, several results on the same tokens, binned in the same places, for comparison."""
     if not results:
         raise InputError("expected one or more, such as path_bound's and measured_sensitivity's, got no result")

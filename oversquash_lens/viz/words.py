@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import PathProfile
+from oversquash_lens.swaps.substitution import Substitution
 
 DASH = "–"  # stands for a number that is not known
 LONGEST_TOKEN = 64  # characters shown of one token
@@ -25,6 +26,7 @@ MEANINGS = {
 }
 NAMES = {
     "truth": "Measured truth",
+    "substitution": "Measured by replacing",
     "mean_field": "Mean-field estimate",
     "proof": "Paper’s bound",
     "proof, β = 1": "Paper’s bound with β = 1",
@@ -132,14 +134,20 @@ def measure_name(kind: str) -> str:
     return NAMES.get(kind, kind)
 
 
-def title_and_gloss(result: PathProfile | MeasuredSensitivity | Flow | object, topic: str = "Flow") -> tuple[str, str]:
+def title_and_gloss(
+    result: PathProfile | MeasuredSensitivity | Substitution | Flow | object, topic: str = "Flow"
+) -> tuple[str, str]:
     """Name of the result, and what it is; `topic` is what is shown of a flow."""
     if isinstance(result, Flow):
         source = "all tokens" if result.source is None else f"{source_named(result)} alone"
         return topic, f"{measure_name(result.kind)}, paths from {source} to the last one"
     if isinstance(result, PathProfile):
         return measure_name(result.kind), GLOSSES.get(result.kind, "")
+    if isinstance(result, Substitution):
+        return NAMES["substitution"], f"how far the last output moves when this token is replaced, {result.method}"
     assert isinstance(result, MeasuredSensitivity)
+    if result.target:
+        return f"{NAMES['truth']}, of the {result.target}", "how far it moves with this token’s embedding: exact"
     how = "exact, by autograd" if result.exact else f"by autograd, {result.probes} random probes"
     frozen = f", {' and '.join(result.freeze)} frozen" if result.freeze else ""
     return NAMES["truth"], f"how far the last output moves with this token’s embedding: {how}{frozen}"

@@ -1,0 +1,1 @@
+"""What moves when a token is really another one: substitution, swaps, activation patching."""
