@@ -152,7 +152,7 @@ def judge(name: str, kind: str, seeds: tuple[int, ...] = (0,)) -> Cell:
     subjects = [Subject(name, kind, seed) for seed in seeds]
     declared = _declared(subjects[0].model)
     measures, faults = {}, []
-    for measure in MEASURES:
+    for measure in JUDGES:
         verdict = declared[measure]
         try:
             found = _tried(measure, subjects)

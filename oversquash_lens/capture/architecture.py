@@ -218,8 +218,8 @@ def read_architecture(model: Any) -> Architecture:
     name = getattr(cfg, "model_name", None) or "this model"
     if getattr(cfg, "attention_dir", "causal") != "causal":
         raise ModelError(
-            f"{name} has attention that is not causal; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …): "
-            "its measures would not hold, so they are refused"
+            f"{name} has attention that is not causal; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …), "
+            "for which every measure here is made"
         )
     obstacles = _obstacles(model, hooks)
     folded = is_folded(model)
@@ -303,8 +303,9 @@ def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     }
     found = [reason for reason, applies in reasons.items() if applies]
     expected = (
-        "; expected a causal decoder that normalises what attention and MLP read, or nothing (GPT-2, NeoX, Llama, "
-        "Qwen, Gemma, Mixtral, …): its measures would not hold, so they are refused"
+        "; expected query, key and value weights of every head in every block, and norms on what attention and MLP "
+        "read, or none (GPT-2, NeoX, Llama, Qwen, Gemma, Mixtral, …), for a recording to describe it; "
+        "oversquash_lens.support(model) names the measures that remain"
     )
     return [" and ".join(found) + expected] if found else []
 

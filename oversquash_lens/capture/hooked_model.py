@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from oversquash_lens.errors import ModelError
 from oversquash_lens.memory import Size, check_memory, record_bytes
 from oversquash_lens.numerics import to_float64
 
@@ -267,3 +269,44 @@ def check_recording(model: Any, n: int, route: str = "kept", *, verify: bool = F
     name = getattr(model.cfg, "model_name", None) or "this model"
     needed = record_bytes(size_of(model), n, route, verify=verify)
     check_memory(needed, device_of(model), f"recording {n} tokens with {name}")
+
+
+@contextmanager
+def unwrapped(inside: nn.Module) -> Iterator[None]:
+    """Within the block the transformers model has its own modules back, where the bridge put components around them."""
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    waiting, seen = [inside], {id(inside)}
+    while waiting:
+        owner = waiting.pop()
+        for name, child in list(owner._modules.items()):
+            own = child
+            while own is not None and own._modules.get("_original_component") is not None:
+                own = own._modules["_original_component"]
+            if own is not child and child is not None:
+                before.append((owner, name, child))
+                owner._modules[name] = own
+            if own is not None and id(own) not in seen:
+                seen.add(id(own))
+                waiting.append(own)
+    try:
+        yield
+    finally:
+        for owner, name, child in before:
+            owner._modules[name] = child
+
+
+def refuse_dropout(modules: Sequence[nn.Module], name: str) -> None:
+    """A module in training mode that drops something out, found by its probability and not by `.training` alone."""
+    for module in modules:
+        if not module.training:
+            continue
+        words = {key: value for key, value in vars(module).items() if "drop" in key or key == "p"}
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            words.pop("p", None)
+        active = {key: value for key, value in words.items() if isinstance(value, float) and value > 0}
+        if active:
+            key, value = next(iter(active.items()))
+            raise ModelError(
+                f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = {value:g}; "
+                "expected a fixed function: call model.eval()"
+            )

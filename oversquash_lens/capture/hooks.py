@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float
@@ -293,9 +293,12 @@ def last_logits_only(model: HookedModel, lengths: Sequence[int] | None = None) -
         handle.remove()
 
 
+needing_cache: WeakSet[Any] = WeakSet()  # models of which a pass without it has failed
+
+
 def without_cache(model: HookedModel) -> dict[str, bool]:
-    """What tells transformers' model inside a bridge to keep no keys and values for tokens to come."""
-    return {"use_cache": False} if hasattr(wrapped_config(model), "use_cache") else {}
+    """What tells transformers' model inside a bridge to keep no keys and values for tokens to come, where it may."""
+    return {"use_cache": False} if model not in needing_cache and hasattr(wrapped_config(model), "use_cache") else {}
 
 
 Store = dict[str, Any]
@@ -310,7 +313,9 @@ def last_token_residual_hooks(model: Any, store: Store, *, detach: bool = True) 
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 
-    architecture = Subject.of(model).architecture
+    subject = Subject.of(model)
+    subject.require("residual hooks")
+    architecture = subject.architecture
     kept = store.setdefault("last_residual", {})
     names = [f"blocks.{i}.{LAYER_HOOKS['residual']}" for i in range(architecture.n_layers)]
     names.append(architecture.final_hooks()["last"])
@@ -334,7 +339,9 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 
-    architecture = Subject.of(model).architecture
+    subject = Subject.of(model)
+    subject.require("path hooks")
+    architecture = subject.architecture
 
     def keeper(key: str, layer: int) -> Hook:
         kept = store.setdefault(key, {})
@@ -345,10 +352,6 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
         return keep
 
     names = architecture.layer_hooks()
-    if f"blocks.0.{LAYER_HOOKS['pattern']}" not in model.hook_dict:
-        raise ModelError(
-            f"{architecture.name} has no hook {LAYER_HOOKS['pattern']!r}; expected one that shows patterns"
-        )
     hooks = {"attention": "pattern", "attention_scale": "attention_scale", "mlp_scale": "mlp_scale"}
     return [
         (f"blocks.{layer}.{names[name]}", keeper(key, layer))

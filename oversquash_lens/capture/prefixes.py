@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
+from oversquash_lens.capture.hooked_model import HookedModel, device_of, is_hooked_transformer, wrapped_model
+from oversquash_lens.capture.hooks import without_cache
 from oversquash_lens.errors import ModelError
 
 TOKENS = 256  # of endings in one pass: enough to fill the cores, few enough for [head, TOKENS, pos] to be small
@@ -153,18 +155,26 @@ def _places(sequences: Sequence[Ids], homes: dict[Ids, Home]) -> tuple[Place, ..
 
 
 def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int = 1) -> Any:
-    """One pass over a sequence, logits left out as far as possible; its key/value cache if that is wanted."""
-    rows = torch.tensor([ids] * batch, device=model.W_E.device)
+    """One pass over a sequence; its key/value cache if that is wanted."""
+    rows = torch.tensor([ids] * batch, device=device_of(model))
+    if not cached:
+        model(rows, **without_cache(model))
+        return None
     if is_hooked_transformer(model):
-        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
-        mask = torch.ones_like(rows) if cached else None
-        model(rows, return_type=None, past_kv_cache=cache, attention_mask=mask)
+        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch)
+        model(rows, past_kv_cache=cache, attention_mask=torch.ones_like(rows))
         return cache
     from transformers import DynamicCache
 
-    cache = DynamicCache() if cached else None
-    model(rows, logits_to_keep=1, past_key_values=cache, use_cache=cached)
+    cache = DynamicCache()
+    model(rows, use_cache=True, **{cache_argument(model): cache})
     return cache
+
+
+def cache_argument(model: HookedModel) -> str:
+    """What transformers' model inside a bridge calls the keys and values that came before: newer versions say cache."""
+    known = signature(wrapped_model(model).forward).parameters
+    return "cache" if "cache" in known and "past_key_values" not in known else "past_key_values"
 
 
 def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
@@ -189,28 +199,27 @@ def tree_positions(forks: Sequence[int], sizes: Sequence[int]) -> Int[Tensor, " 
 
 
 def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
-    device, n = model.W_E.device, len(trunk.ids)
+    device, n = device_of(model), len(trunk.ids)
     for numbered in _chunks(list(enumerate(trunk.branches)), lambda pair: len(pair[1].suffix)):
         branches = [branch for _, branch in numbered]
         forks, sizes = [b.fork for b in branches], [len(b.suffix) for b in branches]
         seen = tree_mask(forks, sizes, n).to(device)
-        mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
+        mask = torch.zeros(seen.shape, dtype=next(model.parameters()).dtype, device=device)
         mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
         with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
             model(
                 torch.tensor([[token for b in branches for token in b.suffix]], device=device),
-                past_key_values=cache,
                 use_cache=True,
                 attention_mask=mask[None, None],
                 position_ids=tree_positions(forks, sizes)[None].to(device),
-                logits_to_keep=1,
+                **{cache_argument(model): cache},
             )
         cache.crop(-sum(sizes))  # what this pass added: newer versions take no positive length
 
 
 def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
-    device, n = model.W_E.device, len(trunk.ids)
+    device, n = device_of(model), len(trunk.ids)
     cache.freeze()
     keys = [(entry.past_keys, entry.past_values) for entry in cache.entries]
     numbered = sorted(enumerate(trunk.branches), key=lambda pair: len(pair[1].suffix))
@@ -225,7 +234,7 @@ def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> 
             cache.previous_attention_mask = (torch.arange(n, device=device) < forks[:, None]).int()
             ids = torch.tensor([branch.suffix for _, branch in some], device=device)
             with watch([(number, row, 0) for row, (number, _) in enumerate(some)]):
-                model(ids, return_type=None, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
+                model(ids, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
 
 
 def hooked_cache_class() -> Any:

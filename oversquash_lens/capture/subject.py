@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
-from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, size_of
+from oversquash_lens.capture.checks import TOLERANCE
+from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, refuse_dropout, size_of
 from oversquash_lens.capture.hooks import (
     all_modules,
+    attached,
     hooks_fingerprint,
     note_compiled,
     ordinary_tensors,
@@ -25,8 +28,8 @@ from oversquash_lens.capture.hooks import (
     weights_fingerprint,
     without_hooks,
 )
-from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, refuse_dropout, rows_of
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
+from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, rows_of
+from oversquash_lens.capture.tokens import TOKENS, Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 from oversquash_lens.memory import Size
 
@@ -56,6 +59,7 @@ class Subject:
 
     model: HookedModel
     architecture: Architecture
+    function: Function
 
     @classmethod
     def of(cls, model: Any, *, with_hooks: bool = True) -> Subject:
@@ -83,32 +87,24 @@ class Subject:
                 except ModelError as error:
                     known.failures[hooks] = str(error)
                     raise
-        return cls(model, known.architecture)
+        assert known.function is not None, "the proof has made it"
+        return cls(model, known.architecture, known.function)
 
     @cached_property
     def about(self) -> About:
         """The label that every result carries."""
         return describe(self.model, self.architecture)
 
-    @cached_property
-    def support(self) -> dict[str, SupportVerdict]:
-        """Which measures hold, by name, as a recording of the proof's tokens has shown."""
-        known = _known.get(self.model)
-        if known is None or known.function is None:
-            return architecture_support(self.architecture)
-        if known.unrecordable is None:
-            known.unrecordable = _recording_fault(self)
-        return architecture_support(
-            self.architecture,
-            unrecordable=known.unrecordable,
-            patterns_used=known.function.patterns_used,
-            unproven=known.function.not_compared,
-        )
-
     @property
-    def declared(self) -> dict[str, SupportVerdict]:
-        """Which measures hold, by name, as structure and the proof say; no recording is tried."""
-        return architecture_support(self.architecture, patterns_used=self.patterns_used)
+    def support(self) -> dict[str, SupportVerdict]:
+        """Which measures hold, by name, as the proof, the norms and a recording of the proof's tokens have shown."""
+        for fault in _FAULTS:
+            self._find(fault)
+        return architecture_support(self.architecture, self.function)
+
+    def _find(self, fault: str) -> None:
+        if fault not in self.function.later:
+            self.function.later[fault] = _FAULTS[fault](self)
 
     @cached_property
     def size(self) -> Size:
@@ -120,18 +116,11 @@ class Subject:
         """Where the first weight lies."""
         return device_of(self.model)
 
-    @property
-    def patterns_used(self) -> bool:
-        """Whether an edit of the patterns that hooks show reaches what attention mixes."""
-        known = _known.get(self.model)
-        return not self.architecture.delegated and (
-            known is None or known.function is None or known.function.patterns_used
-        )
-
     def require(self, measure: str) -> None:
         """Raise the ModelError that says why, where this measure is refused."""
-        needs_recording = measure in RECORDED
-        refuse_unsupported(self.support if needs_recording else self.declared, measure, self.about.model)
+        if measure in _NEEDS:
+            self._find(_NEEDS[measure])
+        refuse_unsupported(architecture_support(self.architecture, self.function), measure, self.about.model)
 
     def tokenize(self, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
         """The ids of a prompt, by the model's own rule, checked."""
@@ -165,8 +154,8 @@ def _read(model: HookedModel, modules: Sequence[nn.Module]) -> _Known:
         except Exception as error:
             name = getattr(model.cfg, "model_name", None) or "this model"
             raise ModelError(
-                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a causal "
-                "decoder of one kind of blocks"
+                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a "
+                "decoder with an embedding, a list of blocks and an unembedding"
             ) from error
         known = _known[model] = _Known(mark, architecture)
     return known
@@ -174,7 +163,7 @@ def _read(model: HookedModel, modules: Sequence[nn.Module]) -> _Known:
 
 def _prove(model: HookedModel, known: _Known, hooks: tuple) -> None:
     """The user's random numbers go on as if nothing had been drawn."""
-    refuse_dropout(model, known.architecture.name)
+    refuse_dropout([*all_modules(model)], known.architecture.name)
     device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if known.function is None:
@@ -199,10 +188,68 @@ def _recording_fault(subject: Subject) -> str:
     return ""
 
 
+def _loose_norms(subject: Subject) -> str:
+    """Why the norms' divisors cannot be held fixed, empty where they can.
+
+    Each norm that is no query's or key's is called by itself, with its divisor as it is, copied, and doubled.
+    """
+    model, architecture = subject.model, subject.architecture
+    names = [f"blocks.{i}.{name}" for i in range(architecture.n_layers) for name in architecture.scale_hooks()]
+    names += [architecture.final_hooks()["final_scale"]] if architecture.normed else []
+    points, known = model.hook_dict, set()
+    for block in model.blocks:
+        attention = getattr(block, "attn", None)
+        for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)):
+            known |= {id(module) for module in norm.modules()} if isinstance(norm, nn.Module) else set()
+    factor = 1.0
+
+    def scaled(divisor: Tensor, hook: Any = None) -> Tensor:
+        return divisor * factor
+
+    x = torch.linspace(-1, 2, architecture.d_model, dtype=architecture.dtype, device=subject.device)[None, None]
+    for name in names:
+        if name not in points:
+            return f"no hook {name} shows a norm's divisor"
+        norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
+        known |= {id(module) for module in norm.modules()}
+        with torch.no_grad(), subject.surroundings(), without_hooks(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # upstream warns of every edit of a divisor
+            plain = norm(x)
+            with attached(model, [(name, scaled)]):
+                factor = 1.0
+                copied = norm(x)
+                factor = 2.0
+                doubled = norm(x)
+        size = plain.abs().max()
+        if not bool((copied - plain).abs().max() <= TOLERANCE[architecture.dtype] * size):
+            return f"with {name} edited, its norm computes something else than without"
+        if torch.equal(doubled, plain):
+            return f"an edit of {name} does not reach what its norm gives"
+    for owner, name in ((model.blocks, "blocks."), (getattr(model, "ln_final", None), "ln_final")):
+        for inside, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
+            if "norm" in type(module).__name__.lower() and id(module) not in known:
+                return f"its norm {(name + inside).replace('._original_component', '')} shows no divisor"
+    return ""
+
+
+# What is found when first asked for, and which measures ask.
+_FAULTS: dict[str, Callable[[Subject], str]] = {"unrecordable": _recording_fault, "loose_norms": _loose_norms}
+
 STATES = ("supported", "approximate", "refused")
-MEASURES = ("printed bounds", "calibrated", "calibrated_full", "mean_field", "truth", "attention frozen")
-RECORDED = MEASURES[:4]  # what is made of a recording
-FEW = 8  # tokens of the proof: what only longer prompts use is not seen by it
+RECORDED = ("printed bounds", "calibrated", "calibrated_full", "mean_field")  # what is made of a recording
+MEASURES = (
+    *RECORDED,
+    "truth",
+    "attention frozen",
+    "norms frozen",
+    "attention edits",
+    "collapse",
+    "residual hooks",
+    "path hooks",
+)
+
+
+_NEEDS = dict.fromkeys(RECORDED, "unrecordable") | {"norms frozen": "loose_norms"}
 
 
 class SupportVerdict(NamedTuple):
@@ -212,26 +259,55 @@ class SupportVerdict(NamedTuple):
     why: str
 
 
-def architecture_support(
-    architecture: Architecture, *, unrecordable: str = "", patterns_used: bool = True, unproven: str = ""
-) -> dict[str, SupportVerdict]:
-    """Verdicts by measure; `unrecordable`, `patterns_used` and `unproven` are what passes have shown."""
+def architecture_support(architecture: Architecture, function: Function | None = None) -> dict[str, SupportVerdict]:
+    """Verdicts by measure; `function` is what passes have shown.
+
+    Of a structure alone, without it, only what a trace needs is said.
+    """
     experts = "a mixture of experts has no rigorous bound on what its router's choice does"
-    hidden = "attention is computed out of the hooks' sight, so its weights cannot be held fixed"
     printed = [text for text, applies in _unprinted(architecture).items() if applies]
     left_out = [text for text, applies in _left_out(architecture).items() if applies]
-    bound = _refused_if(architecture.experts, experts)
+    bound = _refused_if(experts if architecture.experts else "")
     found = {
         "printed bounds": _approximate(printed),
         "calibrated": bound,
         "calibrated_full": bound,
         "mean_field": _approximate(left_out),
-        "truth": SupportVerdict("supported", "; ".join(filter(None, (unproven, _by_length(architecture))))),
-        "attention frozen": _refused_if(architecture.delegated or not patterns_used, hidden),
+        "truth": SupportVerdict("supported", _by_length(architecture)),
+        "attention frozen": _refused_if(HIDDEN if architecture.delegated else ""),
     }
+    found |= {} if function is None else _shown_support(architecture, function)
+    unrecordable = "" if function is None else function.later.get("unrecordable", "")
     if architecture.obstacle is not None:
         unrecordable = f"{architecture.name} has {architecture.obstacle}"
     return found | dict.fromkeys(RECORDED, SupportVerdict("refused", unrecordable)) if unrecordable else found
+
+
+HIDDEN = (
+    "attention is computed out of the hooks' sight: its weights cannot be held fixed, and it would drop the edit in "
+    "silence"
+)
+
+
+def _shown_support(architecture: Architecture, function: Function) -> dict[str, SupportVerdict]:
+    """Verdicts on what needs no recording, as the proof's passes have shown."""
+    shown = function.shown
+    blank = [str(layer) for layer in range(architecture.n_layers) if layer not in shown.patterns]
+    some = f"{', '.join(blank[:8])}{', …' * (len(blank) > 8)}"
+    none = f"layers {some} show no attention pattern" if len(blank) > 1 else f"layer {some} shows no attention pattern"
+    unseen = none if blank else ""
+    unfrozen = HIDDEN if architecture.delegated else unseen or shown.unused
+    left_out = f"{none}, so attention_shift and self_attention are nan there" if blank else ""
+    notes = "; ".join(filter(None, (function.not_compared, _by_length(architecture))))
+    return {
+        "truth": _refused_if(shown.derivative, notes),
+        "attention frozen": _refused_if(shown.derivative or unfrozen),
+        "norms frozen": _refused_if(shown.derivative or function.later.get("loose_norms", "")),
+        "attention edits": _refused_if(unfrozen),
+        "collapse": _refused_if(shown.residuals, left_out),
+        "residual hooks": _refused_if(shown.residuals),
+        "path hooks": _refused_if(unseen or shown.scales),
+    }
 
 
 def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model: str) -> None:
@@ -246,8 +322,8 @@ def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model
 
 
 def _by_length(architecture: Architecture) -> str:
-    windows = sorted({window for window in architecture.windows if window is not None and window > FEW})
-    return f"windows of {', '.join(map(str, windows))} are longer than the {FEW} tokens compared" if windows else ""
+    windows = sorted({window for window in architecture.windows if window is not None and window > TOKENS})
+    return f"windows of {', '.join(map(str, windows))} are longer than the {TOKENS} tokens compared" if windows else ""
 
 
 def _unprinted(architecture: Architecture) -> dict[str, bool]:
@@ -274,5 +350,5 @@ def _approximate(reasons: list[str]) -> SupportVerdict:
     return SupportVerdict("approximate", "; ".join(reasons)) if reasons else SupportVerdict("supported", "")
 
 
-def _refused_if(applies: bool, why: str) -> SupportVerdict:
-    return SupportVerdict("refused", why) if applies else SupportVerdict("supported", "")
+def _refused_if(why: str, otherwise: str = "") -> SupportVerdict:
+    return SupportVerdict("refused", why) if why else SupportVerdict("supported", otherwise)

@@ -18,6 +18,7 @@ from torch import Tensor
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.errors import InputError, one_line
 
+TOKENS = 8  # of the proof that a model can be measured
 # A text, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came and says so.
 Prompt = Any
 
@@ -72,6 +73,17 @@ def text_ids(model: Any, text: str, *, bos: bool | None = False) -> tuple[int, .
     """The ids of a piece of text, one token or many, to build prompts from: without BOS, and nothing put behind it."""
     _check_model(model)
     return tuple(_encode(model, text, chat=False, bos=bos, piece=True).tolist())
+
+
+def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "one pos"]]:
+    """Two rows of up to eight ordinary tokens that differ at every position."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ordinary = [i for i in range(d_vocab) if i not in special] or list(range(d_vocab))
+    step = max(1, len(ordinary) // (TOKENS + 3))
+    places = range(1, 1 + step * min(TOKENS, n_ctx), step)
+    rows = [[ordinary[(place + shift) % len(ordinary)] for place in places] for shift in (0, 1)]
+    first, second = (torch.tensor([row], device="cpu") for row in rows)
+    return first, second
 
 
 def _check_model(model: Any) -> None:

@@ -199,6 +199,7 @@ def collapse_curve(
     format overflows.
     """
     subject = Subject.of(model)
+    subject.require("collapse")
     formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
     if not formats:
         raise InputError("expected at least one, such as 'float32', got no dtypes")

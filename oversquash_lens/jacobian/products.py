@@ -17,21 +17,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import foreign_hooks, fused_attention, why_not_fused
 from oversquash_lens.capture.hooks import NamedHook, attached, full_precision, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
-from oversquash_lens.errors import HookMismatchError, InputError, ModelError
+from oversquash_lens.errors import HookMismatchError, InputError
 from oversquash_lens.memory import BASE, MEMORY_VARIABLE, Size, available_bytes, in_words
 from oversquash_lens.paths.blocks import ENTRIES, MOST_ROWS
 
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
-ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
 
 Rows = Float[Tensor, "row one pos d_model"]
 
@@ -145,8 +144,8 @@ def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable
     a pass that is no plain one.
     """
     n, freeze = len(tokenized.ids), tuple(freeze)
-    if "attention" in freeze:
-        _check_patterns_are_used(subject, tokenized)
+    for held in freeze:
+        subject.require(f"{held} frozen")
     route = truth_route(subject, n, freeze)
     one, frozen = product_bytes(subject.size, n, route), _freezing_hooks(subject.architecture, freeze)
     if route == "whole":
@@ -189,7 +188,12 @@ def _with_whole_graph(
 ) -> WholeGraph:
     """Run the model once with a leaf at the first residual, and keep the graph."""
     caught: dict[str, Tensor] = {}
-    with _differentiable(subject, [_leaf_hook(caught), _output_hook(subject.architecture, caught), *frozen]):
+    embedded = subject.function.shown.embedded
+    hooks = [_output_hook(subject.architecture, caught), *frozen]
+    with (
+        _differentiable(subject, hooks if embedded else [_leaf_hook(caught), *hooks]),
+        _leaf_at_embedding(subject, caught) if embedded else nullcontext(),
+    ):
         _run(subject, tokenized)
     return WholeGraph(_prediction_input(caught["output"], subject.architecture), caught["leaf"], bytes_per_product)
 
@@ -280,6 +284,12 @@ def _leaf_hook(caught: dict[str, Tensor]) -> NamedHook:
     return f"blocks.0.{LAYER_HOOKS['residual']}", start
 
 
+def _leaf_at_embedding(subject: Subject, caught: dict[str, Tensor]) -> RemovableHandle:
+    """Where later layers read the embedding, too: it is what enters the first one, so gradients end there."""
+    _, start = _leaf_hook(caught)
+    return subject.model.embed.register_forward_hook(lambda embed, inputs, output: start(output))
+
+
 def _output_hook(architecture: Architecture, caught: dict[str, Tensor]) -> NamedHook:
     """Where gradients begin: what the unembedding reads at the last position."""
 
@@ -309,17 +319,6 @@ def _prediction_input(output: Float[Tensor, " d_model"], architecture: Architect
     return output if architecture.restore_gain is None else output * architecture.restore_gain.to(output)
 
 
-def _check_patterns_are_used(subject: Subject, tokenized: TokenizedPrompt) -> None:
-    """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
-    subject.require("attention frozen")
-    ids = tokenized.batch(subject.model)[:, :ENOUGH]
-    if not patterns_are_used(subject.model, subject.architecture, ids):
-        raise ModelError(
-            f"{subject.about.model}: halving its attention patterns changes nothing; expected hook_pattern to be "
-            "what the model uses: freezing attention is not possible with this model class"
-        )
-
-
 BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
 TOGETHER = (
     1024  # positions of all products of a batch: where a few keep a processor busy, more only fight for its cache
@@ -343,6 +342,8 @@ def truth_route(subject: Subject, n: int, freeze: Iterable[str] = ()) -> str:
     frozen = "attention" in freeze or next(foreign_hooks(model), None) is not None
     if n >= FUSED_FROM and not frozen and why_not_fused(model, subject.architecture) is None:
         return "fused"
+    if not subject.function.shown.linked:
+        return "whole"  # a block is no function of the one before it alone
     whole = sum(graph_bytes(size, n).values()) + product_bytes(size, n)
     return "whole" if COMFORT * whole <= available_bytes(subject.device) else "blocks"
 
