@@ -245,7 +245,7 @@ def read_architecture(model: Any) -> Architecture:
         n_kv_heads=grouped or n_heads,
         d_model=cfg.d_model if weight is None else weight.shape[2],
         d_mlp=block.mlp.W_out.shape[0] if mlp in ("plain", "gated") else 0,
-        n_ctx=cfg.n_ctx,
+        n_ctx=cfg.n_ctx or 1 << 31,  # one that says none reads any length
         norms=norms(model, hooks),
         parallel=parallel(model, hooks),
         shared_norm=parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +22,7 @@ from oversquash_lens.capture.hooked_model import About, HookedModel, describe, d
 from oversquash_lens.capture.hooks import (
     all_modules,
     attached,
+    hooked_places,
     hooks_fingerprint,
     note_compiled,
     ordinary_tensors,
@@ -73,6 +77,7 @@ class Subject:
             return model
         model = uncompiled(model)
         check_class(model)
+        _refuse_modes()
         modules = list(all_modules(model))
         ordinary_tensors(modules)
         note_compiled(model, modules)
@@ -83,7 +88,8 @@ class Subject:
                 raise ModelError(known.failures[hooks])
             if hooks not in known.sequences:
                 try:
-                    _prove(model, known, hooks)
+                    with _described(model):
+                        _prove(model, known, hooks)
                 except ModelError as error:
                     known.failures[hooks] = str(error)
                     raise
@@ -127,10 +133,46 @@ class Subject:
         return tokenize(self.model, prompt, chat=chat, bos=bos)
 
     @contextmanager
+    def failures_named(self, doing: str) -> Iterator[None]:
+        """What the model raises within becomes a ModelError; what a hook of the user's raises is left as it is."""
+        try:
+            yield
+        except (OversquashError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            places = hooked_places(self.model)
+            if places and _raised_by_user(error):
+                raise
+            blamed = f"a hook of yours, on {', '.join(places[:3])}, may be what it comes from; " if places else ""
+            raise ModelError(
+                f"{doing} {self.about.model} ends in {type(error).__name__}: {one_line(error, 160)}; {blamed}expected "
+                "a model whose hooks show what its weights make: see oversquash_lens.support(model)"
+            ) from error
+
+    @contextmanager
     def surroundings(self) -> Iterator[None]:
         """Within the block the model is this thread's own, autocast is off and inference mode is no-grad mode."""
         with surroundings(self.model):
             yield
+
+
+def _raised_by_user(error: BaseException) -> bool:
+    """Whether code that is neither a library's nor ours was running when it was raised, inside of what was."""
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]), "<")
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = max((i for i, name in enumerate(files) if name.startswith(libraries[1])), default=0)
+    return any("site-packages" not in name and not name.startswith(libraries) for name in files[ours:])
+
+
+def _refuse_modes() -> None:
+    """Inside torch.func's transforms, and under fake tensors, no numbers are made."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OversquashError(
+            "expected ordinary tensors, got a call inside a torch.func transform (vmap, grad, jvp, …): measure outside "
+            "it"
+        )
+    if torch._guards.detect_fake_mode() is not None:
+        raise OversquashError("expected ordinary tensors, got a call under FakeTensorMode: measure outside it")
 
 
 def support(model: Any) -> dict[str, SupportVerdict]:
@@ -147,18 +189,25 @@ def _read(model: HookedModel, modules: Sequence[nn.Module]) -> _Known:
     mark = (weights_fingerprint(model), settings_fingerprint(model, modules))
     known = _known.get(model)
     if known is None or known.mark != mark:
-        try:
+        with _described(model):
             architecture = read_architecture(model)
-        except OversquashError:
-            raise
-        except Exception as error:
-            name = getattr(model.cfg, "model_name", None) or "this model"
-            raise ModelError(
-                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a "
-                "decoder with an embedding, a list of blocks and an unembedding"
-            ) from error
         known = _known[model] = _Known(mark, architecture)
     return known
+
+
+@contextmanager
+def _described(model: HookedModel) -> Iterator[None]:
+    """An error of any other kind, while a model is read and proven, is about what cannot be read of it."""
+    try:
+        yield
+    except (OversquashError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        name = getattr(model.cfg, "model_name", None) or "this model"
+        raise ModelError(
+            f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a decoder with an "
+            "embedding, a list of blocks and an unembedding, and a cfg that is true of it"
+        ) from error
 
 
 def _prove(model: HookedModel, known: _Known, hooks: tuple) -> None:

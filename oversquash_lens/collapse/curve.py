@@ -213,7 +213,7 @@ def collapse_curve(
     found: dict[str, dict[str, Tensor]] = {}
     shared = True
     for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
-        with computing_in(subject.model, computing):
+        with subject.surroundings(), computing_in(subject.model, computing), subject.failures_named("reading"):
             run = PairRun(_computing(subject, computing), pairs, share)
             repeated = run.repeat([lengths.index(k) for k in floor_at])
             for one in stores:

@@ -120,13 +120,14 @@ def measured_sensitivity(
     subject.require("truth")
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
-    differentiated = differentiate(subject, tokenized, freeze)
-    if probes is None:
-        values = exact_norms(differentiated, (norm,), memory, progress)[norm]
-        error = torch.zeros_like(values)
-    else:
-        rows, _ = probe_rows(differentiated, probes, seed, memory, progress)
-        values, error = frobenius_estimate(rows)
+    with subject.failures_named("differentiating"):
+        differentiated = differentiate(subject, tokenized, freeze)
+        if probes is None:
+            values = exact_norms(differentiated, (norm,), memory, progress)[norm]
+            error = torch.zeros_like(values)
+        else:
+            rows, _ = probe_rows(differentiated, probes, seed, memory, progress)
+            values, error = frobenius_estimate(rows)
     return MeasuredSensitivity(
         tokens=tokenized.tokens,
         values=values,
@@ -285,7 +286,8 @@ def probe_corrected_sensitivity(
     subject.require("truth")
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     trace = record_tokens(subject.model, tokenized, node_probes=node_probes, seed=seed)
-    rows, _ = probe_rows(differentiate(subject, tokenized), probes, seed, memory, progress)
+    with subject.failures_named("differentiating"):
+        rows, _ = probe_rows(differentiate(subject, tokenized), probes, seed, memory, progress)
     probed = rows.double().square().sum(-1).mean(0).sqrt()
     return corrected(mean_field_sensitivity(trace), probed, trace.about, probes, level, seed)
 

@@ -9,6 +9,7 @@ no [dest, src] is made at all, and memory is O(n) throughout.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,12 +222,14 @@ def _differentiable(subject: Subject, hooks: Sequence[NamedHook], fused: bool = 
     """Hooks attached behind the user's own, gradients on whatever the caller's mode is, logits of the last token."""
     model = subject.model
     with (
+        warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.enable_grad(),
         last_logits_only(model),
         attached(model, hooks),
         fused_attention(model, _ignore) if fused else nullcontext(),
     ):
+        warnings.filterwarnings("ignore", module="transformer_lens")  # it warns of every edit of a divisor
         yield
 
 
@@ -320,9 +323,7 @@ def _prediction_input(output: Float[Tensor, " d_model"], architecture: Architect
 
 
 BATCH = 64  # backward products at a time even where memory allows more: no faster beyond, and the progress bar moves
-TOGETHER = (
-    1024  # positions of all products of a batch: where a few keep a processor busy, more only fight for its cache
-)
+TOGETHER = 1024  # positions of all products of a batch: more only fight for a processor's cache
 TRUTH_ROUTES = ("whole", "blocks", "fused")  # the whole graph, one block's at a time, and that without [dest, src]
 FUSED_FROM = 512  # tokens; shorter prompts gain nothing, and their truth is to the last digit what the class computes
 COMFORT = 4  # a graph that takes less than one part in so many of the memory that is there is kept whole
