@@ -91,7 +91,8 @@ def prove_function(model: HookedModel, architecture: Architecture) -> Function:
     with without_hooks(model):
         watched = _Watched(model, architecture)
         caught: dict[str, Tensor] = {}
-        with model.embed.register_forward_hook(watched.begin):
+        last = getattr(model, "ln_final", model.unembed)
+        with model.embed.register_forward_hook(watched.begin), last.register_forward_pre_hook(watched.end):
             own = _first_predictions(model, first, architecture.name, watched, caught)
         _refuse_not_finite(model, own, architecture)
         shown = watched.shown(caught.pop("y"), repeatable=model not in needing_cache)
@@ -238,6 +239,10 @@ class _Watched:
         """Forward hook of the embedding, which begins a graph, too."""
         return self._leaf("embed", output) if isinstance(output, Tensor) else None
 
+    def end(self, norm: nn.Module, inputs: tuple) -> None:
+        """Forward pre-hook of what comes behind the last block."""
+        self.values["end"] = inputs[0].detach()
+
     def _leaf(self, name: str, value: Tensor) -> Tensor:
         self.values[name] = value.detach().clone().requires_grad_()
         return self.values[name]
@@ -273,9 +278,12 @@ class _Watched:
                 for a, b in zip(self.leaving[:-1], self.entering[1:], strict=True)
             )
         )
+        residuals = self._fault([*self.entering, self.leaving[-1]], stream)
+        if not residuals and not torch.equal(self.values[self.leaving[-1]], self.values["end"]):
+            residuals = f"what {self.leaving[-1]} shows is not what the final norm reads"
         self.values.clear()
         return Shown(
-            residuals=self._fault([*self.entering, self.leaving[-1]], stream),
+            residuals=residuals,
             derivative=fault,
             scales=self._fault(self.scales, (1, n, 1), once=False),  # split inputs are normalised three times
             linked=linked,

@@ -6,9 +6,9 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
-from oversquash_lens.capture.checks import TOLERANCE
+from oversquash_lens.capture.checks import apart
 from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, refuse_dropout, size_of
 from oversquash_lens.capture.hooks import (
     all_modules,
@@ -32,7 +32,7 @@ from oversquash_lens.capture.hooks import (
     weights_fingerprint,
     without_hooks,
 )
-from oversquash_lens.capture.proof import Function, prove_function, prove_sequence, rows_of
+from oversquash_lens.capture.proof import Function, predictions, prove_function, prove_sequence, rows_of
 from oversquash_lens.capture.tokens import TOKENS, Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 from oversquash_lens.memory import Size
@@ -240,45 +240,54 @@ def _recording_fault(subject: Subject) -> str:
 def _loose_norms(subject: Subject) -> str:
     """Why the norms' divisors cannot be held fixed, empty where they can.
 
-    Each norm that is no query's or key's is called by itself, with its divisor as it is, copied, and doubled.
+    In a pass with every divisor replaced by a copy no other norm may run but those of queries and keys, and the
+    predictions stay; each norm called by itself heeds a divisor that is doubled.
     """
-    model, architecture = subject.model, subject.architecture
+    model, architecture, blocks = subject.model, subject.architecture, cast(nn.ModuleList, subject.model.blocks)
     names = [f"blocks.{i}.{name}" for i in range(architecture.n_layers) for name in architecture.scale_hooks()]
     names += [architecture.final_hooks()["final_scale"]] if architecture.normed else []
-    points, known = model.hook_dict, set()
-    for block in model.blocks:
-        attention = getattr(block, "attn", None)
-        for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)):
-            known |= {id(module) for module in norm.modules()} if isinstance(norm, nn.Module) else set()
-    factor = 1.0
+    if absent := [name for name in names if name not in model.hook_dict]:
+        return f"no hook {absent[0]} shows a norm's divisor"
+    apart_from = [
+        getattr(getattr(block, "attn", None), name, None) for block in blocks for name in ("q_norm", "k_norm")
+    ]
+    exempt = {id(each) for norm in apart_from if isinstance(norm, nn.Module) for each in norm.modules()}
+    inside = [(f"blocks.{name}", module) for name, module in blocks.named_modules()]
+    inside += [("ln_final", module) for module in getattr(model, "ln_final", nn.Module()).modules()]
+    called: list[str] = []
 
-    def scaled(divisor: Tensor, hook: Any = None) -> Tensor:
-        return divisor * factor
+    def twice(divisor: Tensor, hook: Any = None) -> Tensor:
+        return 2 * divisor
 
     x = torch.linspace(-1, 2, architecture.d_model, dtype=architecture.dtype, device=subject.device)[None, None]
-    for name in names:
-        if name not in points:
-            return f"no hook {name} shows a norm's divisor"
-        norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
-        known |= {id(module) for module in norm.modules()}
-        with torch.no_grad(), subject.surroundings(), without_hooks(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # upstream warns of every edit of a divisor
+    with ExitStack() as stack:
+        for each in (torch.no_grad(), subject.surroundings(), without_hooks(model), warnings.catch_warnings()):
+            stack.enter_context(each)
+        warnings.simplefilter("ignore")  # upstream warns of every edit of a divisor
+        for name in names:
+            norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
             plain = norm(x)
-            with attached(model, [(name, scaled)]):
-                factor = 1.0
-                copied = norm(x)
-                factor = 2.0
-                doubled = norm(x)
-        size = plain.abs().max()
-        if not bool((copied - plain).abs().max() <= TOLERANCE[architecture.dtype] * size):
-            return f"with {name} edited, its norm computes something else than without"
-        if torch.equal(doubled, plain):
-            return f"an edit of {name} does not reach what its norm gives"
-    for owner, name in ((model.blocks, "blocks."), (getattr(model, "ln_final", None), "ln_final")):
-        for inside, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-            if "norm" in type(module).__name__.lower() and id(module) not in known:
-                return f"its norm {(name + inside).replace('._original_component', '')} shows no divisor"
-    return ""
+            with attached(model, [(name, twice)]):
+                if torch.equal(norm(x), plain):
+                    return f"an edit of {name} does not reach what its norm gives"
+        for name, module in inside:
+            if (
+                "norm" in type(module).__name__.lower()
+                and not hasattr(module, "hook_scale")
+                and id(module) not in exempt
+            ):
+                note = partial(_noted, called, name.replace("._original_component", ""))
+                stack.enter_context(module.register_forward_hook(note))
+        copies = [(name, lambda divisor, hook=None: divisor.clone()) for name in names]
+        found = predictions(model, rows_of(model)[0], architecture.name, copies)
+    if called:
+        return f"its norm {called[0]} computes out of the hooks' sight"
+    said = apart(subject.function.own, found, architecture)
+    return f"with a copy of each divisor it computes something else: {said}" if said else ""
+
+
+def _noted(called: list[str], name: str, *of_the_call: Any) -> None:
+    called.append(name)
 
 
 # What is found when first asked for, and which measures ask.
@@ -350,8 +359,8 @@ def _shown_support(architecture: Architecture, function: Function) -> dict[str, 
     notes = "; ".join(filter(None, (function.not_compared, _by_length(architecture))))
     return {
         "truth": _refused_if(shown.derivative, notes),
-        "attention frozen": _refused_if(shown.derivative or unfrozen),
-        "norms frozen": _refused_if(shown.derivative or function.later.get("loose_norms", "")),
+        "attention frozen": _refused_if(shown.derivative or shown.residuals or unfrozen),
+        "norms frozen": _refused_if(shown.derivative or shown.residuals or function.later.get("loose_norms", "")),
         "attention edits": _refused_if(unfrozen),
         "collapse": _refused_if(shown.residuals, left_out),
         "residual hooks": _refused_if(shown.residuals),

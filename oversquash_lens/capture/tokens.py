@@ -170,7 +170,7 @@ def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
     try:
-        ids = torch.as_tensor(prompt)
+        ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"expected a text, or token ids [pos] or [1, pos], got a prompt of type {type(prompt).__name__}: give "
