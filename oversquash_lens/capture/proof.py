@@ -257,8 +257,8 @@ class _Watched:
         stream = (1, n, self.width)
         fault = self._fault(self.entering[:1], stream) or self._fault([FINAL_HOOKS["prediction_input"]], tuple(y.shape))
         beside = same = False
-        if not fault:
-            leaf, embedded = self.values[self.entering[0]], self.values.get("embed")
+        leaf, embedded = self.values.get(self.entering[0]), self.values.get("embed")
+        if not fault and leaf is not None:
             leaves = [leaf] if embedded is None else [leaf, embedded]
             try:
                 through, *rest = torch.autograd.grad(y, leaves, last, allow_unused=True)
@@ -270,23 +270,19 @@ class _Watched:
                     fault = "its later layers read the embedding beside the residual stream"
             except RuntimeError as error:
                 fault = f"its pass cannot be differentiated ({one_line(error, 120)})"
-        linked = (
-            repeatable
-            and not beside
-            and all(
-                a in self.values and b in self.values and torch.equal(self.values[a], self.values[b])
-                for a, b in zip(self.leaving[:-1], self.entering[1:], strict=True)
-            )
-        )
+        equal = [
+            a in self.values and b in self.values and torch.equal(self.values[a], self.values[b])
+            for a, b in zip(self.leaving, [*self.entering[1:], "end"], strict=True)
+        ]
         residuals = self._fault([*self.entering, self.leaving[-1]], stream)
-        if not residuals and not torch.equal(self.values[self.leaving[-1]], self.values["end"]):
+        if not residuals and not equal[-1]:
             residuals = f"what {self.leaving[-1]} shows is not what the final norm reads"
         self.values.clear()
         return Shown(
             residuals=residuals,
             derivative=fault,
             scales=self._fault(self.scales, (1, n, 1), once=False),  # split inputs are normalised three times
-            linked=linked,
+            linked=repeatable and not beside and all(equal[:-1]),
             embedded=beside and same,
             patterns=tuple(
                 layer
@@ -404,7 +400,8 @@ def _prove_wrapped(
 def _refuse_not_finite(model: HookedModel, own: Predictions, architecture: Architecture) -> None:
     if bool(torch.isfinite(own.logits).all()) and bool(torch.isfinite(own.y).all()):
         return
-    broken = [name for name, weight in named_weights(model) if not bool(torch.isfinite(weight).all())]
+    weights = dict(named_weights(model))  # HookedTransformer keeps the -inf that masks as one number
+    broken = [name for name, each in weights.items() if each.numel() > 1 and not bool(torch.isfinite(each).all())]
     if broken:
         raise ModelError(
             f"the weights {broken[0].replace('_original_component.', '')} hold NaN or infinite values; expected finite "
