@@ -10,7 +10,7 @@ keys are masked out beyond each beginning.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from oversquash_lens.capture.hooked_model import HookedModel, device_of, is_hooked_transformer, wrapped_model
 from oversquash_lens.capture.hooks import without_cache
@@ -167,14 +167,31 @@ def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int 
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    model(rows, use_cache=True, **{cache_argument(model): cache})
+    with cache_argument(model, cache) as given:
+        model(rows, use_cache=True, **given)
     return cache
 
 
-def cache_argument(model: HookedModel) -> str:
-    """What transformers' model inside a bridge calls the keys and values that came before: newer versions say cache."""
+@contextmanager
+def cache_argument(model: HookedModel, cache: Any) -> Iterator[dict[str, Any]]:
+    """The keys and values that came before, under the name that transformers' model inside a bridge has for them.
+
+    From transformers 5.24 on that is `cache`; a bridge of an earlier TransformerLens looks for `past_key_values`, and
+    within the block its attention is told both.
+    """
     known = signature(wrapped_model(model).forward).parameters
-    return "cache" if "cache" in known and "past_key_values" not in known else "past_key_values"
+    if "past_key_values" in known or "cache" not in known:
+        yield {"past_key_values": cache}
+        return
+
+    def also(attn: Any, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return arguments, {"past_key_values": named.get("cache"), **named}
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            if isinstance(getattr(block, "attn", None), nn.Module):
+                stack.enter_context(block.attn.register_forward_pre_hook(also, with_kwargs=True))
+        yield {"cache": cache}
 
 
 def run_branches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
@@ -207,13 +224,14 @@ def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> No
         mask = torch.zeros(seen.shape, dtype=next(model.parameters()).dtype, device=device)
         mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
-        with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
+        begins = [(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]
+        with watch(begins), cache_argument(model, cache) as given:
             model(
                 torch.tensor([[token for b in branches for token in b.suffix]], device=device),
                 use_cache=True,
                 attention_mask=mask[None, None],
                 position_ids=tree_positions(forks, sizes)[None].to(device),
-                **{cache_argument(model): cache},
+                **given,
             )
         cache.crop(-sum(sizes))  # what this pass added: newer versions take no positive length
 
