@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mixers import bridge_over
 from small_models import NO_BRIDGE, NO_HOOKED, has_bridge, has_hooked
 from torch.nn.utils import parametrize, prune
-from zoo import zoo
+from zoo import transformers_model, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.errors import InputError, OversquashError
@@ -407,6 +408,63 @@ def test_small_structures(config: dict[str, int], model: Model) -> None:
         "truth"
     ]
     assert isinstance(found["record"], torch.Tensor), found["record"]
+
+
+# ---------------------------------------------------------------- adapters
+
+
+class Adapter(torch.nn.Module):
+    """A linear module with something of low rank beside it, which a word switches off."""
+
+    def __init__(self, inside: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inside, self.off = inside, False
+        self.beside = torch.nn.Linear(inside.in_features, inside.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.inside.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x) if self.off else self.inside(x) + self.beside(x)
+
+
+def test_an_adapter_that_is_switched_on_and_off_is_noticed() -> None:
+    """No weight and no mode changes, and what was proven with it off would be said of it on."""
+    if not has_bridge():
+        pytest.skip(NO_BRIDGE)
+    model = zoo("llama", "bridge", dtype=torch.float32)
+    plain = numbers(copy_of(model))
+    projection = model.blocks[1].attn.q
+    projection._modules["_original_component"] = adapter = Adapter(projection.original_component)
+    adapter.off = True
+    assert same(numbers(model)["record"], plain["record"])
+    adapter.off = False
+    found = numbers(model)
+    assert not same(found["truth"], plain["truth"])
+    assert "differs from hook_q" in found["record"]
+    assert "refused" in found["support"][:4]
+    adapter.off = True
+    assert same(numbers(model)["support"], plain["support"])
+
+
+def test_low_rank_adapters_of_peft() -> None:
+    """Active, disabled and merged: what the model computes is what is measured."""
+    if not has_bridge():
+        pytest.skip(NO_BRIDGE)
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    wanted = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = transformers_model("llama", dtype=torch.float32)
+    adapted = peft.get_peft_model(copy.deepcopy(plain), wanted).eval()
+    merged = numbers(bridge_over(copy.deepcopy(adapted).merge_and_unload()))
+    active = bridge_over(adapted.get_base_model())
+    with adapted.disable_adapter():
+        assert same(numbers(active)["record"], numbers(bridge_over(plain))["record"])
+    found = numbers(active)
+    assert torch.allclose(found["truth"], merged["truth"], rtol=1e-3)
+    assert isinstance(merged["record"], torch.Tensor)
+    assert found["support"][0] == "refused"
 
 
 # ---------------------------------------------------------------- token ids of all kinds

@@ -310,3 +310,28 @@ def refuse_dropout(modules: Sequence[nn.Module], name: str) -> None:
                 f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = {value:g}; "
                 "expected a fixed function: call model.eval()"
             )
+
+
+LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def settings_fingerprint(model: HookedModel, modules: Sequence[nn.Module]) -> tuple:
+    """Changes with the settings of either config, the mode of any module, and what a module of another library holds.
+
+    An adapter (PEFT) is switched on and off by such a word, and no weight changes.
+    """
+    owners = [model.cfg, wrapped_config(model)]
+    owners += [module for module in modules if not f"{type(module).__module__}.".startswith(LIBRARIES)]
+    words = [
+        (key, repr(value))
+        for owner in owners
+        for key, value in (sorted(vars(owner).items()) if owner is not None else ())
+        if key not in _OF_EVERY_MODULE and _is_plain(value)
+    ]
+    return tuple(words), bytes(module.training for module in modules)
+
+
+def _is_plain(value: Any) -> bool:
+    kept = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else [value]
+    return all(isinstance(each, str | int | float | bool | None | torch.dtype) for each in kept)

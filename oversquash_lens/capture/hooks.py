@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS
-from oversquash_lens.capture.hooked_model import HookedModel, is_a, wrapped_config, wrapped_model
+from oversquash_lens.capture.hooked_model import LIBRARIES, HookedModel, is_a, wrapped_config, wrapped_model
 from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError
 
 Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what the hook saw
 NamedHook = tuple[str, Hook]
 PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
-LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
 _KINDS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -397,17 +396,6 @@ def _sample(weight: Tensor) -> Float[Tensor, " number"]:
         return weight.reshape(-1)[:: max(1, weight.numel() // SAMPLES)].float()
     flat = weight.view(-1)
     return (flat if weight.numel() <= SMALL else flat[:: weight.numel() // SAMPLES]).float()
-
-
-def settings_fingerprint(model: HookedModel, modules: Sequence[nn.Module]) -> tuple:
-    """Changes with the settings of either config and with the mode of any module."""
-    words = [
-        (key, value)
-        for config in (model.cfg, wrapped_config(model))
-        for key, value in sorted(vars(config).items() if config is not None else ())
-        if isinstance(value, str | int | float | bool | None | torch.dtype)
-    ]
-    return tuple(words), bytes(module.training for module in modules)
 
 
 def hooks_fingerprint(modules: Sequence[nn.Module]) -> tuple[int, ...]:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
 from oversquash_lens.capture.checks import apart
-from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, refuse_dropout, size_of
+from oversquash_lens.capture.hooked_model import (
+    About,
+    HookedModel,
+    describe,
+    device_of,
+    refuse_dropout,
+    settings_fingerprint,
+    size_of,
+)
 from oversquash_lens.capture.hooks import (
     all_modules,
     attached,
@@ -26,7 +34,6 @@ from oversquash_lens.capture.hooks import (
     hooks_fingerprint,
     note_compiled,
     ordinary_tensors,
-    settings_fingerprint,
     surroundings,
     uncompiled,
     weights_fingerprint,
