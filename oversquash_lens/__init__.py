@@ -129,7 +129,7 @@ _HOME = {
 _MODULES = {"edits", "families", "figures", "views"}  # public names that are modules
 # Names of version 0.1.0 that are reached elsewhere now.
 _MOVED = {
-    "About": "oversquash_lens.capture.hooked_model.About",
+    "About": "oversquash_lens.results.About",
     "Audit": "oversquash_lens.analyses.audit.Audit",
     "CollapseCurve": "oversquash_lens.collapse.curve.CollapseCurve",
     "CorrectedSensitivity": "oversquash_lens.jacobian.measured.CorrectedSensitivity",

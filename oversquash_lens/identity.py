@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oversquash_lens.capture.hooked_model import software_versions, wrapped_model
+from oversquash_lens.capture.hooked_model import wrapped_model
 from oversquash_lens.capture.hooks import KINDS, full_precision, hooks_on, named_modules
-from oversquash_lens.capture.proof import TOKENS, listening, proof_ids
+from oversquash_lens.capture.proof import listening, proof_ids
 from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.tokens import TOKENS
+from oversquash_lens.results import software_versions
 
 CHUNK = 1 << 22  # numbers of a weight at a time
 MASK = 1 << 16  # numbers of a buffer of whole numbers

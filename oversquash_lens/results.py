@@ -1,4 +1,4 @@
-"""What every result can do: say itself in a few lines, as a table in a notebook, and as a pandas frame.
+"""What every result can do: say itself in a few lines, as a table, as a pandas frame; and the label that it carries.
 
 A result is a frozen dataclass with `repr=False` that inherits `Result` and describes itself by two methods:
 
@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import html
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from oversquash_lens.errors import visible
@@ -119,3 +122,62 @@ def duration(seconds: float | int) -> str:
 def _plain(column: Any) -> Sequence[Any]:
     """A tensor's or array's own numbers; any other sequence as it is."""
     return column.tolist() if hasattr(column, "tolist") else column
+
+
+DOUBLED_BOS = "the prompt begins with BOS twice: text that a chat template has made has it already; give bos=False"
+FINAL_GAIN = ("model", "restored", "unknown")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a number depends on, for reports and saved traces."""
+    found = {"python": platform.python_version()}
+    for package in ("oversquash-lens", "transformer-lens", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a number comes from; carried by every trace, profile and truth.
+
+    `folded`: the model's LayerNorm gains were folded into its weights. `final_gain` says what then became of
+    the last norm's gain γ₃ in y: "model" (the model applies it itself), "restored" (folded, but known, and
+    multiplied back), "unknown" (folded and not recoverable: y lacks it; not comparable with the other two).
+    `doubled_bos`: the prompt begins with BOS twice, as text does that a chat template has made before.
+    """
+
+    model: str
+    model_class: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    dtype: str
+    folded: bool
+    final_gain: str
+    bos: bool
+    chat: bool
+    versions: dict[str, str]
+    doubled_bos: bool = False
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def with_prompt(self, *, bos: bool, chat: bool, doubled_bos: bool = False) -> About:
+        return replace(self, bos=bos, chat=chat, doubled_bos=doubled_bos)
+
+    @property
+    def remark(self) -> str:
+        """What may not be meant as it came, empty where nothing is."""
+        return DOUBLED_BOS if self.doubled_bos else ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.model} as {self.model_class} ({self.dtype})"]
+        parts.append("starts with BOS twice" if self.doubled_bos else "starts with BOS" if self.bos else "no BOS")
+        if self.chat:
+            parts.append("chat template")
+        if self.folded:
+            parts.append(f"folded norms, final gain {self.final_gain}")
+        return visible(", ".join(parts))

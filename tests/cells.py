@@ -163,7 +163,7 @@ def judge_subjects(name: str, kind: str, subjects: list[Subject]) -> Cell:
     """The same of models that are there."""
     declared = _declared(subjects[0].model)
     measures, faults = {}, []
-    for measure in MEASURES:
+    for measure in JUDGES:
         verdict = declared[measure]
         try:
             found = _tried(measure, subjects)

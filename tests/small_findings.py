@@ -9,10 +9,10 @@ from small_results import TOKENS, audit_result, flow_result
 
 from oversquash_lens.analyses.audit import Comparison
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Assumption, Findings
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
 from oversquash_lens.paths.squashing import Squashing
+from oversquash_lens.results import About
 
 REAL = Comparison(0.93, -0.09, -0.55, 0.22)
 IMPOSED = Comparison(0.41, 0.5, -1.0, 2.0)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from oversquash_lens.analyses.audit import Audit, AuditRow
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.paths.blocks import EdgeBlock, HeadEdges
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.profiles import ExpectedError
 from oversquash_lens.paths.recursion import PathProfile
+from oversquash_lens.results import About
 
 TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")
 EVIL = (

@@ -210,13 +210,18 @@ def test_no_prompt_at_all(tiny: Any, out: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_measure_that_this_model_has_not_is_refused_before_any_prompt(out: Path, parts: Path) -> None:
+def test_a_measure_that_this_model_has_not_is_refused_and_the_others_are_measured(out: Path, parts: Path) -> None:
     if lacking("mixtral", "bridge"):
         pytest.skip(NO_BRIDGE)
+    model = zoo("mixtral", "bridge")
     with pytest.raises(ModelError, match="calibrated was asked of"):
-        osl.sweep(zoo("mixtral", "bridge"), texts(3), ["mean_field", "calibrated"], out)
+        osl.sweep(model, texts(3), ["calibrated", "calibrated_full"], out)
     assert not out.exists()
     assert not parts.exists()
+    rows = osl.sweep(model, texts(3), ["mean_field", "calibrated"], out).table().to_pylist()
+    assert [row["status"] for row in rows] == ["done"] * 3
+    assert all("calibrated: a mixture of experts" in row["reason"] for row in rows)
+    assert all(row["calibrated_share"] is None and sum(row["mean_field_share"]) == pytest.approx(1) for row in rows)
 
 
 # ---------------------------------------------------------------- stopped, and gone on with

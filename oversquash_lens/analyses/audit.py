@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.fused import choose_route
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
@@ -27,7 +26,7 @@ from oversquash_lens.numerics import json_numbers, spearman
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
 from oversquash_lens.paths.profiles import ExpectedError, paths_of_trace, predicted_error, profiles_in_one_sweep
 from oversquash_lens.paths.recursion import PathProfile
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 Profile = PathProfile | MeasuredSensitivity
 

@@ -21,7 +21,6 @@ from oversquash_lens.analyses.audit import (
     compare,
     recorded_truths,
 )
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
@@ -34,7 +33,7 @@ from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath, heaviest_edges,
 from oversquash_lens.paths.profiles import mean_field_sensitivity
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import Squashing, squashing
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 EDGES, PATHS = 12, 8  # how many of the heaviest are named
 LARGEST, DISTANT, MOST_SQUASHED = "largest", "distant", "most squashed"

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from oversquash_lens.analyses.audit import check_effort
 from oversquash_lens.capture.architecture import Architecture
 from oversquash_lens.capture.edits import Edit, EditedPrompt, edited_attention, edited_prompt, edited_trace
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.readings import predictions, read_alone
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
@@ -28,7 +27,7 @@ from oversquash_lens.numerics import effective_number, json_numbers, spearman
 from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import mean_field_sensitivity, path_bound
 from oversquash_lens.paths.recursion import PathProfile
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 UNEDITED = "as it is"
 ROUNDING = 1e-5  # decades that a float32 sensitivity moves by when nothing has changed

@@ -37,8 +37,7 @@ from oversquash_lens.capture.hooked_model import (
 )
 from oversquash_lens.errors import InputError, ModelError
 
-# What is recorded in each layer -> the hook's name inside `blocks.{layer}.`, the same on both classes, in the order
-# in which they fire.
+# What is recorded in each layer -> the hook's name inside `blocks.{layer}.` of both classes, in the order of firing.
 LAYER_HOOKS = {
     "residual": "hook_resid_pre",
     "attention_scale": "ln1.hook_scale",
@@ -236,8 +235,8 @@ def read_architecture(model: Any) -> Architecture:
     name = getattr(cfg, "model_name", None) or "this model"
     if getattr(cfg, "attention_dir", "causal") != "causal":
         raise ModelError(
-            f"{name} has attention that is not causal; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …): "
-            "its measures would not hold, so they are refused"
+            f"{name} has attention that is not causal; expected a causal decoder (GPT-2, NeoX, Llama, Qwen, Gemma, …), "
+            "for which every measure here is made"
         )
     obstacles = _obstacles(model, hooks)
     folded = is_folded(model)
@@ -264,7 +263,7 @@ def read_architecture(model: Any) -> Architecture:
         n_kv_heads=grouped or n_heads,
         d_model=cfg.d_model if weight is None else weight.shape[2],
         d_mlp=block.mlp.W_out.shape[0] if mlp in ("plain", "gated") else 0,
-        n_ctx=cfg.n_ctx,
+        n_ctx=cfg.n_ctx or 1 << 31,  # one that says none reads any length
         norms=norms(model, hooks),
         parallel=parallel(model, hooks),
         shared_norm=parallel(model, hooks) and "blocks.0.ln2.hook_scale" not in hooks,
@@ -326,8 +325,9 @@ def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     }
     found = [reason for reason, applies in reasons.items() if applies]
     expected = (
-        "; expected a causal decoder that normalises what attention and MLP read, or nothing (GPT-2, NeoX, Llama, "
-        "Qwen, Gemma, Mixtral, …): its measures would not hold, so they are refused"
+        "; expected query, key and value weights of every head in every block, and norms on what attention and MLP "
+        "read, or none (GPT-2, NeoX, Llama, Qwen, Gemma, Mixtral, …), for a recording to describe it; "
+        "oversquash_lens.support(model) names the measures that remain"
     )
     return [" and ".join(found) + expected] if found else []
 

@@ -80,7 +80,7 @@ def record_tokens_batch(
     subject, lengths = Subject.of(model), [len(each.ids) for each in tokenized]
     check_batch(subject, lengths)
     model = subject.model
-    batch, shares = padded(tokenized).to(model.W_E.device), _Shares(lengths, max(lengths))
+    batch, shares = padded(tokenized).to(subject.device), _Shares(lengths, max(lengths))
     with ExitStack() as stack, torch.no_grad():
         first = Recorder(subject, node_probes, seed, verify)
         others = (Recorder(subject, node_probes, seed, verify, beside=first) for _ in tokenized[1:])
@@ -92,6 +92,7 @@ def record_tokens_batch(
         stack.enter_context(attached(model, _dispatched(recorders, shares)))
         for handle in _ends(model, recorders, shares):
             stack.callback(handle.remove)
+        stack.enter_context(subject.failures_named("recording"))
         output = model(batch, **without_cache(model))
     if verify:
         verify_pass(model, subject.architecture, batch, output)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import einsum, repeat
@@ -21,7 +21,7 @@ from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import NamedHook, attached
 from oversquash_lens.capture.weights import LayerWeights, WeightGains
-from oversquash_lens.errors import HookMismatchError
+from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.numerics import to_float64
 
 # How far two routes to the same number may differ, relative to the largest entry, by the model's dtype. (A bridge of
@@ -286,6 +286,43 @@ def check_same(where: str, computed: Tensor, seen: Tensor, route: str, hook: str
         raise HookMismatchError(
             f"{where}: {route} differs from {hook} by {off:.2g} of its size; expected the same: the model "
             "computes something else than its hooks show"
+        )
+
+
+class Predictions(NamedTuple):
+    """What one pass makes of some tokens, in float64 on the CPU; `y`: the prediction's input."""
+
+    logits: Float[Tensor, "pos d_vocab"]
+    y: Float[Tensor, "pos d_model"]
+
+
+def apart(own: Predictions, other: Predictions, architecture: Architecture) -> str | None:
+    """By how much two predictions of the same tokens differ where that is more than rounding; None where it is not.
+
+    In half precision a router near a tie may flip at one position, so there the median over positions counts.
+    """
+    ours, theirs = own.logits.log_softmax(-1), other.logits.log_softmax(-1)
+    if ours.shape != theirs.shape:
+        return f"{theirs.shape[-1]} logits instead of {ours.shape[-1]}"
+    found = {"log-probabilities": (ours - theirs).abs().amax(-1) / ours.abs().max().clamp(min=1.0)}
+    if not architecture.folded and own.y.shape == other.y.shape:
+        found["what the unembedding reads"] = (own.y - other.y).norm(dim=-1) / own.y.norm(dim=-1).clamp(min=1e-6)
+    half = architecture.dtype.itemsize < 4
+    for what, off in found.items():
+        most = (off.median() if half else off.max()).item()
+        if not most <= TOLERANCE[architecture.dtype]:
+            return f"{what} differ by {most:.2g} of their size"
+    return None
+
+
+def refuse_apart(said: str | None, architecture: Architecture, route: str) -> None:
+    """Raise the ModelError about what `apart` has said of a route to the predictions, where it has."""
+    if said is not None:
+        kind = "HookedTransformer" if architecture.hooked else "TransformerBridge"
+        raise ModelError(
+            f"{architecture.name} as a {kind} computes another function than {route}: {said} of a few tokens, "
+            f"expected at most {TOLERANCE[architecture.dtype]:.2g}; a measure of it would describe neither: load it as "
+            "the other class, or with another version of transformer-lens"
         )
 
 

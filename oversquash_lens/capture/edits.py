@@ -23,7 +23,7 @@ from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.errors import InputError, ModelError, one_line
+from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import to_float64
 
 PatternEdit = Callable[[Tensor], Tensor]
@@ -246,12 +246,7 @@ def edited_attention(model: Any, edit: Edit | PatternEdit | None) -> Iterator[No
             "expected one of the attention, such as edits.window(32), or a function of a pattern, got "
             f"{one_line(repr(edit), 60)} as an edit"
         )
-    if not subject.patterns_used:
-        raise ModelError(
-            f"expected one that computes it, got an edit of attention for a {type(subject.model).__name__} of an "
-            "architecture whose attention it leaves to transformers, which would drop the edit in silence: use a "
-            "HookedTransformer"
-        )
+    subject.require("attention edits")
     if isinstance(edit, Edit):
         _check(edit, architecture)
         layers, edit = edit.layer, _attending(edit)

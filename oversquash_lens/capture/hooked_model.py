@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from oversquash_lens.errors import visible
+from oversquash_lens.errors import ModelError
 from oversquash_lens.memory import Size, check_memory, record_bytes
 from oversquash_lens.numerics import to_float64
+from oversquash_lens.results import About, software_versions
 
 if TYPE_CHECKING:
     from oversquash_lens.capture.architecture import Architecture
@@ -287,65 +287,6 @@ def activation_of(model: Any, layer: int) -> Activation | None:
         return next(known, Activation(own, math.inf))
 
 
-DOUBLED_BOS = "the prompt begins with BOS twice: text that a chat template has made has it already; give bos=False"
-FINAL_GAIN = ("model", "restored", "unknown")
-
-
-def software_versions() -> dict[str, str]:
-    """Versions that a number depends on, for reports and saved traces."""
-    found = {"python": platform.python_version()}
-    for package in ("oversquash-lens", "transformer-lens", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-@dataclass(frozen=True)
-class About:
-    """Where a number comes from; carried by every trace, profile and truth.
-
-    `folded`: the model's LayerNorm gains were folded into its weights. `final_gain` says what then became of
-    the last norm's gain γ₃ in y: "model" (the model applies it itself), "restored" (folded, but known, and
-    multiplied back), "unknown" (folded and not recoverable: y lacks it; not comparable with the other two).
-    `doubled_bos`: the prompt begins with BOS twice, as text does that a chat template has made before.
-    """
-
-    model: str
-    model_class: str
-    n_layers: int
-    n_heads: int
-    d_model: int
-    dtype: str
-    folded: bool
-    final_gain: str
-    bos: bool
-    chat: bool
-    versions: dict[str, str]
-    doubled_bos: bool = False
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def with_prompt(self, *, bos: bool, chat: bool, doubled_bos: bool = False) -> About:
-        return replace(self, bos=bos, chat=chat, doubled_bos=doubled_bos)
-
-    @property
-    def remark(self) -> str:
-        """What may not be meant as it came, empty where nothing is."""
-        return DOUBLED_BOS if self.doubled_bos else ""
-
-    def __str__(self) -> str:
-        parts = [f"{self.model} as {self.model_class} ({self.dtype})"]
-        parts.append("starts with BOS twice" if self.doubled_bos else "starts with BOS" if self.bos else "no BOS")
-        if self.chat:
-            parts.append("chat template")
-        if self.folded:
-            parts.append(f"folded norms, final gain {self.final_gain}")
-        return visible(", ".join(parts))
-
-
 def describe(model: HookedModel, architecture: Architecture) -> About:
     """The label that every result carries."""
     return About(
@@ -393,3 +334,69 @@ def check_recording(model: Any, n: int, route: str = "kept", *, verify: bool = F
     name = getattr(model.cfg, "model_name", None) or "this model"
     needed = record_bytes(size_of(model), n, route, verify=verify)
     check_memory(needed, device_of(model), f"recording {n} tokens with {name}")
+
+
+@contextmanager
+def unwrapped(inside: nn.Module) -> Iterator[None]:
+    """Within the block the transformers model has its own modules back, where the bridge put components around them."""
+    before: list[tuple[nn.Module, str, nn.Module]] = []
+    waiting, seen = [inside], {id(inside)}
+    while waiting:
+        owner = waiting.pop()
+        for name, child in list(owner._modules.items()):
+            own = child
+            while own is not None and own._modules.get("_original_component") is not None:
+                own = own._modules["_original_component"]
+            if own is not child and child is not None:
+                before.append((owner, name, child))
+                owner._modules[name] = own
+            if own is not None and id(own) not in seen:
+                seen.add(id(own))
+                waiting.append(own)
+    try:
+        yield
+    finally:
+        for owner, name, child in before:
+            owner._modules[name] = child
+
+
+def refuse_dropout(modules: Sequence[nn.Module], name: str) -> None:
+    """A module in training mode that drops something out, found by its probability and not by `.training` alone."""
+    for module in modules:
+        if not module.training:
+            continue
+        words = {key: value for key, value in vars(module).items() if "drop" in key or key == "p"}
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            words.pop("p", None)
+        active = {key: value for key, value in words.items() if isinstance(value, float) and value > 0}
+        if active:
+            key, value = next(iter(active.items()))
+            raise ModelError(
+                f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = {value:g}; "
+                "expected a fixed function: call model.eval()"
+            )
+
+
+LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def settings_fingerprint(model: HookedModel, modules: Sequence[nn.Module]) -> tuple:
+    """Changes with the settings of either config, the mode of any module, and what a module of another library holds.
+
+    An adapter (PEFT) is switched on and off by such a word, and no weight changes.
+    """
+    owners = [model.cfg, wrapped_config(model)]
+    owners += [module for module in modules if not f"{type(module).__module__}.".startswith(LIBRARIES)]
+    words = [
+        (key, repr(value))
+        for owner in owners
+        for key, value in (sorted(vars(owner).items()) if owner is not None else ())
+        if key not in _OF_EVERY_MODULE and _is_plain(value)
+    ]
+    return tuple(words), bytes(module.training for module in modules)
+
+
+def _is_plain(value: Any) -> bool:
+    kept = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else [value]
+    return all(isinstance(each, str | int | float | bool | None | torch.dtype) for each in kept)

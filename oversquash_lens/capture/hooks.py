@@ -7,20 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS
-from oversquash_lens.capture.hooked_model import HookedModel, is_a, wrapped_config, wrapped_model
+from oversquash_lens.capture.hooked_model import LIBRARIES, HookedModel, is_a, wrapped_config, wrapped_model
 from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError
 
 Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what the hook saw
 NamedHook = tuple[str, Hook]
 PATIENCE = 600  # seconds that one thread waits for another's capture of the same model
-LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")
 KINDS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -297,9 +296,12 @@ def last_logits_only(model: HookedModel, lengths: Sequence[int] | None = None) -
         handle.remove()
 
 
+needing_cache: WeakSet[Any] = WeakSet()  # models of which a pass without it has failed
+
+
 def without_cache(model: HookedModel) -> dict[str, bool]:
-    """What tells transformers' model inside a bridge to keep no keys and values for tokens to come."""
-    return {"use_cache": False} if hasattr(wrapped_config(model), "use_cache") else {}
+    """What tells transformers' model inside a bridge to keep no keys and values for tokens to come, where it may."""
+    return {"use_cache": False} if model not in needing_cache and hasattr(wrapped_config(model), "use_cache") else {}
 
 
 Store = dict[str, Any]
@@ -314,7 +316,9 @@ def last_token_residual_hooks(model: Any, store: Store, *, detach: bool = True) 
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 
-    architecture = Subject.of(model).architecture
+    subject = Subject.of(model)
+    subject.require("residual hooks")
+    architecture = subject.architecture
     kept = store.setdefault("last_residual", {})
     names = [f"blocks.{i}.{LAYER_HOOKS['residual']}" for i in range(architecture.n_layers)]
     names.append(architecture.final_hooks()["last"])
@@ -338,7 +342,9 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
     """
     from oversquash_lens.capture.subject import Subject  # whose proof attaches hooks
 
-    architecture = Subject.of(model).architecture
+    subject = Subject.of(model)
+    subject.require("path hooks")
+    architecture = subject.architecture
 
     def keeper(key: str, layer: int) -> Hook:
         kept = store.setdefault(key, {})
@@ -349,10 +355,6 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
         return keep
 
     names = architecture.layer_hooks()
-    if f"blocks.0.{LAYER_HOOKS['pattern']}" not in model.hook_dict:
-        raise ModelError(
-            f"{architecture.name} has no hook {LAYER_HOOKS['pattern']!r}; expected one that shows patterns"
-        )
     hooks = {"attention": "pattern", "attention_scale": "attention_scale", "mlp_scale": "mlp_scale"}
     return [
         (f"blocks.{layer}.{names[name]}", keeper(key, layer))
@@ -398,17 +400,6 @@ def _sample(weight: Tensor) -> Float[Tensor, " number"]:
         return weight.reshape(-1)[:: max(1, weight.numel() // SAMPLES)].float()
     flat = weight.view(-1)
     return (flat if weight.numel() <= SMALL else flat[:: weight.numel() // SAMPLES]).float()
-
-
-def settings_fingerprint(model: HookedModel, modules: Sequence[nn.Module]) -> tuple:
-    """Changes with the settings of either config and with the mode of any module."""
-    words = [
-        (key, value)
-        for config in (model.cfg, wrapped_config(model))
-        for key, value in sorted(vars(config).items() if config is not None else ())
-        if isinstance(value, str | int | float | bool | None | torch.dtype)
-    ]
-    return tuple(words), bytes(module.training for module in modules)
 
 
 def hooks_fingerprint(modules: Sequence[nn.Module]) -> tuple[int, ...]:

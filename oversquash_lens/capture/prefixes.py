@@ -10,16 +10,18 @@ keys are masked out beyond each beginning.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from oversquash_lens.capture.hooked_model import HookedModel, is_hooked_transformer
+from oversquash_lens.capture.hooked_model import HookedModel, device_of, is_hooked_transformer, wrapped_model
+from oversquash_lens.capture.hooks import without_cache
 from oversquash_lens.errors import ModelError
 
 TOKENS = 256  # of endings in one pass: enough to fill the cores, few enough for [head, TOKENS, pos] to be small
@@ -161,18 +163,43 @@ def _places(sequences: Sequence[Ids], homes: dict[Ids, Home]) -> tuple[Place, ..
 
 
 def run_trunk(model: HookedModel, ids: Ids, *, cached: bool = False, batch: int = 1) -> Any:
-    """One pass over a sequence, logits left out as far as possible; its key/value cache if that is wanted."""
-    rows = torch.tensor([ids] * batch, device=model.W_E.device)
+    """One pass over a sequence; its key/value cache if that is wanted."""
+    rows = torch.tensor([ids] * batch, device=device_of(model))
+    if not cached:
+        model(rows, **without_cache(model))
+        return None
     if is_hooked_transformer(model):
-        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch) if cached else None
-        mask = torch.ones_like(rows) if cached else None
-        model(rows, return_type=None, past_kv_cache=cache, attention_mask=mask)
+        cache = hooked_cache_class().init_cache(model.cfg, model.cfg.device, batch)
+        model(rows, past_kv_cache=cache, attention_mask=torch.ones_like(rows))
         return cache
     from transformers import DynamicCache
 
-    cache = DynamicCache() if cached else None
-    model(rows, logits_to_keep=1, past_key_values=cache, use_cache=cached)
+    cache = DynamicCache()
+    with cache_argument(model, cache) as given:
+        model(rows, use_cache=True, **given)
     return cache
+
+
+@contextmanager
+def cache_argument(model: HookedModel, cache: Any) -> Iterator[dict[str, Any]]:
+    """The keys and values that came before, under the name that transformers' model inside a bridge has for them.
+
+    From transformers 5.24 on that is `cache`; a bridge of an earlier TransformerLens looks for `past_key_values`, and
+    within the block its attention is told both.
+    """
+    known = signature(wrapped_model(model).forward).parameters
+    if "past_key_values" in known or "cache" not in known:
+        yield {"past_key_values": cache}
+        return
+
+    def also(attn: Any, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return arguments, {"past_key_values": named.get("cache"), **named}
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            if isinstance(getattr(block, "attn", None), nn.Module):
+                stack.enter_context(block.attn.register_forward_pre_hook(also, with_kwargs=True))
+        yield {"cache": cache}
 
 
 def run_branches(
@@ -210,12 +237,13 @@ def branch_positions(branches: Sequence[Branch]) -> Int[Tensor, " token"]:
 
 
 def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch, windows: Sequence[int | None]) -> None:
-    device, n = model.W_E.device, len(trunk.ids)
+    device, dtype, n = device_of(model), next(iter(model.parameters())).dtype, len(trunk.ids)
 
     def mask_of(branches: Sequence[Branch], window: int | None) -> Tensor:
         seen = branch_mask(branches, n, window).to(device)
-        mask = torch.zeros(seen.shape, dtype=model.W_E.dtype, device=device)
-        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[None, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[
+            None, None
+        ]
 
     kinds = sorted(set(windows), key=lambda window: window or 0) or [None]
     for numbered in _chunks(list(enumerate(trunk.branches)), lambda pair: len(pair[1].suffix)):
@@ -225,20 +253,20 @@ def _run_trees(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch, windo
         if len(kinds) > 1:  # transformers' names of a layer that sees all, and of one that sees a window
             masks = {"full_attention": masks, "sliding_attention": mask_of(branches, kinds[-1])}
         starts = torch.tensor([0, *sizes], device="cpu").cumsum(0).tolist()
-        with watch([(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]):
+        begins = [(number, 0, start) for (number, _), start in zip(numbered, starts[:-1], strict=True)]
+        with watch(begins), cache_argument(model, cache) as given:
             model(
                 torch.tensor([[token for each in branches for token in each.suffix]], device=device),
-                past_key_values=cache,
                 use_cache=True,
                 attention_mask=masks,
                 position_ids=branch_positions(branches)[None].to(device),
-                logits_to_keep=1,
+                **given,
             )
         cache.crop(-sum(sizes))  # what this pass added: newer versions take no positive length
 
 
 def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
-    device, n = model.W_E.device, len(trunk.ids)
+    device, n = device_of(model), len(trunk.ids)
     cache.freeze()
     keys = [(entry.past_keys, entry.past_values) for entry in cache.entries]
     numbered = sorted(enumerate(trunk.branches), key=lambda pair: len(pair[1].suffix))
@@ -253,7 +281,7 @@ def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> 
             cache.previous_attention_mask = (torch.arange(n, device=device) < forks[:, None]).int()
             ids = torch.tensor([branch.suffix for _, branch in some], device=device)
             with watch([(number, row, 0) for row, (number, _) in enumerate(some)]):
-                model(ids, return_type=None, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
+                model(ids, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
 
 
 def hooked_cache_class() -> Any:

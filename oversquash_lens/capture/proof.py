@@ -1,49 +1,43 @@
 """Proof, on a few tokens, of what every measure takes for granted of a model; an error says by how much it fails.
 
-At most six passes of at most eight tokens: the class's own; one with later tokens changed and a row of each pattern
-halved; one of fused attention; one of the transformers model inside, where `load_model` has not made it before; and one
-with all tokens but the first changed, or two with the user's hooks.
+At most six passes of at most eight tokens: the class's own, which is differentiated; one with later tokens changed and
+a row of each pattern set to zero; one of fused attention; one of the transformers model inside, where `load_model` has
+not made it before; and one with all tokens but the first changed, or two with the user's hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.checks import TOLERANCE
+from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, Architecture
+from oversquash_lens.capture.checks import Predictions, apart, refuse_apart
 from oversquash_lens.capture.fused import copied_projections_differ, fused_attention, why_not_fused
-from oversquash_lens.capture.hooked_model import HookedModel, wrapped_model
+from oversquash_lens.capture.hooked_model import HookedModel, device_of, unwrapped, wrapped_model
 from oversquash_lens.capture.hooks import (
+    Hook,
     NamedHook,
-    all_modules,
     attached,
     hooked_places,
     named_weights,
+    needing_cache,
     weights_fingerprint,
     without_cache,
     without_hooks,
 )
+from oversquash_lens.capture.tokens import proof_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 
-TOKENS = 8
 MIDDLE = 4  # the first position whose token the second pass changes
 # How far two equal passes may be apart, relative to the largest logit: what the order of sums makes of it.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
-
-
-class Predictions(NamedTuple):
-    """What one pass makes of some tokens, in float64 on the CPU; `y`: the prediction's input."""
-
-    logits: Float[Tensor, "pos d_vocab"]
-    y: Float[Tensor, "pos d_model"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +51,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Function:
-    """What was found of a model's function, hooks apart.
+    """What was found of a model's function, the user's hooks apart.
 
-    `not_compared`: why it was not held against transformers, empty where it was. `patterns_used`: whether the patterns
-    that hooks show are the ones that mix the values. `fused_obstacle`: what keeps fused attention out, or None.
+    `not_compared`: why it was not held against transformers, empty where it was. `fused_obstacle`: what keeps fused
+    attention out, or None. `shown`: what its hooks have shown. `later`: what was found when first asked for.
     """
 
     own: Predictions
     not_compared: str
-    patterns_used: bool
     fused_obstacle: str | None
+    shown: Shown
+    later: dict[str, str] = field(default_factory=dict)
 
 
 _references: WeakKeyDictionary[Any, Reference] = WeakKeyDictionary()
@@ -86,17 +81,6 @@ def wrapped_predictions(model: Any, ids: Int[Tensor, "one pos"]) -> Predictions:
     return Predictions(_wide(logits), _wide(caught["y"]))
 
 
-def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "one pos"]]:
-    """Two rows of up to eight ordinary tokens that differ at every position."""
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    ordinary = [i for i in range(d_vocab) if i not in special] or list(range(d_vocab))
-    step = max(1, len(ordinary) // (TOKENS + 3))
-    places = range(1, 1 + step * min(TOKENS, n_ctx), step)
-    rows = [[ordinary[(place + shift) % len(ordinary)] for place in places] for shift in (0, 1)]
-    first, second = (torch.tensor([row], device="cpu") for row in rows)
-    return first, second
-
-
 # ---------------------------------------------------------------- the function is one
 
 
@@ -105,15 +89,39 @@ def prove_function(model: HookedModel, architecture: Architecture) -> Function:
     first, second = rows_of(model)
     changed = torch.cat([first[:, :MIDDLE], second[:, MIDDLE:]], 1)
     with without_hooks(model):
-        before, after = _Mixed(model), _Mixed(model)
-        own = predictions(model, first, architecture.name, before.hooks())
+        watched = _Watched(model, architecture)
+        caught: dict[str, Tensor] = {}
+        last = getattr(model, "ln_final", model.unembed)
+        with model.embed.register_forward_hook(watched.begin), last.register_forward_pre_hook(watched.end):
+            own = _first_predictions(model, first, architecture.name, watched, caught)
         _refuse_not_finite(model, own, architecture)
+        shown = watched.shown(caught.pop("y"), repeatable=model not in needing_cache)
         place = min(MIDDLE, first.shape[1]) - 1
-        other = predictions(model, changed, architecture.name, after.hooks(halved=place))
+        other = predictions(model, changed, architecture.name, watched.emptying(place))
         _prove_unmoved(model, architecture, first, own, other, place)
+        shown = shown._replace(unused=watched.unused(place), heads=watched.mixed[-1] in watched.shapes)
         fused_obstacle = _prove_fused(model, architecture, first, own)
         not_compared = _prove_wrapped(model, architecture, first, own)
-    return Function(own, not_compared, before.differs(after, place), fused_obstacle)
+    return Function(own, not_compared, fused_obstacle, shown)
+
+
+def _first_predictions(
+    model: HookedModel, ids: Int[Tensor, "one pos"], name: str, watched: _Watched, caught: dict[str, Tensor]
+) -> Predictions:
+    """Without a key/value cache; where that fails and with one it does not, all passes are made with one."""
+    needing_cache.discard(model)
+    try:
+        return predictions(model, ids, name, watched.hooks(), caught)
+    except ModelError:
+        if not without_cache(model):
+            raise
+        needing_cache.add(model)
+        watched.shapes.clear()
+        try:
+            return predictions(model, ids, name, watched.hooks(), caught)
+        except ModelError:
+            needing_cache.discard(model)
+        raise
 
 
 def prove_sequence(model: HookedModel, architecture: Architecture, function: Function, hooked: bool) -> bool:
@@ -144,13 +152,20 @@ def rows_of(model: HookedModel) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "on
 
 
 def predictions(
-    model: HookedModel, ids: Int[Tensor, "one pos"], name: str, hooks: Sequence[NamedHook] = ()
+    model: HookedModel,
+    ids: Int[Tensor, "one pos"],
+    name: str,
+    hooks: Sequence[NamedHook] = (),
+    graph: dict[str, Tensor] | None = None,
 ) -> Predictions:
-    """The class's own pass; a ModelError where the model itself fails, or gives other than logits of every position."""
-    caught: dict[str, Tensor] = {}
+    """The class's own pass; a ModelError where the model itself fails, or gives other than logits of every position.
+
+    `graph` gets "y" with the graph that it was made in; without it none is made.
+    """
+    caught = {} if graph is None else graph
     try:
-        with torch.no_grad(), attached(model, hooks), listening(model.unembed, caught):
-            logits = model(ids.clone().to(model.W_E.device), **without_cache(model))
+        with torch.set_grad_enabled(graph is not None), attached(model, hooks), listening(model.unembed, caught):
+            logits = model(ids.clone().to(device_of(model)), **without_cache(model))
     except OversquashError:
         raise
     except Exception as error:
@@ -167,41 +182,141 @@ def predictions(
     return Predictions(_wide(logits), _wide(caught["y"]))
 
 
-@contextmanager
-def listening(unembedding: nn.Module, caught: dict[str, Tensor]) -> Iterator[None]:
-    def keep(module: nn.Module, inputs: tuple) -> None:
-        caught["y"] = inputs[0]
-
-    handle = unembedding.register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
+def listening(unembedding: nn.Module, caught: dict[str, Tensor]) -> RemovableHandle:
+    """To be entered: within it `caught` gets what the unembedding reads."""
+    return unembedding.register_forward_pre_hook(lambda module, inputs: caught.update(y=inputs[0]))
 
 
-class _Mixed:
-    """What the first layer's heads make of the values, and patterns halved at one position in another pass."""
+class Shown(NamedTuple):
+    """What the hooks of two passes have shown; texts say what is in the way, empty where nothing is.
 
-    def __init__(self, model: HookedModel) -> None:
-        self.points, self.layers = model.hook_dict, len(model.blocks)
-        self.z: Tensor | None = None
+    `residuals`: of reading the residual stream before each layer and behind the last; `derivative`: of differentiating
+    by the first of them; `scales`: of reading the norms' divisors; `unused`: of editing patterns. `patterns`: layers
+    that show one. `linked`: a block enters with what the one before it left, and nothing else carries the embedding
+    on. `embedded`: something does, and the embedding is what enters the first block. `heads`: what those of the last
+    layer read is shown.
+    """
 
-    def hooks(self, halved: int | None = None) -> list[NamedHook]:
-        def keep(z: Tensor, hook: Any = None) -> None:
-            self.z = z.detach().clone()
+    residuals: str
+    derivative: str
+    scales: str
+    linked: bool
+    embedded: bool
+    patterns: tuple[int, ...]
+    unused: str = ""
+    heads: bool = False
 
-        def halve(pattern: Tensor, hook: Any = None) -> Tensor:
+
+class _Watched:
+    """Listens to the first two passes."""
+
+    def __init__(self, model: HookedModel, architecture: Architecture) -> None:
+        self.points, layers = model.hook_dict, range(architecture.n_layers)
+        self.entering, self.patterns, self.mixed = (
+            [f"blocks.{i}.{LAYER_HOOKS[key]}" for i in layers] for key in ("residual", "pattern", "z")
+        )
+        self.leaving = [FINAL_HOOKS["last"].format(last=i) for i in layers]
+        self.scales = [f"blocks.{i}.{name}" for i in layers for name in architecture.scale_hooks()]
+        self.width = architecture.d_model
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def _noting(self, name: str, edit: Callable[[str, Tensor], Tensor] | None = None) -> Hook:
+        def note(value: Tensor, hook: Any = None) -> Tensor | None:
+            self.shapes.setdefault(name, []).append(tuple(value.shape))
+            self.values[name] = value.detach()
+            return None if edit is None else edit(name, value)
+
+        return note
+
+    def hooks(self) -> list[NamedHook]:
+        """For the first pass; the residual stream that enters the first block begins a graph of its own."""
+        names = [*self.entering, *self.leaving, *self.patterns, *self.scales]
+        names = [*(name for name in names if name in self.points), FINAL_HOOKS["prediction_input"]]
+        return [(name, self._noting(name, self._leaf if name == self.entering[0] else None)) for name in names]
+
+    def begin(self, embed: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+        """Forward hook of the embedding, which begins a graph, too."""
+        return self._leaf("embed", output) if isinstance(output, Tensor) else None
+
+    def end(self, norm: nn.Module, inputs: tuple) -> None:
+        """Forward pre-hook of what comes behind the last block."""
+        self.values["end"] = inputs[0].detach()
+
+    def _leaf(self, name: str, value: Tensor) -> Tensor:
+        self.values[name] = value.detach().clone().requires_grad_()
+        return self.values[name]
+
+    def shown(self, y: Tensor, repeatable: bool) -> Shown:
+        """What the first pass has shown; `y` is what the unembedding read, with its graph.
+
+        `repeatable`: whether a block may be run again, for it fills no cache.
+        """
+        n, last = y.shape[1], torch.zeros_like(y)
+        last[:, -1] = 1
+        stream = (1, n, self.width)
+        fault = self._fault(self.entering[:1], stream) or self._fault([FINAL_HOOKS["prediction_input"]], tuple(y.shape))
+        beside = same = False
+        leaf, embedded = self.values.get(self.entering[0]), self.values.get("embed")
+        if not fault and leaf is not None:
+            leaves = [leaf] if embedded is None else [leaf, embedded]
+            try:
+                through, *rest = torch.autograd.grad(y, leaves, last, allow_unused=True)
+                beside = any(each is not None for each in rest)
+                same = embedded is not None and torch.equal(leaf, embedded)
+                if through is None:
+                    fault = "its prediction is no function of the residual stream that enters the first block"
+                elif beside and not same:
+                    fault = "its later layers read the embedding beside the residual stream"
+            except RuntimeError as error:
+                fault = f"its pass cannot be differentiated ({one_line(error, 120)})"
+        equal = [
+            a in self.values and b in self.values and torch.equal(self.values[a], self.values[b])
+            for a, b in zip(self.leaving, [*self.entering[1:], "end"], strict=True)
+        ]
+        residuals = self._fault([*self.entering, self.leaving[-1]], stream)
+        if not residuals and not equal[-1]:
+            residuals = f"what {self.leaving[-1]} shows is not what the final norm reads"
+        self.values.clear()
+        return Shown(
+            residuals=residuals,
+            derivative=fault,
+            scales=self._fault(self.scales, (1, n, 1), once=False),  # split inputs are normalised three times
+            linked=repeatable and not beside and all(equal[:-1]),
+            embedded=beside and same,
+            patterns=tuple(
+                layer
+                for layer, name in enumerate(self.patterns)
+                if [(len(each), each[-2:]) for each in self.shapes.get(name, [])] == [(4, (n, n))]
+            ),
+        )
+
+    def _fault(self, names: Sequence[str], expected: tuple[int, ...], once: bool = True) -> str:
+        for name in names:
+            seen = self.shapes.get(name, [])
+            if set(seen) != {expected} or (once and len(seen) > 1):
+                came = " and ".join(str(list(each)) for each in seen[:3]) or "nothing"
+                return f"the hook {name} shows {came}, not {list(expected)}{' once' * once}"
+        return ""
+
+    def emptying(self, place: int) -> list[NamedHook]:
+        """For the second pass: `place` attends to nothing, so that its heads read nothing."""
+
+        def empty(name: str, pattern: Tensor) -> Tensor:
             edited = pattern.clone()
-            edited[..., halved, :] *= 0.5
+            edited[..., place, :] = 0
             return edited
 
-        found: list[NamedHook] = [(f"blocks.0.{LAYER_HOOKS['z']}", keep)]
-        if halved is not None:
-            found += [(f"blocks.{i}.{LAYER_HOOKS['pattern']}", halve) for i in range(self.layers)]
+        found = [(name, self._noting(name, empty)) for name in self.patterns]
+        found += [(name, self._noting(name)) for name in self.mixed]
         return [(name, hook) for name, hook in found if name in self.points]
 
-    def differs(self, other: _Mixed, place: int) -> bool:
-        return self.z is not None and other.z is not None and not torch.equal(self.z[:, place], other.z[:, place])
+    def unused(self, place: int) -> str:
+        """Where the second pass has shown that a pattern is not what mixes the values; empty where it is in all."""
+        for layer, name in enumerate(self.mixed):
+            if name not in self.values or bool(self.values[name][:, place].ne(0).any()):
+                return f"an edit of layer {layer}'s attention pattern does not reach what its heads read"
+        return ""
 
 
 def _prove_unmoved(
@@ -217,18 +332,14 @@ def _prove_unmoved(
     off = (own.logits - other.logits)[:stop].abs().amax(-1) / size
     if not stop or bool((off <= ROUNDING[architecture.dtype]).all()):
         return
-    if not bool(off.isfinite().all()):
-        raise ModelError(
-            f"{architecture.name} gives NaN or infinite logits on {ids.shape[1]} tokens; expected finite ones: check "
-            "its weights and the hooks on it, or use a wider dtype (float32) if this one overflows"
-        )
+    _refuse_not_finite(model, other, architecture)
     again = predictions(model, ids, architecture.name)
-    apart = ((again.logits - own.logits).abs().max() / size).item()
-    if apart > ROUNDING[architecture.dtype]:
+    differ = ((again.logits - own.logits).abs().max() / size).item()
+    if differ > ROUNDING[architecture.dtype]:
         blamed = hooked_places(model)
         cause = f"the hooks of yours on {', '.join(blamed[:3])}" if blamed else "something random in its forward pass"
         raise ModelError(
-            f"{architecture.name} is not a fixed function: two passes of the same tokens differ by {apart:.2g} of the "
+            f"{architecture.name} is not a fixed function: two passes of the same tokens differ by {differ:.2g} of the "
             f"largest logit, which {cause} may do; expected equal passes: call model.eval(), or remove what is random"
         )
     place = int(off.argmax())
@@ -253,10 +364,10 @@ def _prove_fused(
             fused = predictions(model, ids, architecture.name)
     except ModelError as error:
         return f"its fused pass fails ({one_line(error, 160)})"
-    said = _apart(own, fused, architecture)
+    said = apart(own, fused, architecture)
     if said is not None and copied_projections_differ(model):
         return "its projections are copies that no longer are those of the module it wraps"
-    _refuse_apart(said, architecture, "the fused pass of transformers' own attention")
+    refuse_apart(said, architecture, "the fused pass of transformers' own attention")
     return None
 
 
@@ -266,8 +377,8 @@ def _prove_wrapped(
     """Why the model was not compared with transformers, empty where they agree."""
     reference = _references.get(model)
     if reference is not None and reference.weights == weights_fingerprint(model):
-        said = _apart(own, reference.predictions, architecture)
-        _refuse_apart(said, architecture, "the transformers model it was made from")
+        said = apart(own, reference.predictions, architecture)
+        refuse_apart(said, architecture, "the transformers model it was made from")
         return ""
     inside = wrapped_model(model)
     if not hasattr(inside, "get_output_embeddings"):
@@ -275,103 +386,31 @@ def _prove_wrapped(
     if getattr(model, "compatibility_mode", False):
         return "not compared with transformers: compatibility mode has processed the weights"
     try:
-        with _unwrapped(inside):
+        with unwrapped(inside):
             other = wrapped_predictions(inside, ids)
     except Exception as error:
         return f"not compared with transformers: the model inside fails by itself ({one_line(error, 120)})"
-    said = _apart(own, other, architecture)
+    said = apart(own, other, architecture)
     if said is not None and copied_projections_differ(model):
         return "not compared with transformers: its projections are copies that were edited"
-    _refuse_apart(said, architecture, "the transformers model inside")
+    refuse_apart(said, architecture, "the transformers model inside")
     return ""
-
-
-@contextmanager
-def _unwrapped(inside: nn.Module) -> Iterator[None]:
-    """Within the block the transformers model has its own modules back, where the bridge put components around them."""
-    before: list[tuple[nn.Module, str, nn.Module]] = []
-    waiting, seen = [inside], {id(inside)}
-    while waiting:
-        owner = waiting.pop()
-        for name, child in list(owner._modules.items()):
-            own = child
-            while own is not None and own._modules.get("_original_component") is not None:
-                own = own._modules["_original_component"]
-            if own is not child and child is not None:
-                before.append((owner, name, child))
-                owner._modules[name] = own
-            if own is not None and id(own) not in seen:
-                seen.add(id(own))
-                waiting.append(own)
-    try:
-        yield
-    finally:
-        for owner, name, child in before:
-            owner._modules[name] = child
-
-
-def _apart(own: Predictions, other: Predictions, architecture: Architecture) -> str | None:
-    """By how much two predictions of the same tokens differ where that is more than rounding; None where it is not.
-
-    In half precision a router near a tie may flip at one position, so there the median over positions counts.
-    """
-    ours, theirs = own.logits.log_softmax(-1), other.logits.log_softmax(-1)
-    if ours.shape != theirs.shape:
-        return f"{theirs.shape[-1]} logits instead of {ours.shape[-1]}"
-    found = {"log-probabilities": (ours - theirs).abs().amax(-1) / ours.abs().max().clamp(min=1.0)}
-    if not architecture.folded and own.y.shape == other.y.shape:
-        found["what the unembedding reads"] = (own.y - other.y).norm(dim=-1) / own.y.norm(dim=-1).clamp(min=1e-6)
-    half = architecture.dtype.itemsize < 4
-    for what, off in found.items():
-        most = (off.median() if half else off.max()).item()
-        if not most <= TOLERANCE[architecture.dtype]:
-            return f"{what} differ by {most:.2g} of their size"
-    return None
-
-
-def _refuse_apart(said: str | None, architecture: Architecture, route: str) -> None:
-    if said is not None:
-        kind = "HookedTransformer" if architecture.hooked else "TransformerBridge"
-        raise ModelError(
-            f"{architecture.name} as a {kind} computes another function than {route}: {said} on {TOKENS} tokens, "
-            f"expected at most {TOLERANCE[architecture.dtype]:.2g}; a measure of it would describe neither: load it as "
-            "the other class, or with another version of transformer-lens"
-        )
 
 
 def _refuse_not_finite(model: HookedModel, own: Predictions, architecture: Architecture) -> None:
     if bool(torch.isfinite(own.logits).all()) and bool(torch.isfinite(own.y).all()):
         return
-    broken = [name for name, weight in named_weights(model) if not bool(torch.isfinite(weight).all())]
+    weights = dict(named_weights(model))  # HookedTransformer keeps the -inf that masks as one number
+    broken = [name for name, each in weights.items() if each.numel() > 1 and not bool(torch.isfinite(each).all())]
     if broken:
         raise ModelError(
             f"the weights {broken[0].replace('_original_component.', '')} hold NaN or infinite values; expected finite "
             f"ones: load {architecture.name} again"
         )
     raise ModelError(
-        f"{architecture.name} gives NaN or infinite logits for {TOKENS} tokens; expected finite ones: use a wider "
-        "dtype (float32) if this one overflows"
+        f"{architecture.name} gives NaN or infinite logits for {len(own.y)} tokens; expected finite ones: check the "
+        "hooks on it, or use a wider dtype (float32) if this one overflows"
     )
-
-
-# ---------------------------------------------------------------- dropout
-
-
-def refuse_dropout(model: HookedModel, name: str) -> None:
-    """A module in training mode that drops something out, found by its probability and not by `.training` alone."""
-    for module in all_modules(model):
-        if not module.training:
-            continue
-        words = {key: value for key, value in vars(module).items() if "drop" in key or key == "p"}
-        if not isinstance(module, nn.modules.dropout._DropoutNd):
-            words.pop("p", None)
-        active = {key: value for key, value in words.items() if isinstance(value, float) and value > 0}
-        if active:
-            key, value = next(iter(active.items()))
-            raise ModelError(
-                f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = {value:g}; "
-                "expected a fixed function: call model.eval()"
-            )
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
+from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, Architecture
 from oversquash_lens.capture.checks import TOLERANCE
 from oversquash_lens.capture.hooked_model import HookedModel
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached, last_logits_only, without_cache
+from oversquash_lens.capture.hooks import Hook, NamedHook, attached, hooks_on, last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import (
     Branch,
     Ids,
@@ -48,7 +48,8 @@ class Readings:
     """The last token of each sequence: residual stream, prediction's input, heads of the last layer, attention.
 
     `attention_shift` is the total variation (no ½) between the last token's attention row and that of the token
-    before it, `self_attention` what the last token gives itself: mean over heads, nan where not asked for.
+    before it, `self_attention` what the last token gives itself: mean over heads, nan where not asked for and in layers
+    that show no pattern. `heads` has none where the last layer does not show what they read.
     """
 
     residuals: Float[Tensor, "layer_plus_1 sequence d_model"]
@@ -82,7 +83,10 @@ def read(
 
     if not share:
         return reading(separate(sequences), False)
-    way = plan(sequences, together={ids for ids, asked in zip(sequences, compared, strict=False) if asked})
+    # What carries a state beside keys and values cannot be taken back to where an ending leaves its trunk.
+    branching = len(subject.function.shown.patterns) == subject.architecture.n_layers
+    together = {ids for ids, asked in zip(sequences, compared, strict=False) if asked}
+    way = plan(sequences, branching=branching, together=together)
     if not any(trunk.branches for trunk in way.trunks):
         return reading(way, True)
     try:
@@ -143,16 +147,15 @@ def read_alone(
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "head d_head"]]:
     """The prediction's input and the last layer's heads of one prompt, `batch` times over in a pass of its own."""
     model, architecture = subject.model, subject.architecture
-    kept: dict[str, Tensor] = {}
+    kept = {"heads": torch.zeros(0, 1, dtype=architecture.dtype, device=subject.device)}
 
     def keep_heads(z: Tensor, hook: Any = None) -> None:
         kept["heads"] = z[0, -1].clone()
 
-    def keep_prediction_input(module: Any, inputs: Any, y: Tensor) -> None:
+    def keep_prediction_input(y: Tensor) -> None:
         kept["y"] = _restored(y[0, -1], architecture).clone()
 
-    hooks = [(f"blocks.{architecture.n_layers - 1}.{LAYER_HOOKS['z']}", keep_heads)]
-    with torch.no_grad(), attached(model, hooks), _forward_hook(_last_module(model), keep_prediction_input):
+    with torch.no_grad(), attached(model, _heads_hook(subject, keep_heads)), _read(model, keep_prediction_input):
         run_trunk(model, ids, batch=batch)
     return kept["y"], kept["heads"]
 
@@ -161,12 +164,18 @@ def predictions(subject: Subject, ids: Ids) -> tuple[Float[Tensor, "pos d_model"
     """The prediction's input at every position of one pass, and the model's own logits at the last."""
     model, kept = subject.model, {}
 
-    def keep(module: Any, inputs: Any, y: Tensor) -> None:
+    def keep(y: Tensor) -> None:
         kept["y"] = _restored(y[0], subject.architecture).clone()
 
-    with torch.no_grad(), last_logits_only(model), _forward_hook(_last_module(model), keep):
-        logits = model(torch.tensor([ids], device=model.W_E.device), **without_cache(model))[0, -1]
+    with torch.no_grad(), _read(model, keep):
+        logits = model(torch.tensor([ids], device=subject.device), **without_cache(model))[0, -1]
     return kept["y"], logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _heads_hook(subject: Subject, keep: Hook) -> list[NamedHook]:
+    """On what the last layer's heads read, where a hook shows it."""
+    name = f"blocks.{subject.architecture.n_layers - 1}.{LAYER_HOOKS['z']}"
+    return [(name, keep)] if subject.function.shown.heads else []
 
 
 def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
@@ -206,12 +215,14 @@ class _Reader:
     def __init__(self, subject: Subject, sequences: Sequence[Ids], compared: Sequence[bool]) -> None:
         assert all(len(ids) > 1 for ids, asked in zip(sequences, compared, strict=True) if asked)
         model, architecture = subject.model, subject.architecture
-        self.model, self.architecture, self.compared = model, architecture, compared
+        self.subject, self.model, self.architecture, self.compared = subject, model, architecture, compared
         count, layers = len(sequences), architecture.n_layers
-        like: dict[str, Any] = {"fill_value": torch.nan, "dtype": architecture.dtype, "device": model.W_E.device}
+        like: dict[str, Any] = {"fill_value": torch.nan, "dtype": architecture.dtype, "device": subject.device}
+        self.like = like
         self.residuals = torch.full((layers + 1, count, architecture.d_model), **like)
         self.prediction_input = torch.full((count, architecture.d_model), **like)
-        self.heads = torch.full((count, *model.blocks[-1].attn.W_O.shape[:2]), **like)
+        self.heads = torch.full((count, 0, 1), **like)
+        self.patterns = subject.function.shown.patterns
         self.attention_shift = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
         self.self_attention = torch.full((layers, count), torch.nan, dtype=torch.float64, device="cpu")
         self.passes = 0
@@ -256,17 +267,22 @@ class _Reader:
 
             return keep
 
-        def keep_prediction_input(module: Any, inputs: Any, y: Tensor) -> None:
+        def keep_heads(z: Tensor, hook: Any = None) -> None:
+            if not self.heads.numel():
+                self.heads = torch.full((len(self.heads), *z.shape[2:]), **self.like)
+            keeper(self.heads)(z)
+
+        def keep_prediction_input(y: Tensor) -> None:
             keeper(self.prediction_input)(_restored(y, self.architecture))
 
         layers = range(self.architecture.n_layers)
         hooks = [(f"blocks.{i}.{LAYER_HOOKS['residual']}", keeper(self.residuals[i])) for i in layers]
         hooks += [
             (self.architecture.final_hooks()["last"], keeper(self.residuals[-1])),
-            (f"blocks.{layers[-1]}.{LAYER_HOOKS['z']}", keeper(self.heads)),
+            *_heads_hook(self.subject, keep_heads),
             *self._attention_hooks([one for one in wanted if self.compared[one[0]]]),
         ]
-        with attached(self.model, hooks), _forward_hook(_last_module(self.model), keep_prediction_input):
+        with attached(self.model, hooks), _read(self.model, keep_prediction_input):
             yield
 
     def _attention_hooks(self, wanted: list[Wanted]) -> list[NamedHook]:
@@ -290,7 +306,7 @@ class _Reader:
 
             return keep
 
-        layers = range(self.architecture.n_layers) if stretches else ()
+        layers = self.patterns if stretches else ()
         return [(f"blocks.{layer}.{LAYER_HOOKS['pattern']}", compare(layer)) for layer in layers]
 
     def _check(self) -> None:
@@ -298,11 +314,12 @@ class _Reader:
         parts = {
             "residual stream": self.residuals[..., 0],  # a hook fills a row whole; NaN in it would be in y too
             "last layer's heads": self.heads[..., 0],
-            "attention": self.attention_shift[:, torch.tensor(self.compared, device="cpu")],
+            "attention": self.attention_shift[list(self.patterns)][:, torch.tensor(self.compared, device="cpu")],
             "unembedding's input": self.prediction_input,
         }
+        silent = self.subject.function.shown.heads and not self.heads.numel()
         for name, values in parts.items():
-            if not torch.isfinite(values).all():
+            if not torch.isfinite(values).all() or (silent and values is parts["last layer's heads"]):
                 raise HookMismatchError(
                     f"the {name} holds NaN or infinite values, or its hook did not fire; expected finite activations: "
                     "check the model's weights, use a wider dtype (float32) if this one overflows, and load the model "
@@ -332,16 +349,20 @@ def _check_row(layer: int, row: Float[Tensor, "head src"]) -> None:
         )
 
 
-def _last_module(model: HookedModel) -> Any:
-    """What hands on the unembedding's input at all positions: the final norm, or the last block where there is none."""
-    return model.ln_final if hasattr(model, "ln_final") else model.blocks[-1]
-
-
 @contextmanager
-def _forward_hook(module: Any, keep: Any) -> Iterator[None]:
-    """What a module hands on, the user's hooks inside it included, within the block."""
-    handle = module.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _read(model: HookedModel, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """What the unembedding reads, at all positions of a pass; it then gets the last one alone, for speed.
+
+    A hook of the user's on the unembedding hears all positions, and is heard.
+    """
+    if any(hooks_on(module) for module in model.unembed.modules()):
+        name = FINAL_HOOKS["prediction_input"]
+        with attached(model, [(name, lambda y, hook=None: keep(y))]):
+            yield
+        return
+    with last_logits_only(model):
+        handle = model.unembed.register_forward_pre_hook(lambda unembed, inputs: keep(inputs[0]), prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()

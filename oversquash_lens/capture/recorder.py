@@ -29,7 +29,7 @@ from oversquash_lens.capture.subject import Subject, architecture_support
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenized_ids
 from oversquash_lens.capture.trace import Gains, Trace
 from oversquash_lens.capture.weights import weight_gains
-from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError, one_line, whole_number
+from oversquash_lens.errors import HookMismatchError, whole_number
 from oversquash_lens.numerics import to_float64
 
 NODE_PROBES = 2  # a node gain then is off by 0.02 in log10 (rms, SmolLM2), a tenth of what the estimate itself is
@@ -111,17 +111,8 @@ def record_on(subject: Subject, tokenized: TokenizedPrompt, recorder: Recorder) 
         stack.enter_context(_attached_recorder(model, recorder))
         if recorder.route == "fused":
             stack.enter_context(fused_attention(model, recorder.report))
-        try:
-            output = model(ids, **without_cache(model))
-        except (OversquashError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if hooked_places(model):
-                raise  # a hook of the user's: their error
-            raise ModelError(
-                f"recording {subject.about.model} ends in {type(error).__name__}: {one_line(error, 160)}; expected a "
-                "model whose hooks show what its weights make: see oversquash_lens.support(model)"
-            ) from error
+        stack.enter_context(subject.failures_named("recording"))
+        output = model(ids, **without_cache(model))
     if verify:
         checks.verify_pass(model, recorder.architecture, ids, output)
     return recorder.trace(tokenized)

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import Architecture, check_class, read_architecture
-from oversquash_lens.capture.hooked_model import About, HookedModel, describe, device_of, size_of
+from oversquash_lens.capture.checks import apart
+from oversquash_lens.capture.hooked_model import (
+    HookedModel,
+    describe,
+    device_of,
+    refuse_dropout,
+    settings_fingerprint,
+    size_of,
+)
 from oversquash_lens.capture.hooks import (
     all_modules,
+    attached,
+    hooked_places,
     hooks_fingerprint,
     note_compiled,
     ordinary_tensors,
-    settings_fingerprint,
     surroundings,
     uncompiled,
     weights_fingerprint,
     without_hooks,
 )
-from oversquash_lens.capture.proof import (
-    Function,
-    prove_function,
-    prove_sequence,
-    refuse_dropout,
-    rows_of,
-)
-from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt, tokenize, tokenized_ids
+from oversquash_lens.capture.proof import Function, predictions, prove_function, prove_sequence, rows_of
+from oversquash_lens.capture.tokens import TOKENS, Prompt, TokenizedPrompt, tokenize, tokenized_ids
 from oversquash_lens.errors import ModelError, OversquashError, one_line
 from oversquash_lens.memory import Size
+from oversquash_lens.results import About
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Subject:
 
     model: HookedModel
     architecture: Architecture
+    function: Function
 
     @classmethod
     def of(cls, model: Any, *, with_hooks: bool = True) -> Subject:
@@ -75,6 +84,7 @@ class Subject:
             return model
         model = uncompiled(model)
         check_class(model)
+        _refuse_modes()
         modules = list(all_modules(model))
         ordinary_tensors(modules)
         note_compiled(model, modules)
@@ -85,36 +95,29 @@ class Subject:
                 raise ModelError(known.failures[hooks])
             if hooks not in known.sequences:
                 try:
-                    _prove(model, known, hooks)
+                    with _described(model):
+                        _prove(model, known, hooks)
                 except ModelError as error:
                     known.failures[hooks] = str(error)
                     raise
-        return cls(model, known.architecture)
+        assert known.function is not None, "the proof has made it"
+        return cls(model, known.architecture, known.function)
 
     @cached_property
     def about(self) -> About:
         """The label that every result carries."""
         return describe(self.model, self.architecture)
 
-    @cached_property
-    def support(self) -> dict[str, SupportVerdict]:
-        """Which measures hold, by name, as a recording of the proof's tokens has shown."""
-        known = _known.get(self.model)
-        if known is None or known.function is None:
-            return architecture_support(self.architecture)
-        if known.unrecordable is None:
-            known.unrecordable = _recording_fault(self)
-        return architecture_support(
-            self.architecture,
-            unrecordable=known.unrecordable,
-            patterns_used=known.function.patterns_used,
-            unproven=known.function.not_compared,
-        )
-
     @property
-    def declared(self) -> dict[str, SupportVerdict]:
-        """Which measures hold, by name, as structure and the proof say; no recording is tried."""
-        return architecture_support(self.architecture, patterns_used=self.patterns_used)
+    def support(self) -> dict[str, SupportVerdict]:
+        """Which measures hold, by name, as the proof, the norms and a recording of the proof's tokens have shown."""
+        for fault in _FAULTS:
+            self._find(fault)
+        return architecture_support(self.architecture, self.function)
+
+    def _find(self, fault: str) -> None:
+        if fault not in self.function.later:
+            self.function.later[fault] = _FAULTS[fault](self)
 
     @cached_property
     def size(self) -> Size:
@@ -126,28 +129,56 @@ class Subject:
         """Where the first weight lies."""
         return device_of(self.model)
 
-    @property
-    def patterns_used(self) -> bool:
-        """Whether an edit of the patterns that hooks show reaches what attention mixes."""
-        known = _known.get(self.model)
-        return not self.architecture.delegated and (
-            known is None or known.function is None or known.function.patterns_used
-        )
-
     def require(self, measure: str) -> None:
         """Raise the ModelError that says why, where this measure is refused."""
-        needs_recording = measure in RECORDED
-        refuse_unsupported(self.support if needs_recording else self.declared, measure, self.about.model)
+        if measure in _NEEDS:
+            self._find(_NEEDS[measure])
+        refuse_unsupported(architecture_support(self.architecture, self.function), measure, self.about.model)
 
     def tokenize(self, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
         """The ids of a prompt, by the model's own rule, checked."""
         return tokenize(self.model, prompt, chat=chat, bos=bos)
 
     @contextmanager
+    def failures_named(self, doing: str) -> Iterator[None]:
+        """What the model raises within becomes a ModelError; what a hook of the user's raises is left as it is."""
+        try:
+            yield
+        except (OversquashError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            places = hooked_places(self.model)
+            if places and _raised_by_user(error):
+                raise
+            blamed = f"a hook of yours, on {', '.join(places[:3])}, may be what it comes from; " if places else ""
+            raise ModelError(
+                f"{doing} {self.about.model} ends in {type(error).__name__}: {one_line(error, 160)}; {blamed}expected "
+                "a model whose hooks show what its weights make: see oversquash_lens.support(model)"
+            ) from error
+
+    @contextmanager
     def surroundings(self) -> Iterator[None]:
         """Within the block the model is this thread's own, autocast is off and inference mode is no-grad mode."""
         with surroundings(self.model):
             yield
+
+
+def _raised_by_user(error: BaseException) -> bool:
+    """Whether code that is neither a library's nor ours was running when it was raised, inside of what was."""
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]), "<")
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = max((i for i, name in enumerate(files) if name.startswith(libraries[1])), default=0)
+    return any("site-packages" not in name and not name.startswith(libraries) for name in files[ours:])
+
+
+def _refuse_modes() -> None:
+    """Inside torch.func's transforms, and under fake tensors, no numbers are made."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OversquashError(
+            "expected ordinary tensors, got a call in a torch.func transform (vmap, grad, …): measure outside it"
+        )
+    if torch._guards.detect_fake_mode() is not None:
+        raise OversquashError("expected ordinary tensors, got a call under FakeTensorMode: measure outside it")
 
 
 def support(model: Any) -> dict[str, SupportVerdict]:
@@ -164,23 +195,30 @@ def _read(model: HookedModel, modules: Sequence[nn.Module]) -> _Known:
     mark = (weights_fingerprint(model), settings_fingerprint(model, modules))
     known = _known.get(model)
     if known is None or known.mark != mark:
-        try:
+        with _described(model):
             architecture = read_architecture(model)
-        except OversquashError:
-            raise
-        except Exception as error:
-            name = getattr(model.cfg, "model_name", None) or "this model"
-            raise ModelError(
-                f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a causal "
-                "decoder of one kind of blocks"
-            ) from error
         known = _known[model] = _Known(mark, architecture)
     return known
 
 
+@contextmanager
+def _described(model: HookedModel) -> Iterator[None]:
+    """An error of any other kind, while a model is read and proven, is about what cannot be read of it."""
+    try:
+        yield
+    except (OversquashError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        name = getattr(model.cfg, "model_name", None) or "this model"
+        raise ModelError(
+            f"{name} cannot be described: {type(error).__name__}: {one_line(error, 160)}; expected a decoder with an "
+            "embedding, a list of blocks and an unembedding, and a cfg that is true of it"
+        ) from error
+
+
 def _prove(model: HookedModel, known: _Known, hooks: tuple) -> None:
     """The user's random numbers go on as if nothing had been drawn."""
-    refuse_dropout(model, known.architecture.name)
+    refuse_dropout([*all_modules(model)], known.architecture.name)
     device = device_of(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if known.function is None:
@@ -205,10 +243,77 @@ def _recording_fault(subject: Subject) -> str:
     return ""
 
 
+def _loose_norms(subject: Subject) -> str:
+    """Why the norms' divisors cannot be held fixed, empty where they can.
+
+    In a pass with every divisor replaced by a copy no other norm may run but those of queries and keys, and the
+    predictions stay; each norm called by itself heeds a divisor that is doubled.
+    """
+    model, architecture, blocks = subject.model, subject.architecture, cast(nn.ModuleList, subject.model.blocks)
+    names = [f"blocks.{i}.{name}" for i in range(architecture.n_layers) for name in architecture.scale_hooks()]
+    names += [architecture.final_hooks()["final_scale"]] if architecture.normed else []
+    if absent := [name for name in names if name not in model.hook_dict]:
+        return f"no hook {absent[0]} shows a norm's divisor"
+    apart_from = [
+        getattr(getattr(block, "attn", None), name, None) for block in blocks for name in ("q_norm", "k_norm")
+    ]
+    exempt = {id(each) for norm in apart_from if isinstance(norm, nn.Module) for each in norm.modules()}
+    inside = [(f"blocks.{name}", module) for name, module in blocks.named_modules()]
+    inside += [("ln_final", module) for module in getattr(model, "ln_final", nn.Module()).modules()]
+    called: list[str] = []
+
+    def twice(divisor: Tensor, hook: Any = None) -> Tensor:
+        return 2 * divisor
+
+    x = torch.linspace(-1, 2, architecture.d_model, dtype=architecture.dtype, device=subject.device)[None, None]
+    with ExitStack() as stack:
+        for each in (torch.no_grad(), subject.surroundings(), without_hooks(model), warnings.catch_warnings()):
+            stack.enter_context(each)
+        warnings.simplefilter("ignore")  # upstream warns of every edit of a divisor
+        for name in names:
+            norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
+            plain = norm(x)
+            with attached(model, [(name, twice)]):
+                if torch.equal(norm(x), plain):
+                    return f"an edit of {name} does not reach what its norm gives"
+        for name, module in inside:
+            if (
+                "norm" in type(module).__name__.lower()
+                and not hasattr(module, "hook_scale")
+                and id(module) not in exempt
+            ):
+                note = partial(_noted, called, name.replace("._original_component", ""))
+                stack.enter_context(module.register_forward_hook(note))
+        copies = [(name, lambda divisor, hook=None: divisor.clone()) for name in names]
+        found = predictions(model, rows_of(model)[0], architecture.name, copies)
+    if called:
+        return f"its norm {called[0]} computes out of the hooks' sight"
+    said = apart(subject.function.own, found, architecture)
+    return f"with a copy of each divisor it computes something else: {said}" if said else ""
+
+
+def _noted(called: list[str], name: str, *of_the_call: Any) -> None:
+    called.append(name)
+
+
+# What is found when first asked for, and which measures ask.
+_FAULTS: dict[str, Callable[[Subject], str]] = {"unrecordable": _recording_fault, "loose_norms": _loose_norms}
+
 STATES = ("supported", "approximate", "refused")
-MEASURES = ("printed bounds", "calibrated", "calibrated_full", "mean_field", "truth", "attention frozen")
-RECORDED = MEASURES[:4]  # what is made of a recording
-FEW = 8  # tokens of the proof: what only longer prompts use is not seen by it
+RECORDED = ("printed bounds", "calibrated", "calibrated_full", "mean_field")  # what is made of a recording
+MEASURES = (
+    *RECORDED,
+    "truth",
+    "attention frozen",
+    "norms frozen",
+    "attention edits",
+    "collapse",
+    "residual hooks",
+    "path hooks",
+)
+
+
+_NEEDS = dict.fromkeys(RECORDED, "unrecordable") | {"norms frozen": "loose_norms"}
 
 
 class SupportVerdict(NamedTuple):
@@ -218,26 +323,55 @@ class SupportVerdict(NamedTuple):
     why: str
 
 
-def architecture_support(
-    architecture: Architecture, *, unrecordable: str = "", patterns_used: bool = True, unproven: str = ""
-) -> dict[str, SupportVerdict]:
-    """Verdicts by measure; `unrecordable`, `patterns_used` and `unproven` are what passes have shown."""
+def architecture_support(architecture: Architecture, function: Function | None = None) -> dict[str, SupportVerdict]:
+    """Verdicts by measure; `function` is what passes have shown.
+
+    Of a structure alone, without it, only what a trace needs is said.
+    """
     experts = "a mixture of experts has no rigorous bound on what its router's choice does"
-    hidden = "attention is computed out of the hooks' sight, so its weights cannot be held fixed"
     printed = [text for text, applies in _unprinted(architecture).items() if applies]
     left_out = [text for text, applies in _left_out(architecture).items() if applies]
-    bound = _refused_if(architecture.experts, experts)
+    bound = _refused_if(experts if architecture.experts else "")
     found = {
         "printed bounds": _approximate(printed),
         "calibrated": bound,
         "calibrated_full": bound,
         "mean_field": _approximate(left_out),
-        "truth": SupportVerdict("supported", "; ".join(filter(None, (unproven, _by_length(architecture))))),
-        "attention frozen": _refused_if(architecture.delegated or not patterns_used, hidden),
+        "truth": SupportVerdict("supported", _by_length(architecture)),
+        "attention frozen": _refused_if(HIDDEN if architecture.delegated else ""),
     }
+    found |= {} if function is None else _shown_support(architecture, function)
+    unrecordable = "" if function is None else function.later.get("unrecordable", "")
     if architecture.obstacle is not None:
         unrecordable = f"{architecture.name} has {architecture.obstacle}"
     return found | dict.fromkeys(RECORDED, SupportVerdict("refused", unrecordable)) if unrecordable else found
+
+
+HIDDEN = (
+    "attention is computed out of the hooks' sight: its weights cannot be held fixed, and it would drop the edit in "
+    "silence"
+)
+
+
+def _shown_support(architecture: Architecture, function: Function) -> dict[str, SupportVerdict]:
+    """Verdicts on what needs no recording, as the proof's passes have shown."""
+    shown = function.shown
+    blank = [str(layer) for layer in range(architecture.n_layers) if layer not in shown.patterns]
+    some = f"{', '.join(blank[:8])}{', …' * (len(blank) > 8)}"
+    none = f"layers {some} show no attention pattern" if len(blank) > 1 else f"layer {some} shows no attention pattern"
+    unseen = none if blank else ""
+    unfrozen = HIDDEN if architecture.delegated else unseen or shown.unused
+    left_out = f"{none}, so attention_shift and self_attention are nan there" if blank else ""
+    notes = "; ".join(filter(None, (function.not_compared, _by_length(architecture))))
+    return {
+        "truth": _refused_if(shown.derivative, notes),
+        "attention frozen": _refused_if(shown.derivative or shown.residuals or unfrozen),
+        "norms frozen": _refused_if(shown.derivative or shown.residuals or function.later.get("loose_norms", "")),
+        "attention edits": _refused_if(unfrozen),
+        "collapse": _refused_if(shown.residuals, left_out),
+        "residual hooks": _refused_if(shown.residuals),
+        "path hooks": _refused_if(unseen or shown.scales),
+    }
 
 
 def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model: str) -> None:
@@ -252,8 +386,8 @@ def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model
 
 
 def _by_length(architecture: Architecture) -> str:
-    windows = sorted({window for window in architecture.windows if window is not None and window > FEW})
-    return f"windows of {', '.join(map(str, windows))} are longer than the {FEW} tokens compared" if windows else ""
+    windows = sorted({window for window in architecture.windows if window is not None and window > TOKENS})
+    return f"windows of {', '.join(map(str, windows))} are longer than the {TOKENS} tokens compared" if windows else ""
 
 
 def _unprinted(architecture: Architecture) -> dict[str, bool]:
@@ -282,5 +416,5 @@ def _approximate(reasons: list[str]) -> SupportVerdict:
     return SupportVerdict("approximate", "; ".join(reasons)) if reasons else SupportVerdict("supported", "")
 
 
-def _refused_if(applies: bool, why: str) -> SupportVerdict:
-    return SupportVerdict("refused", why) if applies else SupportVerdict("supported", "")
+def _refused_if(why: str, otherwise: str = "") -> SupportVerdict:
+    return SupportVerdict("refused", why) if why else SupportVerdict("supported", otherwise)

@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import About, HookedModel
+from oversquash_lens.capture.hooked_model import HookedModel, device_of
 from oversquash_lens.errors import InputError, is_conversation, one_line
+from oversquash_lens.results import About
 
+TOKENS = 8  # of the proof that a model can be measured
 # A text, a list of messages, or token ids [pos] / [1, pos] as tensor or sequence; `tokenize` checks what came.
 Prompt = Any
 
@@ -43,7 +45,7 @@ class TokenizedPrompt:
 
     def batch(self, model: HookedModel) -> Int[Tensor, "one pos"]:
         """The ids as the model takes them: one row, on its device."""
-        return self.ids[None].to(model.W_E.device)
+        return self.ids[None].to(device_of(model))
 
 
 def tokenize(model: HookedModel, prompt: Prompt, *, chat: bool = False, bos: bool | None = None) -> TokenizedPrompt:
@@ -96,6 +98,17 @@ def text_ids(model: Any, text: str, *, bos: bool | None = False) -> tuple[int, .
     """The ids of a piece of text, one token or many, to build prompts from: without BOS, and nothing put behind it."""
     _check_model(model)
     return tuple(_encode(model, text, chat=False, bos=bos, piece=True).tolist())
+
+
+def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "one pos"]]:
+    """Two rows of up to eight ordinary tokens that differ at every position."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ordinary = [i for i in range(d_vocab) if i not in special] or list(range(d_vocab))
+    step = max(1, len(ordinary) // (TOKENS + 3))
+    places = range(1, 1 + step * min(TOKENS, n_ctx or TOKENS), step)
+    rows = [[ordinary[(place + shift) % len(ordinary)] for place in places] for shift in (0, 1)]
+    first, second = (torch.tensor([row], device="cpu") for row in rows)
+    return first, second
 
 
 def _check_model(model: Any) -> None:
@@ -192,23 +205,27 @@ def _chat_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
 
 def _check_ids(prompt: Prompt) -> Int[Tensor, " pos"]:
     try:
-        ids = torch.as_tensor(prompt)
+        ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"expected a text, or token ids [pos] or [1, pos], got a prompt of type {type(prompt).__name__}: give "
             "one prompt, in one of these forms"
         ) from error
+    kinds = {
+        "on the meta device": ids.device.type == "meta",
+        f"in the layout {ids.layout}": ids.layout != torch.strided or ids.is_nested,
+        "that are quantised": ids.is_quantized,
+    }
+    if odd := [kind for kind, applies in kinds.items() if applies]:
+        raise InputError(
+            f"expected numbers in an ordinary tensor, got token ids {odd[0]}: give ids.tolist() of real ones"
+        )
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(
             f"expected integers of shape [pos] or [1, pos], got token ids of shape {tuple(ids.shape)} and "
             f"{ids.dtype}: record one prompt at a time"
-        )
-    if ids.device.type == "meta" or ids.layout != torch.strided:
-        what = "on the meta device" if ids.device.type == "meta" else f"in the sparse layout {ids.layout}"
-        raise InputError(
-            f"expected numbers in an ordinary tensor, got token ids {what}: give ids.tolist() of real ones"
         )
     return ids.detach().long().cpu().clone()
 

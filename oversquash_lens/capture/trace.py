@@ -16,12 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
-from oversquash_lens.capture.hooked_model import FINAL_GAIN, About
 from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.numerics import to_float64
-from oversquash_lens.results import Result, in_a_cell
+from oversquash_lens.results import FINAL_GAIN, About, Result, in_a_cell
 from oversquash_lens.storage import write_atomically
 
 FORMAT = "oversquash-lens-trace"

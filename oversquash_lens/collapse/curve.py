@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.families import Family, as_family
@@ -29,7 +28,7 @@ from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.identity import subject_identity
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.parts import RECORDED, Parts
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 FORMATS = ("float32", "bfloat16")
 CRITERIA = ("epsilon", "bits", "top1")
@@ -201,6 +200,7 @@ def collapse_curve(
     format overflows.
     """
     subject = Subject.of(model)
+    subject.require("collapse")
     formats = tuple(dict.fromkeys(number_format(each) for each in dtypes))
     if not formats:
         raise InputError("expected at least one, such as 'float32', got no dtypes")
@@ -214,7 +214,7 @@ def collapse_curve(
     found: dict[str, dict[str, Tensor]] = {}
     shared = True
     for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
-        with computing_in(subject.model, computing):
+        with subject.surroundings(), computing_in(subject.model, computing), subject.failures_named("reading"):
             run = PairRun(_computing(subject, computing), pairs, share)
             repeated = run.repeat([lengths.index(k) for k in floor_at])
             for one in stores:

@@ -16,7 +16,6 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
@@ -28,7 +27,7 @@ from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.profiles import LEVEL, deviations, mean_field_sensitivity
 from oversquash_lens.paths.recursion import PathProfile
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 NORMS = ("fro", "spectral")
 FREEZABLE = ("attention", "norms")
@@ -132,19 +131,20 @@ def measured_sensitivity(
     subject.require("truth")
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=norm == "spectral", freeze=freeze)
-    differentiated = differentiate(subject, tokenized, freeze)
     label, exact = "", probes is None or target is not None
-    if target is not None:
-        chosen = target_of(subject.model, target, differentiated.prediction.logits.detach())
-        (row,) = differentiated.products(differentiated.prediction.covector(chosen)[None], memory, progress)
-        values, label = row[0].double().norm(dim=-1).cpu(), chosen.label
-        error = torch.zeros_like(values)
-    elif probes is None:
-        values = exact_norms(differentiated, (norm,), memory, progress)[norm]
-        error = torch.zeros_like(values)
-    else:
-        rows, _ = probe_rows(differentiated, probes, seed, memory, progress)
-        values, error = frobenius_estimate(rows)
+    with subject.failures_named("differentiating"):
+        differentiated = differentiate(subject, tokenized, freeze)
+        if target is not None:
+            chosen = target_of(subject.model, target, differentiated.prediction.logits.detach())
+            (row,) = differentiated.products(differentiated.prediction.covector(chosen)[None], memory, progress)
+            values, label = row[0].double().norm(dim=-1).cpu(), chosen.label
+            error = torch.zeros_like(values)
+        elif probes is None:
+            values = exact_norms(differentiated, (norm,), memory, progress)[norm]
+            error = torch.zeros_like(values)
+        else:
+            rows, _ = probe_rows(differentiated, probes, seed, memory, progress)
+            values, error = frobenius_estimate(rows)
     return MeasuredSensitivity(
         tokens=tokenized.tokens,
         values=values,
@@ -304,7 +304,8 @@ def probe_corrected_sensitivity(
     subject.require("truth")
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     trace = record_tokens(subject.model, tokenized, node_probes=node_probes, seed=seed)
-    rows, _ = probe_rows(differentiate(subject, tokenized), probes, seed, memory, progress)
+    with subject.failures_named("differentiating"):
+        rows, _ = probe_rows(differentiate(subject, tokenized), probes, seed, memory, progress)
     probed = rows.double().square().sum(-1).mean(0).sqrt()
     return corrected(mean_field_sensitivity(trace), probed, trace.about, probes, level, seed)
 

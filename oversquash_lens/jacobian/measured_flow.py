@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
@@ -30,7 +29,7 @@ from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Source, position_of
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 STEP = 2e-3  # of central differences: the largest move of a position, relative to its residual
 RETRIES = (1.0, 1 / 3, 3.0)  # factors of the step, until the flow is conserved within `KEPT`

@@ -9,6 +9,7 @@ no [dest, src] is made at all, and memory is O(n) throughout.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,21 +18,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from oversquash_lens.capture import checks
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.checks import patterns_are_used
 from oversquash_lens.capture.fused import fused_attention, fused_shows_heads
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, full_precision, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
-from oversquash_lens.errors import HookMismatchError, ModelError
+from oversquash_lens.errors import HookMismatchError
 from oversquash_lens.jacobian.routes import CARRIED, product_bytes, products_at_once, truth_route
 from oversquash_lens.jacobian.targets import Target
 
 LIFTS = (2.0**13, 2.0**6, 1.0, 2.0**-7)  # of covectors in float16, until nothing overflows
-ENOUGH = 16  # tokens that show whether a model uses the patterns that its hooks show
 
 Rows = Float[Tensor, "row one pos d_model"]
 
@@ -189,8 +189,8 @@ def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable
     a pass that is no plain one.
     """
     n, freeze = len(tokenized.ids), tuple(freeze)
-    if "attention" in freeze:
-        _check_patterns_are_used(subject, tokenized)
+    for held in freeze:
+        subject.require(f"{held} frozen")
     route = truth_route(subject, n, freeze)
     one, frozen = product_bytes(subject.size, n, route), _freezing_hooks(subject.architecture, freeze)
     if route == "whole":
@@ -248,7 +248,12 @@ def _with_whole_graph(
 ) -> WholeGraph:
     """Run the model once with a leaf at the first residual, and keep the graph."""
     caught: dict[str, Tensor] = {}
-    with _differentiable(subject, [_leaf_hook(caught), _output_hook(subject.architecture, caught), *frozen]):
+    embedded = subject.function.shown.embedded
+    hooks = [_output_hook(subject.architecture, caught), *frozen]
+    with (
+        _differentiable(subject, hooks if embedded else [_leaf_hook(caught), *hooks]),
+        _leaf_at_embedding(subject, caught) if embedded else nullcontext(),
+    ):
         prediction = _run(subject, tokenized, caught)
     return WholeGraph(prediction, caught["leaf"], bytes_per_product)
 
@@ -275,12 +280,14 @@ def _differentiable(subject: Subject, hooks: Sequence[NamedHook], fused: bool = 
     """Hooks attached behind the user's own, gradients on whatever the caller's mode is, logits of the last token."""
     model = subject.model
     with (
+        warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.enable_grad(),
         last_logits_only(model),
         attached(model, hooks),
         fused_attention(model, _ignore) if fused else nullcontext(),
     ):
+        warnings.filterwarnings("ignore", module="transformer_lens")  # it warns of every edit of a divisor
         yield
 
 
@@ -350,6 +357,12 @@ def _watching_hook(caught: dict[str, Tensor], key: str) -> Hook:
     return watch
 
 
+def _leaf_at_embedding(subject: Subject, caught: dict[str, Tensor]) -> RemovableHandle:
+    """Where later layers read the embedding, too: it is what enters the first one, so gradients end there."""
+    _, start = _leaf_hook(caught)
+    return subject.model.embed.register_forward_hook(lambda embed, inputs, output: start(output))
+
+
 def _output_hook(architecture: Architecture, caught: dict[str, Tensor]) -> NamedHook:
     """Where gradients begin: what the unembedding reads at the last position."""
 
@@ -374,14 +387,3 @@ def _prediction_input(output: Float[Tensor, " d_model"], architecture: Architect
     """y_n, its gain put back where it was folded away."""
     checks.check_finite("the unembedding's input", output)
     return output if architecture.restore_gain is None else output * architecture.restore_gain.to(output)
-
-
-def _check_patterns_are_used(subject: Subject, tokenized: TokenizedPrompt) -> None:
-    """Where attention is delegated, edits of hook_pattern are dropped in silence, and detaching freezes nothing."""
-    subject.require("attention frozen")
-    ids = tokenized.batch(subject.model)[:, :ENOUGH]
-    if not patterns_are_used(subject.model, subject.architecture, ids):
-        raise ModelError(
-            f"{subject.about.model}: halving its attention patterns changes nothing; expected hook_pattern to be "
-            "what the model uses: freezing attention is not possible with this model class"
-        )

@@ -33,6 +33,8 @@ def truth_route(subject: Subject, n: int, freeze: Iterable[str] = ()) -> str:
     frozen = "attention" in freeze or next(foreign_hooks(model), None) is not None
     if n >= FUSED_FROM and not frozen and why_not_fused(model, subject.architecture) is None:
         return "fused"
+    if not subject.function.shown.linked:
+        return "whole"  # a block is no function of the one before it alone
     whole = sum(graph_bytes(size, n).values()) + product_bytes(size, n)
     return "whole" if COMFORT * whole <= available_bytes(subject.device) else "blocks"
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from oversquash_lens.capture.hooked_model import is_a_class
-from oversquash_lens.capture.proof import TOKENS, Predictions, keep_reference, proof_ids, wrapped_predictions
+from oversquash_lens.capture.proof import Predictions, keep_reference, wrapped_predictions
+from oversquash_lens.capture.tokens import TOKENS, proof_ids
 from oversquash_lens.errors import InputError, ModelError, one_line
 from oversquash_lens.models import default_model, sources
 from oversquash_lens.models.default_model import CachedModel, cache_folder, cached_models

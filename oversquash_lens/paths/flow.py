@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.numerics import effective_number, json_numbers, without_autocast
@@ -25,7 +24,7 @@ from oversquash_lens.paths.blocks import AttentionBlock, EdgeBlock, HeadEdges
 from oversquash_lens.paths.edges import EdgeRule
 from oversquash_lens.paths.profiles import TracePaths, blocks_of, checked_trace, paths_of_trace
 from oversquash_lens.paths.recursion import FAINT, ROWS, PathProfile
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 Source = int | str | slice  # a position, a token's text, or a span of positions
 

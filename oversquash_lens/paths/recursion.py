@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.errors import InputError
 from oversquash_lens.numerics import json_numbers, to_float64, without_autocast
 from oversquash_lens.paths.blocks import EdgeBlock
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 ROWS = 256  # rows of an edge matrix that are in memory at a time
 FAINT = 1e-250  # below this share of the largest entry, sums are redone with logsumexp: no distant token underflows

@@ -16,14 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.attention import UniformAttention
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError, whole_number
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Flow, flow, flows
 from oversquash_lens.paths.profiles import checked_trace
 from oversquash_lens.paths.recursion import PathProfile, log_path_products
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 
 
 @dataclass(frozen=True)

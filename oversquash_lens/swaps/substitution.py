@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from oversquash_lens.capture.hooked_model import About, is_hooked_transformer
+from oversquash_lens.capture.hooked_model import is_hooked_transformer
 from oversquash_lens.capture.prefixes import Branch, Ids
 from oversquash_lens.capture.readings import predictions, read_substituted
 from oversquash_lens.capture.subject import Subject
@@ -34,7 +34,7 @@ from oversquash_lens.identity import subject_identity
 from oversquash_lens.jacobian.targets import Target, logits_of, target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.parts import RECORDED, Parts
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 from oversquash_lens.swaps.replacements import Chances, Span, given_replacements, spans_of
 
 METHODS = ("auto", "exact", "nodes")

@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS
-from oversquash_lens.capture.hooked_model import About
 from oversquash_lens.capture.hooks import NamedHook, attached, last_logits_only, without_cache
 from oversquash_lens.capture.readings import predictions
 from oversquash_lens.capture.subject import Subject
@@ -31,7 +30,7 @@ from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import Target, target_of
 from oversquash_lens.numerics import json_numbers
 from oversquash_lens.paths.flow import position_of
-from oversquash_lens.results import Result
+from oversquash_lens.results import About, Result
 from oversquash_lens.swaps.replacements import aligned
 
 BUDGET = 40_000  # tokens of patched passes for the nodes, and as many for the heads
@@ -323,7 +322,7 @@ class _Pair:
         size = max(1, ROWS // len(self.ids))
         batches = [places[at : at + size] for at in range(0, len(places), size)]
         for some in tqdm(batches, desc="patching", unit="batch", disable=not progress, leave=False):
-            ids = self.ids.to(model.W_E.device).expand(len(some), -1).clone()
+            ids = self.ids.to(self.subject.device).expand(len(some), -1).clone()
             with torch.no_grad(), last_logits_only(model), attached(model, list(self._patches(some, key))):
                 logits = model(ids, **without_cache(model))[:, -1]
             parts.append((self.target.of(logits.double()).cpu() - self.values[0]) / self.whole)

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.batch import batch_bytes, record_tokens_batch
-from oversquash_lens.capture.hooked_model import DOUBLED_BOS
 from oversquash_lens.capture.recorder import record_tokens
-from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.subject import RECORDED, Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import HookMismatchError, InputError, ModelError, OversquashError, one_line, one_of
@@ -25,6 +24,7 @@ from oversquash_lens.paths.kinds import VARIANTS
 from oversquash_lens.paths.profiles import profiles
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.paths.squashing import squashing
+from oversquash_lens.results import DOUBLED_BOS
 from oversquash_lens.sweeps.prompt_files import SweepPrompt
 
 Values = dict[str, Any]
@@ -36,7 +36,7 @@ ALWAYS = {
     "index": COUNT,  # the prompt's place among all, from 0
     "name": WORD,
     "status": WORD,  # "done" or "refused"
-    "reason": WORD,  # why it was refused
+    "reason": WORD,  # why it was refused; of a prompt that is done, which measures the model refuses, and why
     "remark": WORD,  # what may not be meant as it came: BOS twice
     "text": WORD,
     "token_ids": IDS,
@@ -92,10 +92,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measured:
-    """One recorded prompt, its profiles, and the model for measures that run it again."""
+    """One prompt, its trace where one was made, its profiles, and the model for measures that run it again."""
 
     subject: Subject
-    trace: Trace
+    tokenized: TokenizedPrompt
+    trace: Trace | None
     profiles: Mapping[str, PathProfile]
     effort: Effort
 
@@ -141,6 +142,7 @@ def summary(share: Float[Tensor, " pos"]) -> Values:
 
 
 def flow_values(measured: Measured) -> Values:
+    assert measured.trace is not None, "a recorded measure"
     found: Flow = flow(measured.trace)
     width = found.effective_width
     narrowest = int(width[:-1].argmin())
@@ -154,6 +156,7 @@ def flow_values(measured: Measured) -> Values:
 
 
 def squashing_values(measured: Measured) -> Values:
+    assert measured.trace is not None, "a recorded measure"
     found = squashing(measured.trace)
     numbers = {name: getattr(found, name) for name in ("index", "narrowest")}
     numbers |= {"heard": found.effective_tokens, "null_heard": found.null_effective_tokens}
@@ -161,8 +164,8 @@ def squashing_values(measured: Measured) -> Values:
 
 
 def truth_values(measured: Measured) -> Values:
-    effort, trace = measured.effort, measured.trace
-    found = measured_sensitivity(measured.subject.model, trace.token_ids, probes=effort.probes, seed=effort.seed)
+    effort, ids = measured.effort, measured.tokenized.ids
+    found = measured_sensitivity(measured.subject.model, ids, probes=effort.probes, seed=effort.seed)
     share = found.values / found.values.sum()
     return {
         "share": share.tolist(),
@@ -207,15 +210,25 @@ def columns(measures: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def measured_values(subject: Subject, trace: Trace, effort: Effort) -> Values:
-    """The measures' columns of one recorded prompt."""
-    kinds = [MEASURES[name].profile for name in effort.measures if MEASURES[name].profile]
-    measured = Measured(subject, trace, profiles(trace, kinds) if kinds else {}, effort)
+def measured_values(subject: Subject, tokenized: TokenizedPrompt, trace: Trace | None, effort: Effort) -> Values:
+    """The measures' columns of one prompt; those of measures that the model refuses stay empty."""
+    refused = refused_measures(subject, effort)
+    names = [name for name in effort.measures if name not in refused]
+    kinds = [MEASURES[name].profile for name in names if MEASURES[name].profile]
+    made = profiles(trace, kinds) if trace is not None and kinds else {}
+    measured = Measured(subject, tokenized, trace, made, effort)
     found: Values = {}
-    for name in effort.measures:
+    for name in names:
         values = MEASURES[name].values(measured)
         found |= {f"{name}_{column}": value for column, value in values.items()}
     return found
+
+
+def refused_measures(subject: Subject, effort: Effort) -> dict[str, str]:
+    """The measures that this model refuses, and why."""
+    support = subject.support
+    verdicts = {name: support[MEASURES[name].support] for name in effort.measures}
+    return {name: verdict.why for name, verdict in verdicts.items() if verdict.state == "refused"}
 
 
 # Of one prompt; the others may still do. RuntimeError: torch's, inside the model itself (out of memory is one, too).
@@ -229,9 +242,9 @@ Ready = tuple[SweepPrompt, TokenizedPrompt]
 
 
 def check_measurable(subject: Subject, effort: Effort) -> None:
-    """Refuse a model that cannot be measured so, before any prompt is run."""
-    for name in effort.measures:
-        subject.require(MEASURES[name].support)
+    """Refuse a model of which none of these measures can be taken, before any prompt is run."""
+    if len(refused_measures(subject, effort)) == len(effort.measures):
+        subject.require(MEASURES[effort.measures[0]].support)
 
 
 def rows_of(
@@ -278,12 +291,15 @@ def _fit(size: Size, lengths: Sequence[int], budget: int) -> bool:
 def _batch_rows(subject: Subject, batch: Sequence[Ready], effort: Effort) -> list[Values]:
     options: dict[str, Any] = {"node_probes": effort.node_probes, "seed": effort.seed, "verify": effort.verify}
     tokenized = [each for _, each in batch]
+    refused = refused_measures(subject, effort)
     begun = time.perf_counter()
     try:
-        if len(batch) == 1:
+        if not any(MEASURES[name].support in RECORDED for name in effort.measures if name not in refused):
+            traces: list[Trace | None] = [None] * len(batch)
+        elif len(batch) == 1:
             traces = [record_tokens(subject.model, tokenized[0], attention=effort.attention, **options)]
         else:
-            traces = record_tokens_batch(subject.model, tokenized, **options)
+            traces = [*record_tokens_batch(subject.model, tokenized, **options)]
     except UNUSABLE as error:
         if len(batch) == 1:
             return [_refusal(batch[0][0], error, effort, tokenized[0])]
@@ -293,12 +309,14 @@ def _batch_rows(subject: Subject, batch: Sequence[Ready], effort: Effort) -> lis
     for prompt, tokens in batch:
         begun = time.perf_counter()
         try:
-            values = measured_values(subject, traces.pop(0), effort)
+            values = measured_values(subject, tokens, traces.pop(0), effort)
         except UNUSABLE as error:
             rows.append(_refusal(prompt, error, effort, tokens))
             continue
         seconds = each_token * len(tokens.ids) + time.perf_counter() - begun
-        rows.append(_row(prompt, effort, tokens) | {"status": "done", "seconds": seconds} | values)
+        reason = "; ".join(f"{name}: {why}" for name, why in refused.items()) or None
+        done = {"status": "done", "reason": reason, "seconds": seconds}
+        rows.append(_row(prompt, effort, tokens) | done | values)
     return rows
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from oversquash_lens.analyses.plan import Plan, plan
 from oversquash_lens.capture.fused import check_attention
-from oversquash_lens.capture.hooked_model import software_versions
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.subject import Subject
@@ -18,7 +17,7 @@ from oversquash_lens.errors import InputError, one_line, whole_number
 from oversquash_lens.identity import subject_identity
 from oversquash_lens.memory import in_words
 from oversquash_lens.parts import RECORDED, WINDOW, Parts, check_results_file
-from oversquash_lens.results import duration
+from oversquash_lens.results import duration, software_versions
 from oversquash_lens.sweeps.on_ray import Cluster
 from oversquash_lens.sweeps.prompt_files import SweepPrompt, mark_of, read_prompts
 from oversquash_lens.sweeps.result import SweepResult
