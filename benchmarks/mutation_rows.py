@@ -80,8 +80,8 @@ ONCE_SURVIVED = _in(
     (
         "capture/weights",
         "max|γ| of the keys' own norm dropped",
-        '"key_norm": torch.linalg.svdvals(key)[:, 0] * _largest(w.key_gain),',
-        '"key_norm": torch.linalg.svdvals(key)[:, 0],',
+        '"key_norm": per_head(_head_norms(gain * to_float64(w.key), w.key_gain, architecture), heads),',
+        '"key_norm": per_head(_head_norms(gain * to_float64(w.key), None, architecture), heads),',
         REFERENCE,
     ),
     (
@@ -101,8 +101,8 @@ ONCE_SURVIVED = _in(
     (
         "capture/layer",
         "eps of the norm of queries and keys dropped",
-        "/ x.shape[-1] + self.context.architecture.eps",
-        "/ x.shape[-1]",
+        "scale = (square + architecture.eps).sqrt()",
+        "scale = square.sqrt()",
         REFERENCE,
     ),
     (
@@ -311,7 +311,62 @@ PATHS = _in(
 
 JACOBIAN = _in(
     "jacobian",
-    ("products", "the truth of the position before the last", "y[0, -1]\n", "y[0, -2]\n", JACOBIANS),
+    (
+        "products",
+        "the truth of the position before the last",
+        'caught["read"][0, -1]',
+        'caught["read"][0, -2]',
+        JACOBIANS,
+    ),
+    (
+        "block_products",
+        "heads counted at every position twice",
+        'over = (1, 3) if key == "z" else (1, 2)',
+        'over = (1, 2) if key == "z" else (1, 2)',
+        "test_measured_flow.py::test_what_stays_is_what_the_middle_residual_carries",
+    ),
+    (
+        "block_products",
+        "the rest summed where its mean is meant",
+        "getattr(other, name).mean(0)",
+        "getattr(other, name).sum(0)",
+        "test_measured_flow.py::test_the_estimate_is_near_all_directions_and_says_how_near",
+    ),
+    (
+        "measured_flow",
+        "all tokens by their squares, not alike",
+        "torch.where(squares > 0, 1 / squares, 0.0)",
+        "torch.where(squares > 0, 1.0, 0.0).to(squares)",
+        "test_measured_flow.py::test_all_tokens_count_alike",
+    ),
+    (
+        "measured_flow",
+        "the rest is not freed of the sketch",
+        "rest = rest - rest @ basis.T @ basis",
+        "rest = rest - 0 * rest",
+        "test_measured_flow.py::test_the_estimate_is_near_all_directions_and_says_how_near",
+    ),
+    (
+        "measured_flow",
+        "what the MLP writes beside attention counts as staying",
+        "(mlp if subject.architecture.parallel else 0)",
+        "0",
+        "test_measured_flow.py::test_heads_mlp_and_what_stays_sum_to_one_in_parallel_blocks",
+    ),
+    (
+        "targets",
+        "a contrast with the wrong sign",
+        "- (0 if self.against is None",
+        "+ (0 if self.against is None",
+        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
+    ),
+    (
+        "targets",
+        "a cap that is left out",
+        '"final_logit_softcapping": lambda logits, cap: cap * (logits / cap).tanh()',
+        '"final_logit_softcapping": lambda logits, cap: logits',
+        "test_substitution.py::test_logits_are_the_models_own",
+    ),
     (
         "products",
         "norms are not held fixed",
@@ -329,8 +384,8 @@ JACOBIAN = _in(
     (
         "products",
         "what float16 was divided by is not multiplied back",
-        "return rows * size.view(-1, 1, 1, 1).to(rows)",
-        "return rows",
+        "return [rows * size.view(-1, *[1] * (rows.ndim - 1)).to(rows) for rows in found]",
+        "return found",
         "test_products.py::test_half_precision_loses_no_more_than_the_whole_graph_does",
     ),
     (
@@ -428,6 +483,27 @@ COLLAPSE = _in(
 
 CAPTURE = _in(
     "capture",
+    (
+        "weights",
+        "heads one by one where one norm takes them together",
+        "    if architecture.qk_across:\n        norms",
+        "    if False:\n        norms",
+        FAMILIES,
+    ),
+    (
+        "weights",
+        "a cut of values left out of ‖OV‖",
+        "    if apart:\n",
+        "    if False:\n",
+        FAMILIES,
+    ),
+    (
+        "weights",
+        "the mean that a head's own norm takes away left in",
+        "weight = weight - weight.mean(2, keepdim=True) if architecture.qk_centred else weight",
+        "weight = weight * 1",
+        FAMILIES,
+    ),
     (
         "layer",
         "the residual before the last",
@@ -543,8 +619,8 @@ CAPTURE = _in(
     (
         "mlp",
         "experts without their norm's gain",
-        "inside = inside * w.mlp_gain.to(inside)\n",
-        "inside = inside * 1.0\n",
+        "(normed(entering) if architecture.pre_norms else entering) * w.mlp_gain.to(entering)",
+        "(normed(entering) if architecture.pre_norms else entering) * 1.0",
         FAMILIES,
     ),
     (
@@ -557,22 +633,22 @@ CAPTURE = _in(
     (
         "weights",
         "centring left out of queries and keys",
-        "return weight - weight.mean(1, keepdim=True) if architecture.centred else weight",
+        "return weight - weight.mean(1, keepdim=True) if architecture.centred and architecture.pre_norms else weight",
         "return weight",
         ESTIMATE,
     ),
     (
         "weights",
         "max|γ| of a post-norm dropped from ‖OV‖",
-        '"ov_norm": _product_norm(value, bare) * _largest(post),',
-        '"ov_norm": _product_norm(value, bare),',
+        '"ov_norm": _product_norm(value, bare, architecture.clip is not None) * _largest(post),',
+        '"ov_norm": _product_norm(value, bare, architecture.clip is not None),',
         REFERENCE,
     ),
     (
         "weights",
         "max|γ| of the queries' own norm dropped",
-        '"query_norm": torch.linalg.svdvals(query)[:, 0] * _largest(w.query_gain),',
-        '"query_norm": torch.linalg.svdvals(query)[:, 0],',
+        '"query_norm": _head_norms(query, w.query_gain, architecture),',
+        '"query_norm": _head_norms(query, None, architecture),',
         REFERENCE,
     ),
     (
@@ -689,16 +765,30 @@ CAPTURE = _in(
     ),
     (
         "prefixes",
+        "keys that a branch replaces are seen, too",
+        "(before < positions[:, None]) & ~replaced[branch]",
+        "(before < positions[:, None])",
+        "test_substitution.py::test_nodes_keep_all_other_keys_and_values",
+    ),
+    (
+        "prefixes",
+        "a window that is one too wide",
+        "torch.cat([before, positions]) < window",
+        "torch.cat([before, positions]) <= window",
+        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
+    ),
+    (
+        "prefixes",
         "a token that does not see itself",
-        "(order[:, None] >= order)",
-        "(order[:, None] > order)",
+        "(positions[:, None] >= positions)",
+        "(positions[:, None] > positions)",
         READINGS,
     ),
     (
         "prefixes",
         "places behind a fork off by one",
-        "torch.arange(fork, fork + size, device",
-        "torch.arange(fork + 1, fork + 1 + size, device",
+        "range(self.fork, self.fork + len(self.suffix))",
+        "range(self.fork + 1, self.fork + 1 + len(self.suffix))",
         READINGS,
     ),
     (
@@ -737,14 +827,14 @@ CAPTURE = _in(
         "test_subject.py::test_a_prefix_model_is_refused",
     ),
     (
-        "proof",
+        "checks",
         "log-probabilities of another function pass",
         "if not most <= TOLERANCE[architecture.dtype]:",
         "if not most <= 1e9 * TOLERANCE[architecture.dtype]:",
         "test_subject.py::test_a_bridge_that_computes_another_function_is_refused_at_every_door",
     ),
     (
-        "proof",
+        "hooked_model",
         "dropout below one half passes",
         "if isinstance(value, float) and value > 0}",
         "if isinstance(value, float) and value > 0.5}",
@@ -760,8 +850,8 @@ CAPTURE = _in(
     (
         "subject",
         "bounds of experts are not refused",
-        "bound = _refused_if(architecture.experts, experts)",
-        "bound = _refused_if(False, experts)",
+        'bound = _refused_if(experts if architecture.experts else "")',
+        'bound = _refused_if("")',
         FAMILIES,
     ),
     (
@@ -875,4 +965,57 @@ ANALYSES = _in(
     ),
 )
 
-ROWS: tuple[Mutation, ...] = (*ONCE_SURVIVED, *PATHS, *JACOBIAN, *COLLAPSE, *CAPTURE, *ANALYSES)
+SWAPS = _in(
+    "swaps",
+    (
+        "replacements",
+        "a token may be replaced by itself",
+        "chances[each][self.base[position]] = 0",
+        "chances[each][self.base[position]] += 0",
+        "test_substitution.py::test_draws_are_others_tokens_and_depend_on_the_position_alone",
+    ),
+    (
+        "replacements",
+        "predictions of the place itself, not of the one before",
+        "self.y[position - 1 : position]",
+        "self.y[position : position + 1]",
+        "test_substitution.py::test_plausible_draws_follow_the_models_own_prediction",
+    ),
+    (
+        "substitution",
+        "the divergence the other way round",
+        "(log_p.exp() * (log_p - log_q))",
+        "(log_q.exp() * (log_q - log_p))",
+        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
+    ),
+    (
+        "substitution",
+        "an arithmetic mean over draws",
+        "self.distances.log().mean(-1).exp()",
+        "self.distances.mean(-1)",
+        "test_substitution.py::test_draws_are_others_tokens_and_depend_on_the_position_alone",
+    ),
+    (
+        "swap",
+        "heads patched at the last position only",
+        "(row, slice(None), at)",
+        "(row, slice(-1, None), at)",
+        "test_swap.py::test_every_patch_is_a_pass_with_one_activation_replaced",
+    ),
+    (
+        "swap",
+        "what stays the same before the swap is left open",
+        "found[:, : self.positions[0]] = 0.0",
+        "found[:, : self.positions[0]] = 1.0",
+        "test_swap.py::test_every_patch_is_a_pass_with_one_activation_replaced",
+    ),
+    (
+        "swap",
+        "gradients times the swapped activations, not their difference",
+        "self.runs[1][key].double() - self.runs[0][key].double()",
+        "self.runs[1][key].double()",
+        "test_swap.py::test_attribution_is_gradient_times_difference",
+    ),
+)
+
+ROWS: tuple[Mutation, ...] = (*ONCE_SURVIVED, *PATHS, *JACOBIAN, *COLLAPSE, *CAPTURE, *ANALYSES, *SWAPS)
