@@ -371,7 +371,7 @@ def test_a_second_prompt_that_two_pairs_share_is_compared_for_the_one_that_repea
 def test_a_model_whose_cache_cannot_be_used_says_so() -> None:
     if not has_bridge():
         pytest.skip(NO_BRIDGE)
-    model = zoo("mistral-window", "bridge", 3)
+    model = zoo("bloom", "bridge", 3)
     shared = collapse_curve(model, Family("turning", turning), LENGTHS, ("float64",))
     alone = collapse_curve(model, Family("turning", turning), LENGTHS, ("float64",), share=False)
     assert [note for note in shared.notes if "run whole" in note]
