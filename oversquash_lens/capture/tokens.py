@@ -100,7 +100,7 @@ def text_ids(model: Any, text: str, *, bos: bool | None = False) -> tuple[int, .
     return tuple(_encode(model, text, chat=False, bos=bos, piece=True).tolist())
 
 
-def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "one pos"]]:
+def proof_ids(d_vocab: int, tokenizer: Any, n_ctx: int | None) -> tuple[Int[Tensor, "one pos"], Int[Tensor, "one pos"]]:
     """Two rows of up to eight ordinary tokens that differ at every position."""
     special = set(getattr(tokenizer, "all_special_ids", ()))
     ordinary = [i for i in range(d_vocab) if i not in special] or list(range(d_vocab))
