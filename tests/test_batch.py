@@ -72,9 +72,12 @@ def test_a_batch_is_each_prompt_by_itself(name: str, kind: str) -> None:
     try:
         single = [alone(model, each) for each in prompts()]
     except ModelError as refused:
-        with pytest.raises(ModelError, match=str(refused)[:60]):
-            record_batch(model, prompts())
-        return
+        if "kept patterns" in str(refused):  # Llama 4: recorded one by one, on another route
+            single = [osl.record(model, each) for each in prompts()]
+        else:
+            with pytest.raises(ModelError, match=str(refused)[:60]):
+                record_batch(model, prompts())
+            return
     for batched, expected in zip(record_batch(model, prompts()), single, strict=True):
         assert largest_difference(batched, expected) < SAME[torch.float64]
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS
 from oversquash_lens.capture.checks import verify_pass
+from oversquash_lens.capture.fused import can_keep
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, last_logits_only, without_cache
-from oversquash_lens.capture.recorder import NODE_PROBES, Recorder
+from oversquash_lens.capture.recorder import NODE_PROBES, Recorder, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
@@ -78,6 +79,8 @@ def record_tokens_batch(
 ) -> list[Trace]:
     """`record_batch` of a model or Subject for prompts that are already tokenized and checked."""
     subject, lengths = Subject.of(model), [len(each.ids) for each in tokenized]
+    if not can_keep(subject.architecture):  # a batch keeps patterns
+        return [record_tokens(subject, each, verify=verify, node_probes=node_probes, seed=seed) for each in tokenized]
     check_batch(subject, lengths)
     model = subject.model
     batch, shares = padded(tokenized).to(subject.device), _Shares(lengths, max(lengths))

@@ -231,9 +231,14 @@ def own_route(architecture: Architecture, model: HookedModel, attention: str) ->
     return _kept(architecture, route.why) if route == "kept" else route
 
 
+def can_keep(architecture: Architecture) -> bool:
+    """Whether patterns can be kept: something shows the queries and keys that make them."""
+    return not (architecture.delegated and architecture.rotation == "unknown")
+
+
 def _kept(architecture: Architecture, why: str) -> AttentionRoute:
-    """The route that keeps patterns; a ModelError where nothing shows the queries and keys that make them."""
-    if architecture.delegated and architecture.rotation == "unknown":
+    """The route that keeps patterns; a ModelError where they cannot be."""
+    if not can_keep(architecture):
         raise ModelError(
             f"{architecture.name} leaves attention to transformers' own module, and no hook shows how positions turn "
             "its queries and keys, so kept patterns cannot be held against them; expected record() with "

@@ -247,9 +247,16 @@ def named_modules(model: Any) -> list[tuple[nn.Module, str]]:
 
 @contextmanager
 def without_hooks(model: HookedModel, *, users: bool = True) -> Iterator[None]:
-    """Within the block neither our hooks nor (unless `users` is False) the user's are called; libraries' own are."""
+    """Within the block neither our hooks nor (unless `users` is False) the user's are called; libraries' own are.
+
+    Backward hooks are never called: what is differentiated here is no step of the user's.
+    """
     before: list[tuple[nn.Module, str, OrderedDict]] = []
     for module in all_modules(model):
+        for kind in ("_backward_hooks", "_backward_pre_hooks"):
+            if hooks := getattr(module, kind):
+                before.append((module, kind, hooks))
+                setattr(module, kind, OrderedDict())
         theirs = set(hooks_on(module))
         for kind in KINDS:
             hooks = getattr(module, kind)

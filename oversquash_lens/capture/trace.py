@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.capture.attention import AttentionRows, KeptAttention, RecomputedAttention
-from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict
+from oversquash_lens.capture.subject import MEASURES, RECORDED, STATES, SupportVerdict
 from oversquash_lens.capture.weights import WeightGains
 from oversquash_lens.errors import InputError, TraceFileError, one_line
 from oversquash_lens.numerics import to_float64
@@ -312,7 +312,7 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     _expect(type(header["gated_mlp"]) is bool and type(header["parallel"]) is bool, "gated_mlp or parallel")
     _expect(isinstance(header.get("route_reason", ""), str), "route_reason")
     verdicts = header["support"]
-    _expect(isinstance(verdicts, dict) and set(verdicts) == set(MEASURES), "support", verdicts)
+    _expect(isinstance(verdicts, dict) and set(RECORDED) <= set(verdicts) <= set(MEASURES), "support", verdicts)
     _expect(all(len(v) == 2 and v[0] in STATES and isinstance(v[1], str) for v in verdicts.values()), "support")
     for name in _GAIN_NUMBERS:
         number, whole = gains[name], name in ("node_probes", "seed")
