@@ -24,7 +24,7 @@ import oversquash_lens as osl
 from oversquash_lens.capture import hooks as capture_hooks
 from oversquash_lens.capture.subject import MEASURES, Subject
 from oversquash_lens.errors import ModelError, OversquashError
-from oversquash_lens.jacobian import products
+from oversquash_lens.jacobian import routes
 
 Model = Any
 IDS = [1, 7, 9, 3, 20, 11, 5, 8, 30, 4]
@@ -148,8 +148,8 @@ def test_an_embedding_that_later_layers_read_too_is_differentiated_as_a_whole() 
     shown = Subject.of(model).function.shown
     assert shown.embedded
     assert not shown.linked
-    with mock.patch.object(products, "available_bytes", return_value=1):
-        assert products.truth_route(Subject.of(model), len(IDS), ()) == "whole"
+    with mock.patch.object(routes, "available_bytes", return_value=1):
+        assert routes.truth_route(Subject.of(model), len(IDS), ()) == "whole"
     assert torch.allclose(
         osl.measured_sensitivity(model, IDS, probes=None).values, plain_jacobian(plain, IDS), rtol=1e-4
     )
@@ -159,8 +159,8 @@ def test_an_embedding_that_later_layers_read_too_is_differentiated_as_a_whole() 
 def test_blocks_differentiated_one_by_one_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = made(name)
     whole = osl.measured_sensitivity(model, IDS, probes=None).values
-    monkeypatch.setattr(products, "COMFORT", 1 << 40)
-    assert products.truth_route(Subject.of(model), len(IDS), ()) == "blocks"
+    monkeypatch.setattr(routes, "COMFORT", 1 << 40)
+    assert routes.truth_route(Subject.of(model), len(IDS), ()) == "blocks"
     assert torch.allclose(osl.measured_sensitivity(model, IDS, probes=None).values, whole, rtol=1e-4)
 
 
@@ -285,3 +285,21 @@ def test_a_sweep_measures_what_remains_and_says_what_was_refused(tmp_path: Path)
         assert sum(row["truth_share"]) == pytest.approx(1)
     with pytest.raises(ModelError, match="mean_field was asked of"):
         osl.sweep(model, [IDS], ["mean_field"], tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "deepseek-v3", "lfm2"])
+def test_the_flow_is_measured_without_attention_patterns(name: str) -> None:
+    """Conserved, causal, and at the bottom the measured sensitivity."""
+    _, model = made(name)
+    found = osl.measured_flow(model, IDS, 3, target=7)
+    assert found.conservation < 1e-3
+    assert torch.equal(found.node[:, :3], torch.zeros(len(found.node), 3).double())
+    assert torch.allclose(found.norms[0], osl.measured_sensitivity(model, IDS, target=7).values, rtol=1e-3)
+    known = ~found.head.isnan().any(-1) if found.head.shape[1] else torch.zeros(len(found.stays), dtype=torch.bool)
+    assert torch.equal(found.stays.isnan(), ~known)
+
+
+def test_the_flow_of_a_model_that_hands_on_its_embedding_is_refused() -> None:
+    _, model = made("zamba2")
+    with pytest.raises(ModelError, match="hands its blocks more"):
+        osl.measured_flow(model, IDS, target=7)

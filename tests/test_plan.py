@@ -428,18 +428,21 @@ def test_the_verdict_says_which_way(memory: Callable) -> None:
 PROMPT = "--token-ids=1 2 3 4 5 6"
 
 
-@pytest.mark.parametrize("command", ["report", "bound", "audit", "flow"])
+@pytest.mark.parametrize(
+    ("command", "measure"),
+    [("report", "report"), ("bound", "bound"), ("audit", "audit"), ("flow", "measured_flow")],
+)
 def test_plan_is_printed_and_nothing_else_is_done(
-    command: str, on_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+    command: str, measure: str, on_tiny: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("oversquash_lens.capture.recorder.record_tokens", lambda *_, **__: pytest.fail("recorded"))
     found = on_tiny(command, PROMPT, "--plan")
     assert found.code == 0
-    assert found.out.startswith(f"{command} of 6 tokens with ")
+    assert found.out.startswith(f"{measure} of 6 tokens with ")
     assert "it fits" in found.out
     assert list(Path.cwd().iterdir()) == []
     told = json.loads(on_tiny(command, PROMPT, "--plan", "--json").out)
-    assert (told["kind"], told["measure"], told["n"]) == ("plan", command, 6)
+    assert (told["kind"], told["measure"], told["n"]) == ("plan", measure, 6)
     assert told["bytes"] == sum(told["parts"].values())
 
 

@@ -355,12 +355,17 @@ def test_support_and_record_of_other_bridges_agree(family: str, config: dict) ->
 
 
 @needs_hooked
-@pytest.mark.parametrize("activation", ["solu_ln", "solu", "gelu_of_nobody"])
-def test_an_unknown_activation_refuses_recordings_and_nothing_else(
-    activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = zoo("gpt2", "hooked", **({} if "nobody" in activation else {"act_fn": activation}))
-    model.cfg.act_fn = activation
+def test_an_activation_is_what_it_computes_whatever_it_is_called() -> None:
+    model = zoo("gpt2", "hooked")
+    expected = osl.mean_field_sensitivity(osl.record(model, IDS)).log_values
+    model.cfg.act_fn = "gelu_of_nobody"
+    assert torch.equal(osl.mean_field_sensitivity(osl.record(model, IDS)).log_values, expected)
+
+
+@needs_hooked
+@pytest.mark.parametrize("activation", ["solu_ln", "solu"])
+def test_an_unknown_activation_refuses_recordings_and_nothing_else(activation: str) -> None:
+    model = zoo("gpt2", "hooked", act_fn=activation)
     assert repr(activation) in refusal(lambda: osl.record(model, IDS))
     verdicts = osl.support(model)
     assert verdicts["mean_field"].state == verdicts["calibrated"].state == "refused"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -274,26 +274,26 @@ def _loose_norms(subject: Subject) -> str:
             norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
             plain = norm(x)
             with attached(model, [(name, twice)]):
-                if torch.equal(norm(x), plain):
-                    return f"an edit of {name} does not reach what its norm gives"
+                try:
+                    edited = norm(x)
+                except Exception as error:  # a norm without weights of its own, on a bridge
+                    return f"an edit of {name} makes its norm fail ({one_line(error, 80)})"
+            if torch.equal(edited, plain):
+                return f"an edit of {name} does not reach what its norm gives"
         for name, module in inside:
             if (
                 "norm" in type(module).__name__.lower()
                 and not hasattr(module, "hook_scale")
                 and id(module) not in exempt
             ):
-                note = partial(_noted, called, name.replace("._original_component", ""))
-                stack.enter_context(module.register_forward_hook(note))
+                shown = name.replace("._original_component", "")
+                stack.enter_context(module.register_forward_hook(lambda *_, shown=shown: called.append(shown)))
         copies = [(name, lambda divisor, hook=None: divisor.clone()) for name in names]
         found = predictions(model, rows_of(model)[0], architecture.name, copies)
     if called:
         return f"its norm {called[0]} computes out of the hooks' sight"
     said = apart(subject.function.own, found, architecture)
     return f"with a copy of each divisor it computes something else: {said}" if said else ""
-
-
-def _noted(called: list[str], name: str, *of_the_call: Any) -> None:
-    called.append(name)
 
 
 # What is found when first asked for, and which measures ask.

@@ -6,6 +6,7 @@ or central differences where attention is fused, which has no second derivative 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,12 +66,16 @@ class BlockProducts:
     progress: bool
     by_differences: bool = field(init=False)
     """Fused attention has no second derivative on the CPU: there tangents are central differences."""
-    watched: tuple[str, ...] = field(init=False)
+    watched: list[tuple[str, ...]] = field(init=False)
+    """Of WATCHED, what each layer has a hook for."""
 
     def __post_init__(self) -> None:
         self.by_differences = self.made.fused
         known = self.made.subject.model.hook_dict
-        self.watched = tuple(key for key in WATCHED if f"blocks.0.{LAYER_HOOKS[key]}" in known)
+        self.watched = [
+            tuple(key for key in WATCHED if f"blocks.{layer}.{LAYER_HOOKS[key]}" in known)
+            for layer in range(self.layers)
+        ]
 
     @property
     def n(self) -> int:
@@ -88,7 +93,7 @@ class BlockProducts:
         self, covectors: Float[Tensor, "row d_model"], weights: Float[Tensor, " pos"], step: float
     ) -> Contributions:
         """g · t at every cut, of each covector alone; as many at a time as their gradients fit into memory."""
-        kept = (1 + len(self.watched)) * (self.layers + 1) * self.made.leaf.numel() * 4
+        kept = (1 + len(WATCHED)) * (self.layers + 1) * self.made.leaf.numel() * 4
         parts = []
         for part in tqdm(
             covectors.split(max(1, self.memory // kept)), desc="flow", disable=not self.progress, leave=False
@@ -107,7 +112,7 @@ class BlockProducts:
             rows = vjp(made.output, made.top, covectors.to(made.output.dtype))
             found = Gradients([rows[:, 0]], [])
             for layer in reversed(range(self.layers)):
-                with made.block(layer, self.watched) as (leaf, leaving, caught):
+                with made.block(layer, self.watched[layer]) as (leaf, leaving, caught):
                     leaves = [leaf, *caught.values()]
                     rows, *watched = self._in_batches(leaving, leaves, rows)
                 found.residual.insert(0, rows[:, 0])
@@ -124,12 +129,11 @@ class BlockProducts:
     ) -> Float[Tensor, "row pos d_model"]:
         """Forward products along `start`, up to the last residual; `products` gets those of every layer on the way."""
         moving, through = start, self._differences if self.by_differences else self._forward
-        watched = self.watched if products else ()
         with torch.inference_mode(False):
             for layer in range(self.layers):
                 if products:
                     products.enter(moving)
-                moving, shown = through(layer, moving, watched, step)
+                moving, shown = through(layer, moving, self.watched[layer] if products else (), step)
                 if products:
                     products.watch(layer, shown)
             if products:
@@ -193,7 +197,8 @@ class Cuts:
     def found(self) -> Contributions:
         node = torch.stack(self.node, 1)
         rows, layers = len(node), len(self.watched)
-        nothing = {"z": node.new_zeros(rows, 0), "mlp_out": node.new_zeros(rows)}
+        heads = max((each["z"].shape[1] for each in self.watched if "z" in each), default=0)
+        nothing = {"z": node.new_full((rows, heads), math.nan), "mlp_out": node.new_zeros(rows)}
         head, mlp = (torch.stack([each.get(key, nothing[key]) for each in self.watched], 1) for key in WATCHED)
         squares = torch.stack([each.double().square().sum(-1).cpu() for each in self.gradients.residual], 1)
         assert head.shape[1] == mlp.shape[1] == layers

@@ -51,9 +51,12 @@ class MeasuredFlow(Result):
     node: Float[Tensor, "layer_plus_1 pos"]
     """Share of the residual stream of each position, entering each layer and leaving the last; sums to 1 there."""
     head: Float[Tensor, "layer head"]
-    """Share that each head writes; no columns where the class shows no heads."""
+    """Share that each head writes; nan in a layer that shows no heads, no columns where none does."""
     stays: Float[Tensor, " layer"]
-    """Share that no head and, in a block that computes both side by side, no MLP writes: with them it sums to 1."""
+    """Share that no head and, in a block that computes both side by side, no MLP writes: with them it sums to 1.
+
+    nan in a layer that shows no heads.
+    """
     mlp: Float[Tensor, " layer"]
     """Share that each MLP writes; 0 where there is none."""
     norms: Float[Tensor, "layer_plus_1 pos"]
@@ -177,13 +180,14 @@ def measured_flow(
         )
     share = found.node / found.total
     head, mlp = found.head / found.total, found.mlp / found.total
+    moved = head.sum(-1) if head.shape[1] else torch.full_like(mlp, math.nan)
     return MeasuredFlow(
         tokens=tokenized.tokens,
         source=place,
         target=label,
         node=share,
         head=head,
-        stays=1 - head.sum(-1) - (mlp if subject.architecture.parallel else 0),
+        stays=1 - moved - (mlp if subject.architecture.parallel else 0),
         mlp=mlp,
         norms=found.squares.sqrt(),
         total=found.total,

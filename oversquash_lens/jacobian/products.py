@@ -27,7 +27,7 @@ from oversquash_lens.capture.fused import fused_attention, fused_shows_heads
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, full_precision, last_logits_only, without_cache
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt
-from oversquash_lens.errors import HookMismatchError
+from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.jacobian.routes import CARRIED, product_bytes, products_at_once, truth_route
 from oversquash_lens.jacobian.targets import Target
 
@@ -199,7 +199,15 @@ def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable
 
 
 def checkpointed(subject: Subject, tokenized: TokenizedPrompt) -> Checkpointed:
-    """As `differentiate`, always a block at a time; fused where it pays and where hooks show what heads write."""
+    """As `differentiate`, always a block at a time; fused where it pays and where hooks show what heads write.
+
+    Raises ModelError for a model whose blocks take more than what the one before left, which cuts its paths in two.
+    """
+    if not subject.function.shown.linked:
+        raise ModelError(
+            f"{subject.about.model} hands its blocks more than what the one before left, so no layer's residual stream "
+            "cuts its Jacobian in two; expected a plain stack of blocks: measured_sensitivity needs none"
+        )
     n = len(tokenized.ids)
     route = truth_route(subject, n)
     fused = route == "fused" and fused_shows_heads(subject.model)
