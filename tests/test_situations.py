@@ -257,7 +257,7 @@ def fails(*args: Any, **kwargs: Any) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "an MLP in half precision": (halved, "own forward pass"),
-    "weights in float8": (lambda model: [weight for weight in model.parameters() if _to(weight)], "own forward pass"),
+    "weights in float8": (lambda model: [weight for weight in model.parameters() if _to(weight)], "Float8"),
     "a forward that fails": (lambda model: setattr(model.blocks[0].mlp, "forward", fails), "boom of two lines"),
     "a NaN in one weight": (no_numbers, "NaN"),
     "a cfg without vocabulary": (lambda model: setattr(model.cfg, "d_vocab", None), "cfg"),
