@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo as zoo_module
-from small_models import NO_HOOKED, bridge, has_hooked, hooked
+from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked
 from torch import Tensor
 from zoo import zoo
 
@@ -33,6 +33,7 @@ FAMILIES = [
     "bloom",
     "mixtral",
 ]
+needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 
 
 def there(family: str, kind: str) -> bool:
@@ -99,6 +100,7 @@ def by_hooks(model: Any, ids: list[int], recomputed: set[int]) -> Tensor:
         return own_pass(model, ids)[0]
 
 
+@needs_bridge
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral-window", "gemma2", "gemma3", "qwen3", "mixtral"])
 @pytest.mark.parametrize(("behind", "last"), [(3, 4), (1, 2), (0, 0), (N, N)])
 def test_nodes_keep_all_other_keys_and_values(
@@ -146,6 +148,7 @@ def test_draws_are_others_tokens_and_depend_on_the_position_alone(family: str, k
     assert torch.allclose(every.distance.log(), logs)
 
 
+@needs_bridge
 def test_plausible_draws_follow_the_models_own_prediction() -> None:
     """A chi-square of many draws at one place against the distribution that the model predicts there."""
     model = zoo("llama", "bridge")
@@ -174,6 +177,7 @@ def test_logits_are_the_models_own(family: str, kind: str) -> None:
     assert torch.allclose(module.logits_of(subject, y[-1:])[0], logits, rtol=1e-5)
 
 
+@needs_bridge
 def test_number_formats_collapse_when_the_distance_is_below_their_epsilon() -> None:
     model = bridge(3, "llama")
     found = substitution(model, IDS, [1, N - 1], draws=2, dtypes=["float64:store=bfloat16", "bfloat16"])
@@ -184,6 +188,7 @@ def test_number_formats_collapse_when_the_distance_is_below_their_epsilon() -> N
     assert same.collapsed["float64:store=bfloat16"].item() == 1
 
 
+@needs_bridge
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AT_ONCE", 8)
     model, out = zoo("llama", "bridge"), tmp_path / "found.parquet"
@@ -207,6 +212,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
         substitution(model, IDS, draws=4, seed=1, out=out)
 
 
+@needs_bridge
 def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo("llama", "bridge")
     assert substitution(model, IDS, draws=2).method == "exact"
@@ -238,6 +244,7 @@ def test_texts_are_aligned_or_refused() -> None:
         substitution(model, prompt, ["Alice"])
 
 
+@needs_bridge
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo as zoo_module
-from small_models import NO_HOOKED, has_hooked
+from small_models import NO_BRIDGE, NO_HOOKED, has_bridge, has_hooked
 from torch import Tensor
 from zoo import zoo
 
@@ -19,6 +19,7 @@ from oversquash_lens.viz import result_charts
 IDS = [1, 7, 9, 3, 20, 11, 5]
 OTHER = [1, 7, 4, 3, 20, 12, 5]
 N, FIRST = len(IDS), 2
+needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
 
 
 def there(family: str, kind: str) -> bool:
@@ -187,6 +188,7 @@ def test_words_are_swapped_by_name() -> None:
     assert found.to_dict()["effect"] == found.effect
 
 
+@needs_bridge
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [

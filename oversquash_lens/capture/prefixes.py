@@ -97,7 +97,7 @@ def plan(sequences: Sequence[Ids], *, branching: bool = True, together: Set[Ids]
     >>> plan([(7, 1), (7, 1, 1), (8, 2)]).trunks
     (Trunk(ids=(7, 1, 1), branches=()), Trunk(ids=(8, 2), branches=()))
     >>> plan([(7, 8, 1, 1, 1), (7, 8, 2)]).trunks
-    (Trunk(ids=(7, 8, 1, 1, 1), branches=(Branch(fork=2, suffix=(2,)),)),)
+    (Trunk(ids=(7, 8, 1, 1, 1), branches=(Branch(fork=2, suffix=(2,), positions=()),)),)
     """
     waiting = sorted(_leaves(set(sequences)), key=len, reverse=True)
     trunks: list[Trunk] = []
