@@ -92,10 +92,12 @@ def refused(architecture: str) -> str:
 
 
 def draw(seed: int, architecture: str | None = None, weights: str | None = None, dtype: str | None = None) -> Case:
-    """A case: what is given is kept, the rest is drawn; of HookedTransformers and the zoo's families half each."""
+    """A case: what is given is kept, the rest drawn; drawn structures and the zoo's cells take turns, one after another."""
     rng = random.Random(f"case {seed}")
     halves = [[name for name in architectures() if (name in DRAWN) is drawn] for drawn in (True, False)]
-    chosen = rng.choice(rng.choice([half for half in halves if half]))
+    halves = [half for half in halves if half]
+    half = halves[seed % len(halves)]
+    chosen = half[seed // len(halves) % len(half)]
     return Case(
         seed,
         architecture or chosen,
