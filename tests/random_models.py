@@ -92,7 +92,7 @@ def refused(architecture: str) -> str:
 
 
 def draw(seed: int, architecture: str | None = None, weights: str | None = None, dtype: str | None = None) -> Case:
-    """A case: what is given is kept, the rest drawn; drawn structures and the zoo's cells take turns, one after another."""
+    """A case: what is given is kept, the rest drawn; drawn structures and the cells of the zoo take turns."""
     rng = random.Random(f"case {seed}")
     halves = [[name for name in architectures() if (name in DRAWN) is drawn] for drawn in (True, False)]
     halves = [half for half in halves if half]

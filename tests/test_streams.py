@@ -195,7 +195,7 @@ def test_no_command_prints_what_a_model_is_called(
     on_tiny: Callable, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny.cfg, "model_name", EVIL)
-    for command in (BOUND, ("flow", "--prompt", PROMPT), (*BOUND, "--json"), (*BOUND, "--model", EVIL)):
+    for command in (BOUND, ("flow", "--estimate", "--prompt", PROMPT), (*BOUND, "--json"), (*BOUND, "--model", EVIL)):
         result = on_tiny(*command)
         assert result.code == 0, result.err
         assert harmless(result.out)
