@@ -965,13 +965,24 @@ ANALYSES = _in(
     ),
 )
 
+NUMERICS = _in(
+    "",
+    (
+        "numerics",
+        "the divergence the other way round",
+        "(log_p.exp() * (log_p - log_q))",
+        "(log_q.exp() * (log_q - log_p))",
+        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
+    ),
+)
+
 SWAPS = _in(
     "swaps",
     (
         "replacements",
         "a token may be replaced by itself",
-        "chances[each][self.base[position]] = 0",
-        "chances[each][self.base[position]] += 0",
+        "uniform[self.base[position]] = 0",
+        "uniform[self.base[position]] += 0",
         "test_substitution.py::test_draws_are_others_tokens_and_depend_on_the_position_alone",
     ),
     (
@@ -980,13 +991,6 @@ SWAPS = _in(
         "self.y[position - 1 : position]",
         "self.y[position : position + 1]",
         "test_substitution.py::test_plausible_draws_follow_the_models_own_prediction",
-    ),
-    (
-        "substitution",
-        "the divergence the other way round",
-        "(log_p.exp() * (log_p - log_q))",
-        "(log_q.exp() * (log_q - log_p))",
-        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
     ),
     (
         "substitution",
@@ -1018,4 +1022,4 @@ SWAPS = _in(
     ),
 )
 
-ROWS: tuple[Mutation, ...] = (*ONCE_SURVIVED, *PATHS, *JACOBIAN, *COLLAPSE, *CAPTURE, *ANALYSES, *SWAPS)
+ROWS: tuple[Mutation, ...] = (*ONCE_SURVIVED, *PATHS, *JACOBIAN, *COLLAPSE, *CAPTURE, *ANALYSES, *NUMERICS, *SWAPS)

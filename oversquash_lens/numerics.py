@@ -36,6 +36,22 @@ def effective_number(share: Float[Tensor, "*rows pos"]) -> Float[Tensor, "*rows"
     return torch.special.entr(share).sum(-1).exp()
 
 
+def kl_divergence(log_p: Float[Tensor, " vocab"], log_q: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
+    """KL(p ‖ q) of each row q, in nats, 0 or more; what p has no weight on does not count.
+
+    >>> round(kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()).item(), 6)
+    0.143841
+    """
+    return (log_p.exp() * (log_p - log_q)).nansum(-1).clamp(min=0)
+
+
+def drawn_index(weights: Float[Tensor, " choice"], random: torch.Generator) -> int:
+    """An index drawn with these weights (0 or more, not all 0, on the CPU), by one number of the generator."""
+    steps = weights.double().cumsum(0)
+    height = torch.rand((), generator=random, dtype=torch.float64) * steps[-1]
+    return min(int(torch.searchsorted(steps, height, right=True)), len(steps) - 1)
+
+
 def json_numbers(value: Tensor | list | float) -> Any:
     """Nested lists of floats with None in place of what JSON cannot hold.
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo as zoo_module
 from torch import Tensor
-from zoo import zoo
+from zoo import each, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.jacobian.block_products import BlockProducts
@@ -21,18 +20,6 @@ FAMILIES = [
     *("gpt2", "llama", "gpt-neox", "gpt-j", "qwen3", "gemma2", "mistral-window", "opt", "phi"),
     *("bloom", "mixtral", "attention-only"),
 ]
-
-
-def there(family: str, kind: str) -> bool:
-    """Whether the family has this class, and the installed TransformerLens."""
-    return kind in zoo_module.FAMILIES[family].kinds() and zoo_module.lacking(family, kind) is None
-
-
-def each(*families: str) -> pytest.MarkDecorator:
-    """These families, as each class that has them."""
-    kinds = ("hooked", "bridge")
-    pairs = [(family, kind) for family in families for kind in kinds if there(family, kind)]
-    return pytest.mark.parametrize(("family", "kind"), pairs)
 
 
 def made(family: str, kind: str) -> Any:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import zoo as zoo_module
 from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked
 from torch import Tensor
-from zoo import zoo
+from zoo import each, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.capture.subject import Subject
@@ -34,17 +33,6 @@ FAMILIES = [
     "mixtral",
 ]
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason=NO_BRIDGE)
-
-
-def there(family: str, kind: str) -> bool:
-    """Whether the family has this class, and the installed TransformerLens."""
-    return kind in zoo_module.FAMILIES[family].kinds() and zoo_module.lacking(family, kind) is None
-
-
-def each(*families: str) -> pytest.MarkDecorator:
-    kinds = ("hooked", "bridge")
-    pairs = [(family, kind) for family in families for kind in kinds if there(family, kind)]
-    return pytest.mark.parametrize(("family", "kind"), pairs)
 
 
 def own_pass(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:

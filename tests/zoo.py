@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
 from small_models import D_VOCAB, N_CTX, NO_BRIDGE, NO_HOOKED, has_bridge, has_hooked, tokenizer
 
@@ -208,6 +209,13 @@ def lacking(name: str, kind: str) -> str | None:
     if "original_architecture" in family.hooked and not _knows_post_norms():
         unknown.append(family.hooked["original_architecture"])
     return f"this TransformerLens has no {unknown[0]}" if unknown else None
+
+
+def each(*families: str) -> pytest.MarkDecorator:
+    """Parametrises `family` and `kind`: these families as each class, compatibility mode apart, that is there."""
+    kinds = ("hooked", "bridge")
+    cells = ((family, kind) for family in families for kind in kinds if kind in FAMILIES[family].kinds())
+    return pytest.mark.parametrize(("family", "kind"), [cell for cell in cells if lacking(*cell) is None])
 
 
 def float64_throughout(name: str, kind: str) -> bool:

@@ -23,7 +23,7 @@ from oversquash_lens.capture.prefixes import Ids
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.families import Family, as_family
 from oversquash_lens.collapse.pairs import PairRun
-from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format
+from oversquash_lens.collapse.precision import NumberFormat, computing_in, in_format, number_format
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.identity import subject_identity
 from oversquash_lens.numerics import json_numbers
@@ -215,7 +215,7 @@ def collapse_curve(
     shared = True
     for computing, stores in tqdm(runs.items(), desc=chosen.name, unit="format", disable=not progress, leave=False):
         with subject.surroundings(), computing_in(subject.model, computing), subject.failures_named("reading"):
-            run = PairRun(_computing(subject, computing), pairs, share)
+            run = PairRun(in_format(subject, computing), pairs, share)
             repeated = run.repeat([lengths.index(k) for k in floor_at])
             for one in stores:
                 found[one.name] = {**run.distances(one), **run.floors(one, repeated)}
@@ -233,11 +233,6 @@ def collapse_curve(
         notes=_notes(chosen.note, run.covered, shared),
         **fields,
     )
-
-
-def _computing(subject: Subject, fmt: NumberFormat) -> Subject:
-    """The subject while its model computes in another format; what was proven of it stays."""
-    return replace(subject, architecture=replace(subject.architecture, dtype=fmt.dtype))
 
 
 def _check_lengths(lengths: Sequence[Any]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from einops import parse_shape, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.weights import weight_holder, weight_matrices
 from oversquash_lens.errors import InputError, one_line
 
@@ -213,6 +214,11 @@ def computing_in(model: Any, fmt: Any) -> Iterator[None]:
             afterwards.callback(setattr, config, "dtype", config.dtype)
             config.dtype = fmt.dtype
         yield
+
+
+def in_format(subject: Subject, fmt: NumberFormat) -> Subject:
+    """The subject while its model computes in another format; what was proven of it stays."""
+    return replace(subject, architecture=replace(subject.architecture, dtype=fmt.dtype))
 
 
 def _recast_parameters(model: torch.nn.Module, fmt: NumberFormat) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:

@@ -98,13 +98,16 @@ class BlockProducts:
         for part in tqdm(
             covectors.split(max(1, self.memory // kept)), desc="flow", disable=not self.progress, leave=False
         ):
-            gradients = self.gradients(part)
-            start = gradients.residual[0].double() * weights[:, None].to(gradients.residual[0].device)
-            products = Cuts(gradients)
-            self.tangents(start, step, products)
-            parts.append(products.found())
+            parts.append(self.along(self.gradients(part), weights, step))
         names = ("node", "head", "mlp", "squares")
         return Contributions(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def along(self, gradients: Gradients, weights: Float[Tensor, " pos"], step: float) -> Contributions:
+        """As `contributions`, of gradients that are there."""
+        start = gradients.residual[0].double() * weights[:, None].to(gradients.residual[0].device)
+        products = Cuts(gradients)
+        self.tangents(start, step, products)
+        return products.found()
 
     def gradients(self, covectors: Float[Tensor, "row d_model"]) -> Gradients:
         made = self.made

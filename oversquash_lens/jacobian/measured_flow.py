@@ -28,7 +28,7 @@ from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import effective_number, json_numbers
-from oversquash_lens.paths.flow import Source, position_of
+from oversquash_lens.paths.flow import Source, position_of, span_of
 from oversquash_lens.results import About, Result
 
 STEP = 2e-3  # of central differences: the largest move of a position, relative to its residual
@@ -84,7 +84,7 @@ class MeasuredFlow(Result):
     def _title(self) -> str:
         of = f"the {self.target}" if self.target else "all outputs"
         how = f"error about {self.error:.2f}" if self.error else "exact"
-        source = "all tokens" if self.source is None else repr("".join(self.tokens[_as_slice(self.source)]))
+        source = "all tokens" if self.source is None else repr("".join(self.tokens[slice(*span_of(self.source))]))
         return f"where the sensitivity of {of} to {source} runs, measured ({how}): {self.about}"
 
     def _table(self) -> Mapping[str, Sequence[Any]]:
@@ -200,6 +200,10 @@ def measured_flow(
 
 def _all(way: BlockProducts, basis: Tensor, place: int | slice | None, step: float) -> tuple[Contributions, float]:
     """The sum over a whole basis, exact but for rounding."""
+    if len(basis) == 1:  # a target's: the gradients that it is weighed by are those that it is made of
+        gradients = way.gradients(basis)
+        own = gradients.residual[0].double().cpu().square().sum((0, 2))
+        return way.along(gradients, _weights(place, own, way.n), step).together(), 0.0
     squares = None if place is not None else way.starts(basis).square().sum((0, 2))
     return way.contributions(basis, _weights(place, squares, way.n), step).together(), 0.0
 
@@ -231,7 +235,3 @@ def _weights(place: int | slice | None, squares: Float[Tensor, " pos"] | None, n
     weights = torch.zeros(n, dtype=torch.float64, device="cpu")
     weights[place] = 1.0
     return weights
-
-
-def _as_slice(place: int | slice) -> slice:
-    return place if isinstance(place, slice) else slice(place, place + 1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from oversquash_lens.errors import InputError, ModelError, whole_number
 from oversquash_lens.identity import model_identity
 from oversquash_lens.models.sources import Weights
+from oversquash_lens.numerics import drawn_index
 from oversquash_lens.paper.backends import backend_for
 
 BATCH = 8  # completions at a time even where memory allows more
@@ -66,9 +67,7 @@ class Draws:
             return logits
         picked = torch.full_like(logits, -math.inf)
         for row, random, own in zip(picked, self.random, logits.cpu(), strict=True):
-            steps = (own.double() / self.temperature).softmax(0).cumsum(0)
-            height = torch.rand((), generator=random, dtype=torch.float64) * steps[-1]
-            row[min(int(torch.searchsorted(steps, height, right=True)), len(steps) - 1)] = 0.0
+            row[drawn_index((own.double() / self.temperature).softmax(0), random)] = 0.0
         return picked
 
 

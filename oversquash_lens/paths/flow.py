@@ -267,6 +267,15 @@ def position_of(tokens: Sequence[str], source: Source | object) -> int | slice:
     raise InputError(f"{expected}, got source={one_line(repr(source), 60)}")
 
 
+def span_of(place: int | slice) -> tuple[int, int]:
+    """Start and stop of what `position_of` found.
+
+    >>> span_of(3), span_of(slice(1, 3))
+    ((3, 4), (1, 3))
+    """
+    return (place.start, place.stop) if isinstance(place, slice) else (place, place + 1)
+
+
 def _place_of_text(tokens: Sequence[str], text: str, expected: str) -> int | slice:
     wanted = text.strip()
     places: list[int | slice] = [i for i, token in enumerate(tokens) if text == token or text == token.strip() != ""]
@@ -279,7 +288,7 @@ def _place_of_text(tokens: Sequence[str], text: str, expected: str) -> int | sli
         places = list(_runs_of_text(tokens, wanted))
     if len(places) == 1:
         return places[0]
-    at = ", ".join(str(place.start if isinstance(place, slice) else place) for place in places[:20])
+    at = ", ".join(str(span_of(place)[0]) for place in places[:20])
     said = f"which is at positions {at}: give one of them" if places else "but no token is that"
     raise InputError(f"{expected}, got source={one_line(repr(text), 60)}, {said}")
 

@@ -15,7 +15,8 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids
 from oversquash_lens.errors import InputError, one_line
 from oversquash_lens.jacobian.targets import logits_of
-from oversquash_lens.paths.flow import position_of
+from oversquash_lens.numerics import drawn_index
+from oversquash_lens.paths.flow import position_of, span_of
 
 Span = tuple[int, int]  # positions start … stop-1
 
@@ -29,7 +30,7 @@ def spans_of(tokenized: TokenizedPrompt, positions: Sequence[Any] | None) -> tup
     found = [position_of(tokenized.tokens, each) for each in positions]
     if not found:
         raise InputError("expected at least one position, text or slice, got none: leave positions= out for all tokens")
-    return tuple((each.start, each.stop) if isinstance(each, slice) else (each, each + 1) for each in found)
+    return tuple(map(span_of, found))
 
 
 def given_replacements(
@@ -88,17 +89,11 @@ class Chances:
         return tuple(zip(*columns, strict=True))
 
     def _at(self, position: int, plausible: Sequence[bool], random: torch.Generator) -> list[int]:
-        chances = {False: self.ordinary.clone()}
-        if any(plausible):
-            chances[True] = self.ordinary.clone()
-            if position:
-                logits = logits_of(self.subject, self.y[position - 1 : position])[0]
-                chances[True] *= logits.double().cpu().softmax(0)[: len(self.ordinary)]
-        found = []
-        for each in plausible:
-            chances[each][self.base[position]] = 0
-            weights = chances[each] if chances[each].sum() > 0 else chances[False]
-            steps = weights.cumsum(0)
-            at = torch.rand((), generator=random, dtype=torch.float64) * steps[-1]
-            found.append(min(int(torch.searchsorted(steps, at, right=True)), len(steps) - 1))
-        return found
+        uniform = self.ordinary.clone()
+        uniform[self.base[position]] = 0
+        likely = uniform
+        if position and any(plausible):
+            logits = logits_of(self.subject, self.y[position - 1 : position])[0]
+            likely = uniform * logits.double().cpu().softmax(0)[: len(uniform)]
+            likely = likely if likely.sum() > 0 else uniform
+        return [drawn_index(likely if each else uniform, random) for each in plausible]

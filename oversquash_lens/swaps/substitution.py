@@ -28,11 +28,11 @@ from oversquash_lens.capture.prefixes import Branch, Ids
 from oversquash_lens.capture.readings import predictions, read_substituted
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
-from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format, stored
+from oversquash_lens.collapse.precision import NumberFormat, computing_in, in_format, number_format, stored
 from oversquash_lens.errors import InputError, ModelError, one_line, whole_number
 from oversquash_lens.identity import subject_identity
 from oversquash_lens.jacobian.targets import Target, logits_of, target_of
-from oversquash_lens.numerics import json_numbers
+from oversquash_lens.numerics import json_numbers, kl_divergence
 from oversquash_lens.parts import RECORDED, Parts
 from oversquash_lens.results import About, Result
 from oversquash_lens.swaps.replacements import Chances, Span, given_replacements, spans_of
@@ -216,7 +216,7 @@ def substitution(
         plausible = (False,) * len(texts[0])
     way, reason = _choose(subject, base, spans, len(plausible), method)
     run = _Run(subject, base, spans, texts, way, chosen, formats)
-    fields = _measured(run, out, progress, _identity(subject, base, spans, texts, way, chosen, formats))
+    fields = _measured(run, out, progress)
     return Substitution(
         tokens=tokenized.tokens,
         spans=spans,
@@ -297,6 +297,16 @@ class _Run:
         size = max(1, AT_ONCE // len(self.texts[0]))
         return [range(at, min(at + size, len(self.spans))) for at in range(0, len(self.spans), size)]
 
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        target = None if self.target is None else vars(self.target)
+        return {
+            **{"what": "substitution", "definition": DEFINITION, "model": subject_identity(self.subject)},
+            **{"ids": self.base, "spans": self.spans, "replacements": self.texts, "method": self.method},
+            **{"target": target, "formats": [each.name for each in self.formats]},
+            RECORDED: {"versions": self.subject.about.versions},
+        }
+
     def branches(self, group: range) -> list[Branch]:
         return [self._branch(self.spans[i], new) for i in group for new in self.texts[i]]
 
@@ -322,19 +332,26 @@ class _Run:
             **{name: each.view(len(group), draws) for name, each in self._predicted(y).items()},
         }
         own = number_format(str(self.subject.architecture.dtype).removeprefix("torch."))
+        computed = {own: y}
         for fmt in (own, *self.formats):
-            fields[COLLAPSED + fmt.name] = self._collapsed(group, y, fmt).double().view(len(group), draws).mean(-1)
+            computing = replace(fmt, storage=None)
+            if computing not in computed:
+                with computing_in(self.subject.model, computing):
+                    subject = in_format(self.subject, computing)
+                    computed[computing] = read_substituted(subject, self.base, self.branches(group)).prediction_input
+            collapsed = _collapsed(computed[computing], fmt).double()
+            fields[COLLAPSED + fmt.name] = collapsed.view(len(group), draws).mean(-1)
         return fields
 
     def _predicted(self, y: Float[Tensor, "sequence d_model"]) -> dict[str, Tensor]:
         """KL, whether the top token stayed, and the target's change, of every sequence but the first."""
         before = logits_of(self.subject, y[:1])
-        log_p, top = before.double().log_softmax(-1), before.argmax(-1)
+        log_p, top = before[0].double().log_softmax(-1), before.argmax(-1)
         parts: dict[str, list[Tensor]] = {"kls": [], "kept": [], "effects": []}
         for some in y[1:].split(LOGITS):
             logits = logits_of(self.subject, some)
             log_q = logits.double().log_softmax(-1)
-            parts["kls"].append((log_p.exp() * (log_p - log_q)).nansum(-1).clamp(min=0).cpu())
+            parts["kls"].append(kl_divergence(log_p, log_q).cpu())
             parts["kept"].append((logits.argmax(-1) == top).cpu())
             effect = torch.full((len(some),), math.nan, dtype=torch.float64, device="cpu")
             if self.target is not None:
@@ -342,14 +359,12 @@ class _Run:
             parts["effects"].append(effect)
         return {name: torch.cat(each) for name, each in parts.items()}
 
-    def _collapsed(self, group: range, y: Float[Tensor, "sequence d_model"], fmt: NumberFormat) -> Bool[Tensor, " row"]:
-        if fmt.dtype != self.subject.architecture.dtype or fmt.weights:
-            with computing_in(self.subject.model, replace(fmt, storage=None)):
-                own = replace(self.subject, architecture=replace(self.subject.architecture, dtype=fmt.dtype))
-                y = read_substituted(own, self.base, self.branches(group)).prediction_input
-        values = stored(y, fmt)
-        change = (values[1:] - values[0]).norm(dim=-1) / values[0].norm()
-        return (change < fmt.epsilon).cpu()
+
+def _collapsed(y: Float[Tensor, "sequence d_model"], fmt: NumberFormat) -> Bool[Tensor, " row"]:
+    """Whether each but the first is the first to this format's machine epsilon."""
+    values = stored(y, fmt)
+    change = (values[1:] - values[0]).norm(dim=-1) / values[0].norm()
+    return (change < fmt.epsilon).cpu()
 
 
 COLLAPSED = "collapsed "
@@ -357,11 +372,11 @@ DEFINITION = 1  # of what is kept; a change of what the numbers mean counts it u
 COLUMNS = {"span": "number", "tensors": "bytes"}  # tensors: safetensors
 
 
-def _measured(run: _Run, out: Any, progress: bool, identity: Mapping[str, Any]) -> dict[str, Tensor]:
+def _measured(run: _Run, out: Any, progress: bool) -> dict[str, Tensor]:
     """Every group's fields, put together; what the file `out` has already is not made again."""
     from safetensors.torch import load, save
 
-    parts = None if out is None else Parts(out, identity, COLUMNS)
+    parts = None if out is None else Parts(out, run.identity(), COLUMNS)
     with nullcontext() if parts is None else parts:
         found = {} if parts is None else {row["span"]: load(row["tensors"]) for row in parts.rows()}
         for group in tqdm(run.groups(), desc="replacing", unit="group", disable=not progress, leave=False):
@@ -373,21 +388,3 @@ def _measured(run: _Run, out: Any, progress: bool, identity: Mapping[str, Any]) 
             parts.finish()
     fields = {name: torch.cat([found[group.start][name] for group in run.groups()]) for name in found[0]}
     return fields | {"arrival": fields["arrival"].T}
-
-
-def _identity(
-    subject: Subject,
-    base: Ids,
-    spans: Sequence[Span],
-    texts: Sequence[Sequence[Ids]],
-    method: str,
-    target: Target | None,
-    formats: Sequence[NumberFormat],
-) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        **{"what": "substitution", "definition": DEFINITION, "model": subject_identity(subject)},
-        **{"ids": base, "spans": spans, "replacements": texts, "method": method},
-        **{"target": None if target is None else vars(target), "formats": [each.name for each in formats]},
-        RECORDED: {"versions": subject.about.versions},
-    }

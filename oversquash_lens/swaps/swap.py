@@ -28,8 +28,8 @@ from oversquash_lens.jacobian.block_products import BlockProducts
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import Target, target_of
-from oversquash_lens.numerics import json_numbers
-from oversquash_lens.paths.flow import position_of
+from oversquash_lens.numerics import json_numbers, kl_divergence
+from oversquash_lens.paths.flow import position_of, span_of
 from oversquash_lens.results import About, Result
 from oversquash_lens.swaps.replacements import aligned
 
@@ -174,7 +174,7 @@ def swap(
         spread=pair.spread,
         distance=moved,
         relative=moved / y[-1].double().norm().item(),
-        kl=(log_p.exp() * (log_p - log_q)).nansum().clamp(min=0).item(),
+        kl=kl_divergence(log_p, log_q).item(),
         top_before=_likeliest(subject, log_p),
         top_after=_likeliest(subject, log_q),
         target=pair.target.label,
@@ -192,9 +192,8 @@ def _changed(subject: Subject, before: TokenizedPrompt, change: Any, chat: bool,
     if isinstance(change, Mapping):
         ids = before.ids.clone()
         for old, new in change.items():
-            place = position_of(before.tokens, old)
-            start, stop = (place.start, place.stop) if isinstance(place, slice) else (place, place + 1)
-            ids[start:stop] = torch.tensor(aligned(subject, before, (start, stop), new))
+            span = span_of(position_of(before.tokens, old))
+            ids[slice(*span)] = torch.tensor(aligned(subject, before, span, new))
         after = subject.tokenize(ids)
     else:
         typed = isinstance(change, str)
