@@ -150,13 +150,17 @@ class Opened:
         return float(re.search(r"share (\S+)", self.hover(view, i))[1])
 
     def complaints(self) -> list[str]:
-        """Errors and warnings of the console, and every request but the page itself."""
+        """Errors and warnings of the console, and every request of the page but for itself.
+
+        What the browser asks for its own start page is not the page's, and comes when it likes.
+        """
         said = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
         for entry in self.driver.get_log("performance"):
             event = json.loads(entry["message"])["message"]
             if event["method"] == "Network.requestWillBeSent":
-                url = event["params"]["request"]["url"]
-                said += [] if url == self.url or url.startswith("data:") else [f"request to {url}"]
+                url, asking = event["params"]["request"]["url"], event["params"]["documentURL"]
+                own = url == self.url or url.startswith("data:") or asking.startswith(("chrome:", "chrome-untrusted:"))
+                said += [] if own else [f"request to {url}"]
         return said
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from small_findings import findings_result
+from small_findings import answer_result, findings_result
 from small_results import SplitEdgeBlock, about, audit_result
 
 from oversquash_lens.analyses.findings import Findings
@@ -40,6 +40,7 @@ def long_findings(n: int, n_layers: int = 4, n_heads: int = 2, tokens: tuple[str
     short = findings_result(n_layers=n_layers)
     return replace(
         short,
+        answer=answer_result(tokens, n_layers, flows[1], replaced=False),
         audit=audit,
         squashing=Squashing(flows[0], flows[1], audit.mean_field.share, flows[1].node[0]),
         routes={"largest": replace(flows[2], source=n // 3)},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from small_results import TOKENS, audit_result, flow_result
+from small_results import TOKENS, audit_result, flow_result, measured_flow_result, substitution_result, truth
 
+from oversquash_lens.analyses.answer import AnswerFindings, null_of
 from oversquash_lens.analyses.audit import Comparison
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Assumption, Findings
 from oversquash_lens.paths.flow import Flow
@@ -31,6 +32,7 @@ def findings_result(
     real, null = flow_result(tokens, n_layers), flow_result(tokens, n_layers, seed=5)
     sources = dict(zip((LARGEST, DISTANT, MOST_SQUASHED), range(min(3, len(tokens))), strict=False))
     found = Findings(
+        answer=answer_result(tokens, n_layers, null),
         audit=audit,
         squashing=Squashing(real, null, audit.mean_field.share, _share(null)),
         routes={why: flow_result(tokens, n_layers, source=source) for why, source in sources.items()},
@@ -42,6 +44,16 @@ def findings_result(
         ),
     )
     return found if origin is None else with_origin(found, origin)
+
+
+def answer_result(tokens: tuple[str, ...], n_layers: int, null: Flow, replaced: bool = True) -> AnswerFindings:
+    predicted = ((" red", 0.5), (tokens[0], 0.25))
+    sensitivity = replace(truth(tokens, seed=3), target="logit of ' red'")
+    flow = measured_flow_result(tokens, n_layers, source=slice(0, min(2, len(tokens))))
+    substituted = substitution_result(tokens, n_layers=n_layers) if replaced else None
+    return AnswerFindings(
+        predicted, sensitivity, flow, *null_of(null), substituted, "" if replaced else "it was not asked for"
+    )
 
 
 def with_origin(found: Findings, origin: About) -> Findings:

@@ -9,11 +9,14 @@ import torch
 
 from oversquash_lens.analyses.audit import Audit, AuditRow
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow
 from oversquash_lens.paths.blocks import EdgeBlock, HeadEdges
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.profiles import ExpectedError
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import About
+from oversquash_lens.swaps.substitution import Substitution
+from oversquash_lens.swaps.swap import Swap
 
 TOKENS = ("The", " committee", " met", " on", " Tuesday", ".", "\n", "\t", " The", " answer", " is")
 EVIL = (
@@ -136,6 +139,96 @@ def flow_result(
         edges=HandMadeEdges(heads, own),
         about=about(),
         notes=("assumed by nobody",),
+    )
+
+
+def measured_flow_result(
+    tokens: tuple[str, ...] = TOKENS,
+    n_layers: int = 3,
+    n_heads: int = 2,
+    *,
+    source: int | slice | None = None,
+    seed: int = 4,
+    parallel: bool = False,
+) -> MeasuredFlow:
+    """Random signed shares that sum to 1 where they should."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    node = random(n_layers + 1, len(tokens))
+    node[-1] = 0
+    node[-1, -1] = 1
+    node = node + (1 - node.sum(-1, keepdim=True)) / len(tokens)
+    head, mlp = 0.2 * random(n_layers, n_heads), 0.3 * random(n_layers)
+    stays = 1 - head.sum(-1) - (mlp if parallel else 0)
+    norms = random(n_layers + 1, len(tokens)).exp()
+    norms[-1, :-1] = 0
+    return MeasuredFlow(
+        tokens=tokens,
+        source=source,
+        target="logit of ' red'",
+        node=node,
+        head=head,
+        stays=stays,
+        mlp=mlp,
+        norms=norms,
+        total=2.0,
+        conservation=3e-7,
+        error=0.0,
+        probes=None,
+        about=about(),
+    )
+
+
+def substitution_result(tokens: tuple[str, ...] = TOKENS, draws: int = 2, n_layers: int = 3) -> Substitution:
+    n, generator = len(tokens), torch.Generator().manual_seed(6)
+    return Substitution(
+        tokens=tokens,
+        spans=tuple((i, i + 1) for i in range(n)),
+        replacements=(((7,),) * draws,) * n,
+        plausible=tuple(draw >= draws / 2 for draw in range(draws)),
+        distances=torch.rand(n, draws, generator=generator, dtype=torch.float64) + 0.1,
+        kls=torch.rand(n, draws, generator=generator, dtype=torch.float64),
+        kept=torch.ones(n, draws, dtype=torch.bool),
+        effects=torch.zeros(n, draws, dtype=torch.float64),
+        arrival=torch.rand(n_layers + 1, n, generator=generator, dtype=torch.float64),
+        collapsed={},
+        size=4.0,
+        target="logit of ' red'",
+        method="nodes",
+        method_reason="made by hand",
+        about=about(),
+    )
+
+
+def swap_result(tokens: tuple[str, ...] = TOKENS, n_layers: int = 3) -> Swap:
+    """Token 2 swapped; every other node patched."""
+    generator = torch.Generator().manual_seed(8)
+    spread, patched = torch.rand(2, n_layers + 1, len(tokens), generator=generator, dtype=torch.float64)
+    spread[:, :2] = 0
+    patched = 2 * patched - 1
+    patched[:, ::2] = math.nan
+    head = torch.zeros(n_layers, 2, dtype=torch.float64)
+    return Swap(
+        tokens=tokens,
+        swapped=(*tokens[:2], " sat", *tokens[3:]),
+        positions=(2,),
+        spread=spread,
+        distance=1.5,
+        relative=0.5,
+        kl=0.25,
+        top_before=((" red", 0.5),),
+        top_after=((" blue", 0.4),),
+        target="logit of ' red' less that of ' blue'",
+        before=2.0,
+        after=-1.5,
+        patched=patched,
+        patched_heads=head,
+        attributed=torch.zeros_like(spread),
+        attributed_heads=head,
+        about=about(),
     )
 
 

@@ -36,7 +36,7 @@ def number_in(text: str) -> float:
 
 
 def head_cell(page: Opened, layer: int, column: int):
-    label = "residual stream" if column == 2 else f"head {column}"
+    label = "what stays" if column == 2 else f"head {column}"
     return page.driver.find_element("css selector", f"td[aria-label^='layer {layer}, {label}:']")
 
 

@@ -228,11 +228,12 @@ def test_bos_that_is_there_twice_is_remarked(command: tuple[str, ...], on_tiny: 
     assert "BOS twice" not in on_tiny(*command, "--token-ids", "1 5 9").err
 
 
-def test_without_a_prompt_it_counts_ones(on_tiny: Callable) -> None:
-    """The paper's own kind of prompt; far beyond what this model reads."""
-    assert DEFAULT_PROMPT.startswith("How many ones are in the following sequence? 1 1 1")
-    n = len(DEFAULT_PROMPT.split()) + 1
-    refused(on_tiny("bound"), f"expected at most n_ctx = 16 tokens, got {n} tokens")
+def test_without_a_prompt_it_asks_for_a_fact(on_tiny: Callable) -> None:
+    """The fact stands at the beginning; the whole is far beyond what this model reads."""
+    question = "The captain of the Merry Agnes is called"
+    assert DEFAULT_PROMPT.startswith(f"{question} Rosalind.")
+    assert DEFAULT_PROMPT.endswith(question)
+    refused(on_tiny("bound"), "expected at most n_ctx = 16 tokens, got ")
 
 
 def test_models_lists_the_cache(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +448,7 @@ def test_a_prompts_file_that_is_none(on_tiny: Callable, tmp_path: Path) -> None:
         refused(on_tiny("report", "--prompts-file", str(bad)), said)
 
 
-@pytest.mark.parametrize(("n", "probes"), [(2, 16), (1024, 16), (1025, 15), (2048, 8), (8192, 2), (100_000, 1)])
+@pytest.mark.parametrize(("n", "probes"), [(2, 8), (2048, 8), (2049, 7), (4096, 4), (8192, 2), (100_000, 1)])
 def test_a_report_s_truth_has_fewer_probes_on_a_long_prompt(monkeypatch, n, probes):
     from argparse import Namespace
 

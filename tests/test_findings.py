@@ -21,9 +21,9 @@ from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, a
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
 from oversquash_lens.errors import InputError
-from oversquash_lens.numerics import spearman
+from oversquash_lens.numerics import effective_number, spearman
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths
-from oversquash_lens.paths.squashing import squashing
+from oversquash_lens.paths.squashing import squashing, with_uniform_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 SOME = ("ln-plain-learned", "rms-gated-rotary-gqa", "bridge-llama")
@@ -53,13 +53,60 @@ def test_heard_is_the_entropy_of_the_exact_jacobian(found):
     share = frobenius(exact_jacobian(*case(name)))
     share = share / share.sum()
     assert result.effective_tokens == pytest.approx(math.exp(-(share * share.log()).sum().item()), rel=1e-4)
-    assert f"Measured, the effective number of tokens is {result.effective_tokens:.1f}." in result.sentence
+    said = f"All outputs are sensitive to {result.effective_tokens:.1f} of 6 tokens (effective number)."
+    assert said in result.sentence
+
+
+def test_the_answer_is_the_gradient_of_the_likeliest_token_s_logit(found):
+    name, result = found
+    model, tokens = case(name)
+    answer, logits = result.answer, model(tokens)[0, -1].double()
+    chances, ids = logits.softmax(-1).topk(5)
+    assert [chance for _, chance in answer.predicted] == pytest.approx(chances.tolist(), rel=1e-4)
+    gradient = osl.measured_sensitivity(model, tokens, target=int(ids[0]))
+    assert torch.allclose(answer.sensitivity.values, gradient.values)
+    word = answer.words[0]
+    assert answer.flow.source == slice(word.start, word.stop)
+    own = osl.measured_flow(model, tokens, slice(word.start, word.stop), target=int(ids[0]))
+    assert torch.allclose(answer.flow.node, own.node, atol=1e-6)
+    assert torch.allclose(answer.flow.norms[0], answer.sensitivity.values.double(), rtol=1e-4)
+    assert sum(part.share for part in answer.parts) == pytest.approx(1)
+    assert answer.null_share.sum().item() == pytest.approx(1)
+
+
+def test_null_widths_are_those_of_the_estimate_with_uniform_attention(found):
+    name, result = found
+    profile = osl.mean_field_sensitivity(with_uniform_attention(osl.record(*case(name))))
+    assert torch.allclose(result.answer.null_share, profile.share, rtol=1e-6)
+    assert torch.allclose(result.answer.null_width, effective_number(profile.share_by_layer), rtol=1e-6)
+
+
+def test_replacing_is_what_substitution_measures():
+    model, tokens = case("bridge-llama")
+    answer = findings(model, tokens, probes=2, draws=3, target=[5, 7], seed=4).answer
+    own = osl.substitution(model, tokens, draws=3, target=[5, 7], seed=4)
+    assert torch.equal(answer.replaced.distances, own.distances)
+    assert answer.sensitivity.target == own.target
+    without = findings(model, tokens, probes=2, draws=0).answer
+    assert (without.replaced, without.not_replaced) == (None, "it was not asked for (draws=0)")
+    unasked = findings(model, tokens, probes=2).answer.replaced
+    assert unasked.method == "nodes"
+    assert torch.allclose(unasked.distances, osl.substitution(model, tokens, draws=2, method="nodes").distances)
+
+
+@pytest.mark.parametrize(("how", "message"), [({"target": "no such token at all"}, "target"), ({"draws": -1}, "draws")])
+def test_a_bad_target_is_refused_before_anything_is_recorded(monkeypatch, how, message):
+    monkeypatch.setattr(audit_module, "record_tokens", lambda *a, **k: pytest.fail("recorded"))
+    with pytest.raises(InputError, match=message):
+        findings(*case("bridge-llama"), probes=2, **how)
 
 
 def test_findings_go_into_json_and_back(found):
     values = json.loads(json.dumps(found[1].to_dict(), allow_nan=False))
     assert values["kind"] == "findings"
     assert values["audit"]["kind"] == "audit"
+    assert values["answer"]["sensitivity"]["target"] == found[1].answer.sensitivity.target
+    assert values["answer"]["flow"]["kind"] == "measured_flow"
     assert values["squashing"]["effective_tokens"] == found[1].squashing.effective_tokens
     assert set(values["routes"]) == set(found[1].routes)
     assert [each["name"] for each in values["assumptions"]] == ["norms", "attention", "heads", "mlp"]

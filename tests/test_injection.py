@@ -15,6 +15,7 @@ from evil_strings import CORPUS
 from small_findings import findings_result, with_origin
 from small_results import about
 
+from oversquash_lens.analyses import answer
 from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import Entry, file_name, render_index
 from oversquash_lens.viz.words import one_line_text, visible_token
@@ -23,7 +24,7 @@ ALLOWED = {
     *("html", "head", "meta", "link", "title", "style", "body", "main", "script", "noscript", "nav", "section"),
     *("footer", "h1", "h2", "h3", "p", "a", "bdi", "span", "strong", "small", "code", "sub", "div", "figure"),
     *("figcaption", "details", "summary", "dl", "dt", "dd", "table", "caption", "thead", "tbody", "tr", "th", "td"),
-    *("svg", "g", "line", "text", "polyline", "circle"),
+    *("svg", "g", "line", "text", "polyline", "circle", "ol", "li", "h4"),
 }
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>\n')
 
@@ -61,6 +62,13 @@ def everywhere(text: str):
     """Findings that carry the string as a token, in a model's name and class, and in a version."""
     origin = replace(about(f"model {text}"), model_class=f"C{text}", versions={f"torch{text}": text})
     return with_origin(findings_result(("The", text, f" {text}", "end"), model=text), origin)
+
+
+@pytest.fixture(autouse=True)
+def every_token_a_word(monkeypatch):
+    """So that the text changes no number of rows."""
+    monkeypatch.setattr(answer, "words_of", lambda tokens: [(i, i + 1) for i in range(len(tokens))])
+    monkeypatch.setattr(answer, "sentences_of", lambda tokens: [(0, len(tokens))])
 
 
 @cache

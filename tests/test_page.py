@@ -20,7 +20,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.viz import report as page_module
 from oversquash_lens.viz.html import render
 from oversquash_lens.viz.report import render_page, report, width_curve
-from oversquash_lens.viz.words import visible_token
+from oversquash_lens.viz.words import percent, span_text, visible_token
 
 VOID = {"meta", "link", "br", "img", "input"}
 
@@ -76,22 +76,27 @@ def test_page_shows_every_audit_row(outline):
 def test_page_shows_every_token_with_its_numbers(outline):
     result = findings_result()
     audit, squashing = result.audit, result.squashing
+    answer = result.answer
+    head = ["no.", "token", "target", "share, target", "when replaced, y moves by", "all outputs", "estimate"]
+    assert next(row for row in outline.rows if row[:2] == head[:2])[:7] == head
     for i, token in enumerate(TOKENS):
         row = next(row for row in outline.rows if row[0] == str(i))
         true, estimate = audit.truth.values[i].item(), audit.mean_field.values[i].item()
         assert row[1] == visible_token(token)
-        assert float(row[2]) == pytest.approx(true, rel=1e-3)
-        assert float(row[3]) == pytest.approx(estimate, rel=1e-3)
-        assert float(row[4].replace("−", "-")) == pytest.approx(math.log10(estimate / true), abs=0.006)
-        shares = [100 * share[i].item() for share in (audit.truth.share, squashing.share, squashing.null_share)]
-        assert [float(cell.removesuffix(" %")) for cell in row[5:8]] == pytest.approx(shares, rel=0.06)
-        assert float(row[8]) == pytest.approx(squashing.lift[i].item(), rel=0.06)
+        assert float(row[2]) == pytest.approx(answer.sensitivity.values[i].item(), rel=1e-3)
+        assert float(row[5]) == pytest.approx(true, rel=1e-3)
+        assert float(row[6]) == pytest.approx(estimate, rel=1e-3)
+        assert float(row[7].replace("−", "-")) == pytest.approx(math.log10(estimate / true), abs=0.006)
+        wanted = (answer.share, answer.replaced.relative, audit.truth.share, squashing.share, squashing.null_share)
+        shares = [100 * share[i].item() for share in wanted]
+        cells = [*row[3:5], *row[8:11]]
+        assert [float(cell.removesuffix(" %")) for cell in cells] == pytest.approx(shares, rel=0.06)
 
 
 def test_standard_errors_are_shown_where_probes_measured():
     outline = Outline(render_page(findings_result(exact=False)))
     row = next(row for row in outline.rows if row[0] == "0")
-    assert float(row[3]) == pytest.approx(0.06 * float(row[2]), rel=0.05)
+    assert float(row[6]) == pytest.approx(0.06 * float(row[5]), rel=0.05)
 
 
 def test_page_says_sentence_model_and_assumptions(outline):
@@ -109,30 +114,50 @@ def test_page_says_sentence_model_and_assumptions(outline):
         assert expected in text
 
 
-def test_the_headline_has_the_numbers_that_decide(outline):
+def test_the_headline_rests_on_the_target(outline):
     text, result = " ".join("".join(outline.text).split()), findings_result()
-    squashing = result.squashing
-    width = squashing.flow.effective_width[squashing.narrowest].item()
+    answer = result.answer
+    first, second, third = answer.words[:3]
+    said = [f"{span_text(TOKENS, word.start, word.stop)} ({percent(word.share)})" for word in (first, second, third)]
+    begins, middle, ends = (percent(part.share) for part in answer.parts)
     for expected in (
-        f"depends on about {result.effective_tokens:.1f} of 11 tokens (effective number, measured; "
-        f"{squashing.effective_tokens:.1f} by the "
-        "estimate)",
-        f"with uniform attention it would be {squashing.null_effective_tokens:.1f}.",
-        f"narrowest on entering layer {squashing.narrowest}: through {width:.1f} positions",
-        "ranks tokens with ρ = 0.93 to the measured truth and is typically 0.81 times its size",
+        "The next token is most likely ·red (50 %).",
+        f"The logit of ' red' depends most on {said[0]}, {said[1]} and {said[2]}.",
+        f"the prompt’s beginning has {begins} of the sensitivity, its middle {middle}, its end {ends}.",
+        f"{answer.effective_tokens:.1f}",
+        f"{result.effective_tokens:.1f}",
+        "rank correlation of the one-pass estimate with the measured sensitivity of all outputs",
     ):
         assert expected in text
-    worst = squashing.spans[0]
-    named = "".join(map(visible_token, TOKENS[worst.start : worst.stop]))
-    assert f"Most squashed: {named} (token" in text
+    total = sum(word.share for word in answer.words)
+    assert total == pytest.approx(1 - answer.share[-1].item())  # the last position is where it is read
 
 
-def test_what_is_barely_squashed_is_not_named():
-    result = findings_result()
-    even = replace(result.squashing, null_share=result.squashing.share)
-    text = "".join(Outline(render_page(replace(result, squashing=even))).text)
-    assert "No tokens lose a hundredth of the sensitivity" in text
+def test_a_squashed_sentence_is_named_and_holds_no_word_of_the_headline():
+    tokens = ("Ann", " lives", " in", " Rome", ".", " It", " is", " warm", ".", " She", " lives", " in")
+    result = findings_result(tokens)
+    loud = torch.full((12,), 1.0, dtype=torch.float64)
+    loud[5:9] = 0.1
+    loud[[0, 3, 9]] = 3.0
+    sensitivity = replace(result.answer.sensitivity, values=loud)
+    answer = replace(result.answer, sensitivity=sensitivity)
+    assert [(span.start, span.stop) for span in answer.squashed] == [(5, 9)]
+    text = " ".join("".join(Outline(render_page(replace(result, answer=answer))).text).split())
+    assert "Most squashed: ·It·is·warm., 4 of 12 tokens with 2.8 %." in text
+    top = replace(sensitivity, values=loud.index_fill(0, torch.tensor([6]), 50.0))
+    assert replace(answer, sensitivity=top).squashed[:1] != answer.squashed  # it holds the loudest word now
+    even = replace(answer, sensitivity=replace(sensitivity, values=torch.ones(12, dtype=torch.float64)))
+    text = "".join(Outline(render_page(replace(result, answer=even))).text)
+    assert "No sentence has less than a third of an equal share." in text
     assert "Most squashed: " not in text
+
+
+def test_what_was_not_replaced_is_said():
+    result = findings_result()
+    answer = replace(result.answer, replaced=None, not_replaced="it was not asked for (draws=0)")
+    outline = Outline(render_page(replace(result, answer=answer)))
+    assert "Nothing was replaced: it was not asked for (draws=0)." in "".join(outline.text)
+    assert "when replaced, y moves by" not in {cell for row in outline.rows for cell in row}
 
 
 def test_what_an_assumption_does_is_said_with_its_numbers(outline):
@@ -145,32 +170,34 @@ def test_what_an_assumption_does_is_said_with_its_numbers(outline):
 
 
 def test_every_layer_s_width_is_in_its_table(outline):
-    flow, null = findings_result().squashing.flow, findings_result().squashing.null
-    for layer in range(flow.n_layers + 1):
-        row = outline.row(f"into {layer}" if layer < flow.n_layers else "out of the last")
-        assert float(row[1]) == pytest.approx(flow.effective_width[layer].item(), rel=0.01)
-        assert float(row[2]) == pytest.approx(null.effective_width[layer].item(), rel=0.01)
-    assert float(outline.row("into 1")[4].removesuffix(" %")) == pytest.approx(100 * flow.residual[1].item(), rel=0.06)
+    answer = findings_result().answer
+    flow = answer.flow
+    for layer in range(len(flow.stays) + 1):
+        row = outline.row(f"into {layer}" if layer < len(flow.stays) else "out of the last")
+        assert float(row[1]) == pytest.approx(flow.width[layer].item(), rel=0.01)
+        assert float(row[2]) == pytest.approx(answer.null_width[layer].item(), rel=0.01)
+    shares = [float(cell.removesuffix(" %").replace("−", "-")) for cell in outline.row("into 1")[4:6]]
+    assert shares == pytest.approx([100 * flow.stays[1].item(), 100 * flow.mlp[1].item()], rel=0.06)
+    leading = int(flow.head[1].abs().argmax())
+    assert outline.row("into 1")[6] == str(leading)
 
 
 def test_the_curve_says_what_the_widths_are():
-    result = findings_result()
-    curve = render("curve.svg.j2", curve=width_curve(result.squashing))
+    answer = findings_result().answer
+    curve = render("curve.svg.j2", curve=width_curve(answer))
     widths = re.findall(r"(?:layer (\d)|last layer): ([\d.]+) positions; uniform attention ([\d.]+)<", curve)
     assert len(widths) == 4
-    for (_, real, null), wide, even in zip(
-        widths, result.squashing.flow.effective_width, result.squashing.null.effective_width, strict=True
-    ):
+    for (_, real, null), wide, even in zip(widths, answer.flow.width, answer.null_width, strict=True):
         assert (float(real), float(null)) == pytest.approx((wide.item(), even.item()), rel=1e-3)
     heights = [float(point.split(",")[1]) for point in re.findall(r'real" points="([^"]+)"', curve)[0].split()]
-    order = result.squashing.flow.effective_width.argsort(descending=True).tolist()
+    order = answer.flow.width.argsort(descending=True).tolist()
     assert sorted(range(4), key=lambda layer: heights[layer]) == order  # the wider, the higher
+    assert re.search(r'class="widest" cx="([\d.]+)"', curve)
 
 
 def test_a_width_that_is_no_number_is_refused():
-    result = findings_result()
-    node = torch.full_like(result.squashing.flow.node, math.nan)
-    broken = replace(result.squashing, flow=replace(result.squashing.flow, node=node))
+    answer = findings_result().answer
+    broken = replace(answer, flow=replace(answer.flow, norms=torch.full_like(answer.flow.norms, math.nan)))
     with pytest.raises(InputError, match="not all finite"):
         width_curve(broken)
 
@@ -207,7 +234,7 @@ def test_infinite_and_missing_numbers_are_shown():
 def test_page_is_accessible_in_its_markup(outline):
     tags = [tag for tag, _ in outline.tags]
     assert ("html", {"lang": "en"}) in outline.tags
-    assert tags.count("caption") == tags.count("table") == 6
+    assert tags.count("caption") == tags.count("table") == 7
     assert tags.count("h1") == 1
     assert all(attrs.get("scope") in ("row", "col", "colgroup") for tag, attrs in outline.tags if tag == "th")
     assert any(attrs.get("name") == "viewport" for _, attrs in outline.tags)
@@ -222,7 +249,7 @@ def test_page_loads_nothing(outline):
 def test_every_link_on_the_page_leads_somewhere(outline):
     places = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
     links = [attrs["href"][1:] for tag, attrs in outline.tags if tag == "a"]
-    assert len(links) == 9
+    assert len(links) == 6
     assert places == links  # in the order of the page
 
 
@@ -296,7 +323,8 @@ def test_report_writes_the_page_and_returns_its_place(asked, tmp_path, monkeypat
     path = report("model", "prompt", probes=4, chat=True, seed=7, title="My title")
     assert path == tmp_path / "report.html"
     assert path.read_text("utf-8") == render_page(findings_result(), title="My title")
-    assert asked == [("model", "prompt", {"probes": 4, "chat": True, "bos": None, "seed": 7})]
+    how = {"probes": 4, "target": None, "draws": None, "chat": True, "bos": None, "seed": 7}
+    assert asked == [("model", "prompt", how)]
     assert os.listdir(tmp_path) == ["report.html"]
 
 

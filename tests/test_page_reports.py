@@ -14,7 +14,7 @@ from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.viz import reports as reports_module
 from oversquash_lens.viz.report import render_page
 from oversquash_lens.viz.reports import file_name, render_index, reports
-from oversquash_lens.viz.words import visible_token
+from oversquash_lens.viz.words import one_line_text, visible_token
 
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 GOOD = findings_result()
@@ -44,11 +44,12 @@ def test_every_prompt_has_a_page_and_a_row(asked, tmp_path):
     page = Outline(index.read_text("ascii"))
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     assert links == ["1-hello-there.html", "2-a-name.html", "3.html"]
-    squashing, row = GOOD.squashing, next(row for row in page.rows if row[0] == "A name")
-    assert row[1] == "some text"
-    numbers = [GOOD.effective_tokens, squashing.null_effective_tokens, squashing.index, squashing.narrowest, 0.93]
-    assert row[2] == "11"
-    assert [float(cell.replace("−", "-")) for cell in row[3:]] == pytest.approx(numbers, abs=0.051)
+    answer, row = GOOD.answer, next(row for row in page.rows if row[0] == "A name")
+    assert row[1:3] == ["some text", "·red"]
+    assert row[3] == ", ".join(one_line_text(answer.text(word)) for word in answer.words[:2])
+    numbers = [answer.effective_tokens, GOOD.squashing.null_effective_tokens, answer.widest, 0.93]
+    assert row[4] == "11"
+    assert [float(cell.replace("−", "-")) for cell in row[5:]] == pytest.approx(numbers, abs=0.051)
     assert page.row("prompt 3")[1] == "".join(map(visible_token, GOOD.tokens)).replace("·", " ")
     assert (tmp_path / "out" / "2-a-name.html").read_text("ascii") == render_page(GOOD, title="A name")
     assert "3 prompts, 3 reports." in "".join(page.text)
@@ -160,13 +161,12 @@ def test_real_prompts_make_real_pages(tmp_path):
     model, tokens = case("ln-one-layer")
     index = reports(model, [("whole", tokens), ("short", tokens[:, :1]), ("part", tokens[:, :3])], tmp_path, probes=2)
     page = Outline(index.read_text())
-    assert [page.row(name)[2] for name in ("whole", "part")] == [str(tokens.shape[1]), "3"]
+    assert [page.row(name)[4] for name in ("whole", "part")] == [str(tokens.shape[1]), "3"]
     assert "expected at least two" in page.row("short")[2]
     assert Outline((tmp_path / "3-part.html").read_text()).row("into 0")
 
 
 def test_what_is_not_known_is_a_dash(asked, tmp_path):
-    single = replace(GOOD.squashing, null_share=GOOD.squashing.share * 0 + 0.0)
-    assert single.null_effective_tokens == 1.0
-    entry = reports_module._entry(replace(GOOD, squashing=single), "n", "b", "1.html")
-    assert Outline(render_index([entry])).row("n")[5] == "–"
+    rows = tuple(replace(row, spearman=float("nan")) for row in GOOD.audit.rows)
+    entry = reports_module._entry(replace(GOOD, audit=replace(GOOD.audit, rows=rows)), "n", "b", "1.html")
+    assert Outline(render_index([entry])).row("n")[8] == "–"

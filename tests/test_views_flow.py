@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_results import EVIL, TOKENS, about, flow_result, profile, truth
+from small_results import EVIL, TOKENS, about, flow_result, measured_flow_result, profile, swap_result, truth
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_by_layer, heaviest_edges
 from oversquash_lens.viz.html import View
 from oversquash_lens.viz.token_strips import bins_for, millionths
-from oversquash_lens.viz.views import activations, heads, layers, prompts, route
+from oversquash_lens.viz.views import activations, heads, layers, prompts, route, swap
 from oversquash_lens.viz.words import named, percent, visible_token
 
 LONG = tuple(f" w{i}" for i in range(600))
@@ -62,7 +62,7 @@ def test_layers_carry_the_nodes_of_a_flow(source):
 def test_the_map_carries_every_head_and_what_stays():
     flow = flow_result(n_layers=4, n_heads=3)
     payload = data_in(heads(flow))
-    assert payload["columns"] == ["head 0", "head 1", "head 2", "residual stream"]
+    assert payload["columns"] == ["head 0", "head 1", "head 2", "what stays"]
     for row, head, residual in zip(payload["table"], flow.head.tolist(), flow.residual.tolist(), strict=True):
         assert row == pytest.approx([*head, residual], rel=5e-3)
         assert sum(row) == pytest.approx(1, abs=5e-3)
@@ -230,13 +230,89 @@ def test_results_of_two_kinds_are_no_pair():
         prompts(flow_result(), None)
 
 
+# -- measured ------------------------------------------------------------------------------------------------
+
+
+def test_a_measured_flow_is_shown_with_its_signs():
+    flow = measured_flow_result(source=2)
+    payload = data_in(route(flow))
+    assert payload["view"] == "route"
+    shares = torch.tensor(payload["shares"], dtype=torch.float64) / payload["parts"]
+    assert (shares < 0).any()
+    torch.testing.assert_close(shares, flow.node, rtol=5e-3, atol=6e-7)
+    assert data_in(layers(flow))["shares"] == payload["shares"]
+    for layer in range(3):
+        carried = {f"head {head} carries": flow.head[layer, head].item() for head in range(2)}
+        carried["the MLP writes"] = flow.mlp[layer].item()
+        name, share = max(carried.items(), key=lambda each: abs(each[1]))
+        assert payload["moves"][layer][0] == f"{name} {percent(share, 3)}"
+        assert payload["stays"][layer] == f"{percent(flow.stays[layer].item(), 3)} stays where it is"
+    order = flow.head.abs().flatten().argsort(descending=True)[:5].tolist()
+    assert [layer for layer, _ in payload["heaviest"]] == [i // 2 for i in order]
+    assert "Blue is below 0" in route(flow).guide
+    assert "measured: sensitivity of the logit of ' red' to token 2 ·met, exact" in route(flow).caption
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_row_of_measured_heads_sums_to_1(parallel):
+    flow = measured_flow_result(parallel=parallel)
+    payload = data_in(heads(flow))
+    assert payload["columns"] == ["head 0", "head 1", "what stays", *(["MLP"] if parallel else [])]
+    assert payload["patterns"] == {}
+    for layer, row in enumerate(payload["table"]):
+        assert row[:3] == pytest.approx([*flow.head[layer].tolist(), flow.stays[layer].item()], rel=5e-3)
+        assert sum(row) == pytest.approx(1, abs=0.02)
+    assert payload["start"] == list(divmod(int(flow.head.abs().argmax()), 2))
+
+
+def test_a_layer_that_shows_no_heads_is_said_to():
+    flow = measured_flow_result()
+    head, stays = flow.head.clone(), flow.stays.clone()
+    head[1], stays[1] = math.nan, math.nan
+    flow = replace(flow, head=head, stays=stays)
+    assert data_in(heads(flow))["table"][1] == [None, None, None]
+    assert data_in(route(flow))["stays"][1] == "no heads are shown"
+
+
+def test_two_measured_flows_share_a_scale():
+    pair = prompts(measured_flow_result(), measured_flow_result(TOKENS[:6]))
+    assert len(pair.views) == 2
+    assert "Blue is below 0" in pair.guide
+    with pytest.raises(InputError, match="one kind"):
+        prompts(measured_flow_result(), flow_result())
+
+
+def test_activations_of_a_measured_flow_are_not_known():
+    with pytest.raises(InputError, match="got a MeasuredFlow, which has no shares of a head by position"):
+        activations(measured_flow_result())
+
+
+def test_a_swap_shows_where_it_differs_and_what_patching_says():
+    found = swap_result()
+    left, right = (data_in(view) for view in swap(found).views)
+    torch.testing.assert_close(torch.tensor(left["shares"]).double(), found.spread, rtol=5e-3, atol=1e-6)
+    assert (left["unit"], right["unit"]) == ("relative difference", "share of the effect")
+    known = ~torch.isnan(found.patched)
+    for layer, row in enumerate(right["shares"]):
+        for i, share in enumerate(row):
+            assert (share is None) == (not known[layer, i])
+            if share is not None:
+                assert share == pytest.approx(found.patched[layer, i].item(), rel=5e-3)
+    said = swap(found).views[1].caption
+    assert f"({int(known.sum())} of {known.numel()} patched)" in said
+    assert "from 2 to −1.5" in said
+    assert "·met replaced by ·sat" in swap(found).views[0].caption
+    with pytest.raises(InputError, match="expected a Swap, got a Flow"):
+        swap(flow_result())
+
+
 # -- bad input -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("view", [heads, route, activations])
 @pytest.mark.parametrize("wrong", [None, "a prompt", profile(), truth()])
 def test_what_is_no_flow_is_refused(view, wrong):
-    with pytest.raises(InputError, match=r"expected a Flow, got .*: call flow\(trace\) first"):
+    with pytest.raises(InputError, match=r"expected a MeasuredFlow or a Flow, got .*: call measured_flow or flow"):
         view(wrong)
 
 

@@ -80,7 +80,7 @@ def test_nothing_is_said_of_marks_where_nothing_was_put_in() -> None:
 @pytest.mark.parametrize(
     ("of", "name"),
     [
-        ("truth", "Measured truth"),
+        ("truth", "Measured sensitivity"),
         ("estimate", "Mean-field estimate"),
         ("bound", "bound"),
         ("calibrated", "Calibrated"),

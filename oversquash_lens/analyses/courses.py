@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from oversquash_lens.analyses.answer import DRAWS, REPLACED_UNASKED
 from oversquash_lens.jacobian import routes
 from oversquash_lens.memory import BASE, HELD, Size, kept_bytes, logits_bytes, record_bytes
+from oversquash_lens.swaps.substitution import BEHIND, LAST
 
 Bytes = dict[str, int]
 
@@ -70,6 +72,10 @@ class Course:
     phases: Mapping[str, Bytes]
     steps: Mapping[str, float | int]
 
+    def fullest_bytes(self) -> Bytes:
+        """What the fullest phase holds."""
+        return self.phases[self.fullest()[0]]
+
     def fullest(self) -> tuple[str, int]:
         """The phase that holds most, and how much."""
         sums = {name: sum(parts.values()) for name, parts in self.phases.items()}
@@ -122,13 +128,19 @@ def _audit(run: Request) -> Course:
 
 
 def _report(run: Request) -> Course:
-    """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates."""
-    course = _audit(run)
-    steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep}
+    """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates.
+
+    And the target's: its sensitivity, its flow, and the replacements that a short prompt is given unasked.
+    """
+    course, target = _audit(run), _measured_flow(replace(run, probes=None))
+    steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep, **target.steps}
+    if run.n <= REPLACED_UNASKED:
+        steps["replacing"] = run.times * DRAWS * (BEHIND + LAST + 2) * run.one_pass
     if run.n <= routes.MOST_FROZEN:
         steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
         steps["each assumption imposed"] = run.times * 4 * run.sweep
     phases = {**course.phases, "following the flow": run.kept() | routes.block_bytes(run.size, run.n)}
+    phases["measuring the target's flow"] = run.kept() | target.fullest_bytes()
     return Course(phases, steps)
 
 

@@ -12,21 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.analyses.answer import AnswerFindings, answer_of, null_of
 from oversquash_lens.analyses.audit import (
     Audit,
     Comparison,
     Truths,
     audit_trace,
+    check_audit,
     check_effort,
     compare,
     recorded_truths,
 )
+from oversquash_lens.capture.readings import predictions
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.trace import Trace
+from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.jacobian.routes import MOST_FROZEN
+from oversquash_lens.jacobian.targets import TOP, target_of
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.heaviest import HeavyEdge, HeavyPath, heaviest_edges, heaviest_paths
@@ -41,12 +46,14 @@ LARGEST, DISTANT, MOST_SQUASHED = "largest", "distant", "most squashed"
 
 @dataclass(frozen=True, repr=False)
 class Findings(Result):
-    """One prompt: the audit, the squashing, a few tokens' routes, the heaviest edges and paths, the assumptions.
+    """One prompt: what its answer hangs on, measured; the audit; and the forward-only estimate of the rest.
 
-    `routes` are flows from single tokens, by why they were chosen: the one with the largest share, that of the
-    prompt's first half (`DISTANT`), and of the others the most squashed, which loses most against uniform attention.
+    `squashing`, `routes`, `edges` and `paths` are estimates. `routes` are flows from single tokens, by why they were
+    chosen: the one with the largest share, that of the prompt's first half (`DISTANT`), and of the others the most
+    squashed, which loses most against uniform attention.
     """
 
+    answer: AnswerFindings
     audit: Audit
     squashing: Squashing
     routes: Mapping[str, Flow]
@@ -54,7 +61,7 @@ class Findings(Result):
     paths: tuple[HeavyPath, ...]
     assumptions: tuple[Assumption, ...]
 
-    _ranked_by = "measured_share"
+    _ranked_by = "target_share"
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -66,25 +73,30 @@ class Findings(Result):
 
     @property
     def effective_tokens(self) -> float:
-        """Effective number of tokens, exp of the entropy of the measured share: 1 … n."""
+        """Effective number of tokens that all outputs are sensitive to, exp of the measured share's entropy: 1 … n."""
         return effective_number(self.audit.truth.share.double()).item()
 
     @property
     def sentence(self) -> str:
         """What was found, in a few sentences."""
-        measured = f"Measured, the effective number of tokens is {self.effective_tokens:.1f}."
-        return f"{self.squashing.sentence} {measured} {self.audit.sentence}"
+        measured = (
+            f"All outputs are sensitive to {self.effective_tokens:.1f} of {len(self.tokens)} tokens (effective number)."
+        )
+        return f"{self.answer.sentence} {measured} {self.audit.sentence}"
 
     def __str__(self) -> str:
         return f"{self.about}, {len(self.tokens)} tokens\n{self.sentence}"
 
     def _title(self) -> str:
-        return f"Findings for {len(self.tokens)} tokens, {self.about}; effective number {self.effective_tokens:.1f}"
+        return f"Findings for {len(self.tokens)} tokens, {self.about}: {self.answer.sentence}"
 
     def _table(self) -> Mapping[str, Sequence[Any]]:
+        replaced = self.answer.replaced
         return {
             "position": range(len(self.tokens)),
             "token": self.tokens,
+            "target_share": self.answer.share.tolist(),
+            **({} if replaced is None else {"replaced": replaced.relative.tolist()}),
             "measured_share": self.audit.truth.share.tolist(),
             "estimated_share": self.squashing.share.tolist(),
             "uniform_share": self.squashing.null_share.tolist(),
@@ -96,6 +108,7 @@ class Findings(Result):
             "about": self.about.to_dict(),
             "tokens": list(self.tokens),
             "sentence": self.sentence,
+            "answer": self.answer.to_dict(),
             "effective_tokens": self.effective_tokens,
             "audit": self.audit.to_dict(),
             "squashing": self.squashing.to_dict(),
@@ -112,6 +125,8 @@ def findings(
     *,
     probes: int | None = None,
     beta: float | str = "measured",
+    target: Any = None,
+    draws: int | None = None,
     chat: bool = False,
     bos: bool | None = None,
     seed: int = 0,
@@ -121,7 +136,7 @@ def findings(
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Findings:
-    """Record a prompt once, measure its sensitivity, and find out all that a report says.
+    """Record a prompt once, measure what its answer hangs on and all outputs, and find out all that a report says.
 
     A prompt of more than `MOST_FROZEN` tokens is not measured again with attention or norms frozen (see `audit`), and
     the paper's assumptions, which that is for, are not imposed on the estimate either.
@@ -131,13 +146,16 @@ def findings(
         prompt: a text, or token ids [pos] or [1, pos].
         probes: backward products, None for the exact sensitivity.
         beta: what the printed bounds divide by, "measured" or one number.
+        target: a number of the prediction, as `measured_sensitivity` takes it; None for the likeliest token's logit.
+        draws: replacements of each token, 0 for none; None for two up to 150 tokens, where single positions can be
+            recomputed alone (see `substitution`).
         chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
         memory: bytes for a batch of backward products.
         progress: show a bar.
 
     Returns:
-        `Findings`: the audit, the squashing, routes of a few tokens, heaviest edges and paths, and what each of the
-        paper's assumptions costs.
+        `Findings`: the answer, the audit, the squashing, routes of a few tokens, heaviest edges and paths, and what
+        each of the paper's assumptions costs.
 
     Raises:
         InputError: what cannot be used, or does not fit into memory.
@@ -148,25 +166,28 @@ def findings(
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort: dict[str, Any] = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
+    if draws is not None:
+        whole_number("draws", draws, least=0, otherwise=", or None for what a short prompt allows")
+    check_audit(subject, len(tokenized.ids), probes)
+    _, logits = predictions(subject, tuple(tokenized.ids.tolist()))
+    chosen_target = target_of(subject.model, TOP if target is None else target, logits)  # refused before all the rest
     trace, truths = recorded_truths(subject, tokenized, recording, effort)
-    if len(tokenized.ids) > MOST_FROZEN:
-        return findings_from_trace(trace, truths, beta=beta)
-    with warnings.catch_warnings():
-        # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        norms_frozen = measured_sensitivity(subject.model, tokenized.ids, freeze=("norms",), **effort)
-    return findings_from_trace(trace, truths, norms_frozen, beta)
-
-
-def findings_from_trace(
-    trace: Trace, truths: Truths, norms_frozen: MeasuredSensitivity | None = None, beta: float | str = "measured"
-) -> Findings:
-    """The findings of a recorded prompt whose truth is measured already: no pass of the model."""
+    norms_frozen = None
+    if len(tokenized.ids) <= MOST_FROZEN:
+        with warnings.catch_warnings():
+            # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
+            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+            norms_frozen = measured_sensitivity(subject.model, tokenized.ids, freeze=("norms",), **effort)
     audited = audit_trace(trace, truths, beta)
     squashed = squashing(trace, profile=audited.mean_field)
     chosen = chosen_sources(squashed)
     routes = flows(trace, tuple(chosen.values()), profile=audited.mean_field)
+    null = null_of(squashed.null)
+    answer = answer_of(
+        subject, tokenized, logits, chosen_target, null, draws, seed=seed, memory=memory, progress=progress
+    )
     return Findings(
+        answer,
         audited,
         squashed,
         dict(zip(chosen, routes, strict=True)),

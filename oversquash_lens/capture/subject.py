@@ -270,16 +270,16 @@ def _loose_norms(subject: Subject) -> str:
         for each in (torch.no_grad(), subject.surroundings(), without_hooks(model), warnings.catch_warnings()):
             stack.enter_context(each)
         warnings.simplefilter("ignore")  # upstream warns of every edit of a divisor
-        for name in names:
-            norm = cast(nn.Module, model).get_submodule(name.rpartition(".")[0])
-            plain = norm(x)
-            with attached(model, [(name, twice)]):
+        norms = {name: cast(nn.Module, model).get_submodule(name.rpartition(".")[0]) for name in names}
+        plain = {name: norm(x) for name, norm in norms.items()}
+        with attached(model, [(name, twice) for name in names]):
+            for name, norm in norms.items():
                 try:
                     edited = norm(x)
                 except Exception as error:  # a norm without weights of its own, on a bridge
                     return f"an edit of {name} makes its norm fail ({one_line(error, 80)})"
-            if torch.equal(edited, plain):
-                return f"an edit of {name} does not reach what its norm gives"
+                if torch.equal(edited, plain[name]):
+                    return f"an edit of {name} does not reach what its norm gives"
         for name, module in inside:
             if (
                 "norm" in type(module).__name__.lower()

@@ -177,7 +177,7 @@ def build_parser() -> _Parser:
     parser = _Parser(
         prog="oversquash-lens",
         description="What of its prompt can a Transformer's last token still hear?",
-        epilog="Without --model: SmolLM2-135M-Instruct, downloaded once. Without a prompt: counting ones.",
+        epilog="Without --model: SmolLM2-135M-Instruct, downloaded once. Without a prompt: a short story.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -21,8 +21,14 @@ TASK_NAMES = (
 FIGURE_NAMES = (*map(str, range(1, 13)), "ushape", "window", "remedies")
 FIGURE_FILES = (".png", ".pdf", ".svg")
 
-# The counting prompt of the paper's section 4, one of those whose truth we publish.
-DEFAULT_PROMPT = "How many ones are in the following sequence? " + "1 " * 40 + "Answer:"
+# A fact at the beginning, a long middle, and a question that asks for the fact.
+DEFAULT_PROMPT = (
+    "The captain of the Merry Agnes is called Rosalind. The ship left the harbour at dawn with a crew of nine and a "
+    "hold full of salt, wool and copper wire. For three days the wind was fair and the sea was calm. The cook baked "
+    "bread every morning, the sailors mended the nets and told each other stories, and in the evening somebody always "
+    "played the fiddle. On the fourth day a storm came up from the west and broke the smaller of the two masts, but "
+    "nobody was hurt. The captain of the Merry Agnes is called"
+)
 
 
 def prompt_command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:

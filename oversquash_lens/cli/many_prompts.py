@@ -20,12 +20,14 @@ from oversquash_lens.cli.common import (
     prompt_of,
     recording_options,
     remark,
+    target_option,
+    target_options,
     verify_option,
 )
 from oversquash_lens.errors import InputError, visible
 from oversquash_lens.sweeps.prompt_files import read_prompts
 
-PROBES, FULL_PROBES = 16, 1024  # of a report's truth, and the tokens up to which it has so many
+PROBES, FULL_PROBES = 8, 2048  # of a report's truth, and the tokens up to which it has so many
 FILES = "'-' or one prompt a line, or .json, .jsonl, .csv, .tsv, .parquet"
 COLUMN = "where a .csv, .tsv, .jsonl or .parquet file has its prompts (default text, prompt or messages)"
 
@@ -36,9 +38,13 @@ def add_report(commands: Any) -> None:
         "--probes",
         type=int,
         metavar="K",
-        help=f"backward probes (default {PROBES}, of more than {FULL_PROBES} tokens fewer)",
+        help=f"backward probes for all outputs (default {PROBES}, of more than {FULL_PROBES} tokens fewer)",
     )
-    report.add_argument("--exact", action="store_true", help="exact truth, d_model backward products")
+    report.add_argument("--exact", action="store_true", help="all outputs exactly, d_model backward products")
+    target_option(report)
+    report.add_argument(
+        "--draws", type=int, metavar="K", help="replacements of each token, 0 for none (default 2 up to 150 tokens)"
+    )
     report.add_argument("--out", default="report.html", metavar="FILE", help="default report.html")
     report.add_argument(
         "--prompts-file",
@@ -70,6 +76,7 @@ def add_sweep(commands: Any) -> None:
 
 def run_report(options: argparse.Namespace) -> None:
     checked("probes", options.probes)
+    checked("draws", options.draws, least=0)
     if options.prompts_file is not None:
         return _run_reports(options)
     if options.column is not None:
@@ -83,7 +90,8 @@ def run_report(options: argparse.Namespace) -> None:
     probes = None if options.exact else options.probes or _usual_probes(model, prompt, options)
     if planned(options, model, prompt, "report", probes):
         return
-    found = findings(model, prompt, probes=probes, progress=True, **recording_options(options))
+    how = recording_options(options) | target_options(options)
+    found = findings(model, prompt, probes=probes, draws=options.draws, progress=True, **how)
     remark(found.about)
     path = write_page(found, options.out)
     print(json.dumps(found.to_dict()) if options.json else f"{found.sentence}\n\n{path}")
@@ -111,7 +119,8 @@ def _run_reports(options: argparse.Namespace) -> None:
             planned(options, model, each.prompt, "report", probes)
         return
     check_place(folder, "index.html")
-    print(reports(load(options), listed, folder, probes=probes, progress=True, **recording_options(options)))
+    how = recording_options(options) | {"target": target_options(options)["target"], "draws": options.draws}
+    print(reports(load(options), listed, folder, probes=probes, progress=True, **how))
 
 
 def _usual_probes(model: Any, prompt: Any, options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,6 +128,11 @@ def _measured_flow(options: argparse.Namespace) -> None:
     how = target_options(options)
     if options.probes is None and how["target"] is None:
         how["target"] = "top"
+    if options.probes is not None:
+        from oversquash_lens.analyses.plan import plan
+
+        price = plan(model, prompt, "measured_flow", probes=options.probes, chat=options.chat, bos=options.bos)
+        print(price.sentence, file=sys.stderr)
     found = measured_flow(model, prompt, options.source, options.probes or 8, seed=options.seed, progress=True, **how)
     remark(found.about)
     if options.figures:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.analyses.answer import AnswerFindings
 from oversquash_lens.analyses.audit import AuditRow
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Findings, findings
 from oversquash_lens.errors import InputError
-from oversquash_lens.paths.squashing import Squashing
+from oversquash_lens.paths.squashing import Span
 from oversquash_lens.storage import check_writable, write_atomically
 from oversquash_lens.viz import views
 from oversquash_lens.viz.html import page, runtime
@@ -25,8 +26,7 @@ from oversquash_lens.viz.words import DASH, measure_name, number, percent, place
 
 TITLE = "What of its prompt does the last token still hear?"
 MOST_ROWS = 512  # of a table of tokens
-MOST_SPANS, NAMED_SPANS = 10, 3  # in the table, and in the headline
-SMALLEST_LOSS = 0.01  # of the whole sensitivity; less is not worth a sentence
+MOST_SPANS = 10  # in a table of words, sentences or spans
 WIDTH, HEIGHT = 720, 400  # of the curve of widths, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 56
 WHY = {
@@ -45,12 +45,14 @@ def report(
     path: str | os.PathLike = "report.html",
     *,
     probes: int | None = None,
+    target: Any = None,
+    draws: int | None = None,
     chat: bool = False,
     bos: bool | None = None,
     title: str | None = None,
     **options: Any,
 ) -> Path:
-    """Find out what of the prompt the last output depends on and write the page; returns its absolute path.
+    """Find out what of the prompt the answer depends on and write the page; returns its absolute path.
 
     The place is looked at before the model runs, and the file appears whole or not at all.
 
@@ -58,7 +60,8 @@ def report(
         model: a HookedTransformer or TransformerBridge.
         prompt: a text, or token ids [pos] or [1, pos].
         path: of the file; one that is there is replaced.
-        probes: backward products of the truth: 16 take seconds, None measures it exactly and takes minutes.
+        probes: backward products for all outputs: 16 take seconds, None measures them exactly and takes minutes.
+        target: the answer that is asked about, as `findings` takes it, and so is draws.
         chat: as `record` takes it, and so is bos.
         title: the page's heading; None is the usual one.
         options: further ones of `findings`: beta, seed, verify, node_probes, attention, memory, progress.
@@ -67,9 +70,10 @@ def report(
         InputError: an option that is none, a place that cannot be written, and what `findings` refuses.
         ModelError: a model of which the truth cannot be measured.
     """
-    target = check_writable(path)
+    place_of_page = check_writable(path)
     check_options(options)
-    return write_page(findings(model, prompt, probes=probes, chat=chat, bos=bos, **options), target, title=title)
+    found = findings(model, prompt, probes=probes, target=target, draws=draws, chat=chat, bos=bos, **options)
+    return write_page(found, place_of_page, title=title)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -90,31 +94,38 @@ def render_page(found: Findings | object, *, title: str | None = None) -> str:
     """
     if not isinstance(found, Findings):
         raise InputError(f"expected Findings, got a {type(found).__name__}: call findings(model, prompt)")
-    audit, squashing = found.audit, found.squashing
+    answer, audit, squashing = found.answer, found.audit, found.squashing
     versions = ", ".join(f"{name} {version}" for name, version in found.about.versions.items())
+    measured = [answer.sensitivity, *([] if answer.replaced is None else [answer.replaced]), audit.truth]
+    long = len(found.tokens) > MOST_BINS
     return page(
         "report.html.j2",
         title or TITLE,
         script=runtime(),
         styles=("view.css", "page.css"),
         found=found,
+        answer=answer,
         about=f"{found.about}; {len(found.tokens):,} tokens, {found.about.n_layers} layers of {found.about.n_heads} "
         f"heads, d_model {found.about.d_model}.",
         versions=f"{versions}. This page is one file and asks nothing of the network.",
         estimate=estimate_row(found),
-        squashed=[span for span in squashing.spans if span.null_share - span.share >= SMALLEST_LOSS][:NAMED_SPANS],
-        windows=context_windows(audit.truth.share) if len(found.tokens) > MOST_BINS else [],
-        readable=readable(found.tokens) if len(found.tokens) > MOST_BINS else [],
+        windows=context_windows(answer.share) if long else [],
+        readable=readable(found.tokens) if long else [],
         picked=min(PICKED, len(found.tokens)),
-        token_views=views.side_by_side(audit.truth, audit.mean_field, audit.bounds["proof"]),
-        curve=width_curve(squashing),
+        token_views=views.side_by_side(*measured),
+        words=[(span, _replaced_words(answer, span)) for span in answer.words[:MOST_SPANS]],
+        sentences=answer.squashed[:MOST_SPANS],
+        curve=width_curve(answer),
+        route=views.route(answer.flow),
+        heads=views.heads(answer.flow) if answer.flow.head.numel() else None,
+        layer_rows=_layer_rows(answer),
+        estimated_views=(views.side_by_side(audit.mean_field, audit.bounds["proof"])),
         spans=squashing.spans[:MOST_SPANS],
-        route=views.route(squashing.flow),
-        layer_rows=_layer_rows(squashing),
-        head_views=(views.heads(squashing.flow), views.activations(squashing.flow)),
+        estimated_route=views.route(squashing.flow),
+        estimated_heads=views.heads(squashing.flow),
         routes=[(WHY.get(why, why), flow, views.route(flow)) for why, flow in found.routes.items()],
-        layer_views=(views.layers(audit.mean_field), views.layers(audit.bounds["proof"])),
         notes=_notes(found),
+        token_columns=_token_columns(found),
         token_rows=_token_rows(found),
         norm={"fro": "Frobenius", "spectral": "spectral"}.get(audit.truth.norm, audit.truth.norm),
         place=place,
@@ -123,19 +134,26 @@ def render_page(found: Findings | object, *, title: str | None = None) -> str:
     )
 
 
+def _replaced_words(answer: AnswerFindings, span: Span) -> str:
+    """How far the prediction moves when a word's tokens are replaced one by one: the largest of them."""
+    if answer.replaced is None:
+        return DASH
+    return percent(answer.replaced.relative[span.start : span.stop].max().item())
+
+
 def estimate_row(found: Findings) -> AuditRow:
     """The audit's row of the mean-field estimate."""
     return next(row for row in found.audit.rows if row.name == "mean_field")
 
 
-def width_curve(squashing: Squashing) -> dict[str, Any]:
-    """Effective width on entering each layer and the null model's beside it as what curve.svg.j2 draws.
+def width_curve(answer: AnswerFindings) -> dict[str, Any]:
+    """Width of the target's sensitivity at each layer and the null model's beside it as what curve.svg.j2 draws.
 
     Heights are logarithmic; a picture in the page itself takes its colours from the page, in the dark and on paper.
     """
-    widths = _finite(squashing.flow.effective_width, "effective widths")
-    nulls = _finite(squashing.null.effective_width, "the null model's effective widths")
-    last, narrowest = len(widths) - 1, squashing.narrowest
+    widths = _finite(answer.flow.width, "effective widths")
+    nulls = _finite(answer.null_width, "the null model's effective widths")
+    last, widest = len(widths) - 1, answer.widest
     top = max(2.0, *widths, *nulls)
 
     def across(layer: int) -> float:
@@ -151,15 +169,15 @@ def width_curve(squashing: Squashing) -> dict[str, Any]:
     ticks = [step * 10.0**power for power in range(7) for step in steps if step * 10.0**power <= top]
     return {
         "box": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM},
-        "label": f"Effective width by depth, {len(squashing.tokens)} tokens: narrowest {entering(narrowest)}, "
-        f"{widths[narrowest]:.3g} positions, where uniform attention has {nulls[narrowest]:.3g}.",
+        "label": f"Effective width by depth, {len(answer.tokens)} tokens: widest {entering(widest)}, "
+        f"{widths[widest]:.3g} positions, where uniform attention has {nulls[widest]:.3g}.",
         "lines": {
             name: " ".join(f"{across(layer):.1f},{height(width):.1f}" for layer, width in enumerate(row))
             for name, row in (("null", nulls), ("real", widths))
         },
         "dots": [
             (
-                "narrowest" if layer == narrowest else "dot",
+                "widest" if layer == widest else "dot",
                 f"{across(layer):.1f}",
                 f"{height(width):.1f}",
                 f"{entering(layer)}: {width:.4g} positions; uniform attention {null:.4g}",
@@ -180,33 +198,46 @@ def _finite(values: Float[Tensor, " any"], what: str) -> list[float]:
     return values.tolist()
 
 
-def _layer_rows(squashing: Squashing) -> list[list[str]]:
-    """Every layer's widths, what of the paths stays in place, and which head moves most."""
-    flow = squashing.flow
-    widths = (flow.effective_width, squashing.null.effective_width, squashing.relative_width)
+def _layer_rows(answer: AnswerFindings) -> list[list[str]]:
+    """Every layer's widths, what of the target's sensitivity stays in place, and which head carries most."""
+    flow = answer.flow
+    widths = (flow.width, answer.null_width, answer.relative_width)
     rows = []
     for layer, numbers in enumerate(zip(*(width.tolist() for width in widths), strict=True)):
-        name, moved = "out of the last", [DASH] * 3
-        if layer < flow.n_layers:
-            head = int(flow.head[layer].argmax())
+        name, moved = "out of the last", [DASH] * 4
+        if layer < len(flow.stays):
             name = f"into {layer}"
-            moved = [percent(flow.residual[layer].item()), str(head), percent(flow.head[layer, head].item())]
+            moved = [percent(flow.stays[layer].item()), percent(flow.mlp[layer].item()), DASH, DASH]
+            if flow.head.shape[1] and not torch.isnan(flow.head[layer]).all():
+                head = int(flow.head[layer].nan_to_num(0).abs().argmax())
+                moved[2:] = [str(head), percent(flow.head[layer, head].item())]
         rows.append([name, *(number(value, ".3g") for value in numbers), *moved])
     return rows
 
 
+def _token_columns(found: Findings) -> list[str]:
+    """What `_token_rows` gives of each token."""
+    replaced = [] if found.answer.replaced is None else ["when replaced, y moves by"]
+    error = [] if found.audit.truth.exact else ["standard error"]
+    shares = ["share, all outputs", "share, estimated", "share, uniform attention"]
+    return ["target", "share, target", *replaced, "all outputs", *error, "estimate", "log₁₀ of estimate", *shares]
+
+
 def _token_rows(found: Findings) -> list[tuple[int, list[str]]]:
     """Tokens with their numbers, in order: all, or of a long prompt those of the largest shares by any measure."""
-    truth, estimate, squashing = found.audit.truth, found.audit.mean_field, found.squashing
+    answer, truth, estimate, squashing = found.answer, found.audit.truth, found.audit.mean_field, found.squashing
     shares = (truth.share, squashing.share, squashing.null_share)
-    largest = torch.stack([share.double() for share in shares]).amax(0)
+    largest = torch.stack([share.double() for share in (answer.share, *shares)]).amax(0)
     rows = []
     for i in sorted(largest.topk(min(MOST_ROWS, len(largest))).indices.tolist()):
         true, error, guess = (values[i].item() for values in (truth.values, truth.standard_error, estimate.values))
         ratio = math.log10(guess) - math.log10(true) if guess > 0 and true > 0 else math.nan
+        target = [number(answer.sensitivity.values[i].item(), ".4g"), percent(answer.share[i].item())]
+        moved = [] if answer.replaced is None else [percent(answer.replaced.relative[i].item())]
         sizes = [number(true, ".4g"), *([] if truth.exact else [number(error, ".2g")]), number(guess, ".4g")]
-        parts = [percent(share[i].item()) for share in shares]
-        rows.append((i, [*sizes, number(ratio, "+.2f"), *parts, number(squashing.lift[i].item(), ".2g")]))
+        rows.append(
+            (i, [*target, *moved, *sizes, number(ratio, "+.2f"), *(percent(each[i].item()) for each in shares)])
+        )
     return rows
 
 

@@ -28,6 +28,7 @@ from oversquash_lens.viz.words import DASH, axis_number, one_line_text
 
 HEADING = "What the last token depends on, prompt by prompt"
 LONGEST_BEGINNING = 90  # characters of a prompt in the index
+WORDS = 2  # that the answer depends on most, in the index
 UNUSABLE = (OversquashError, MemoryError, torch.OutOfMemoryError)  # of one prompt; the others may still do
 
 
@@ -39,10 +40,11 @@ class Entry:
     beginning: str
     file: str = ""
     n: int = 0
-    heard: float = float("nan")
-    null_heard: float = float("nan")
-    index: float = float("nan")
-    narrowest: int = -1
+    next_token: str = ""
+    words: tuple[str, ...] = ()
+    effective: float = float("nan")
+    null_effective: float = float("nan")
+    widest: int = -1
     spearman: float = float("nan")
     error: str = ""
 
@@ -115,16 +117,17 @@ def _one(model: Any, prompt: Any, shown: str, title: str | None, place: Path, op
 
 
 def _entry(found: Findings, name: str, beginning: str, file: str) -> Entry:
-    squashing = found.squashing
+    answer = found.answer
     return Entry(
         name=name,
         beginning=beginning,
         file=file,
         n=len(found.tokens),
-        heard=found.effective_tokens,
-        null_heard=squashing.null_effective_tokens,
-        index=squashing.index,
-        narrowest=squashing.narrowest,
+        next_token=answer.predicted[0][0],
+        words=tuple(answer.text(word) for word in answer.words[:WORDS]),
+        effective=answer.effective_tokens,
+        null_effective=found.squashing.null_effective_tokens,
+        widest=answer.widest,
         spearman=estimate_row(found).spearman,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.swaps.substitution import Substitution
@@ -25,6 +26,7 @@ LONG, FEW_BINS = 2048, 256  # beyond so many tokens most bins hold several, and 
 SNIPPET = 28  # characters shown of a bin's text from either end
 SHARE = "a token’s share in the sensitivity of the last output"
 PASSED = "the share of the paths that pass through a token at that layer"
+RUNS = "the share of the sensitivity that runs through a token at that layer"
 MOST_INSIDE = 16_384  # tokens of a prompt whose bins can be opened: about 200 KB of a page
 PICKED = 16  # tokens of the largest shares
 AROUND = 8  # tokens of context on either side
@@ -50,7 +52,7 @@ def bins_for(tokens: Sequence[str], weights: Float[Tensor, "row pos"], most: int
     if n <= most:
         return Bins(tuple(tokens), tuple(Bin(i, i + 1) for i in range(n)))
     kept = 3 * most // 8
-    alone = set(weights.max(0).values.topk(kept).indices.tolist())
+    alone = set(weights.abs().nan_to_num(0).max(0).values.topk(kept).indices.tolist())
     width = math.ceil((n - kept) / (most - 2 * kept - 1))
     bins, start = [], 0
     for i in range(n):
@@ -68,21 +70,23 @@ def millionths(shares: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
     """
     assert not torch.isnan(shares).any(), "shares are checked at the door"
     whole = shares.double() * MILLION
-    unit = 10.0 ** (whole.clamp(min=1).log10().floor() - 2).clamp(min=0)
+    unit = 10.0 ** (whole.abs().clamp(min=1).log10().floor() - 2).clamp(min=0)
     return ((whole / unit).round() * unit).round().long()
 
 
-def check_shares(tokens: Sequence[str], shares: Float[Tensor, "*rows pos"], what: str = "share") -> None:
-    """One share per token, from 0 on, none of them NaN or infinite."""
+def check_shares(
+    tokens: Sequence[str], shares: Float[Tensor, "*rows pos"], what: str = "share", signed: bool = False
+) -> None:
+    """One share per token, from 0 on unless `signed`, none of them NaN or infinite."""
     if not len(tokens) or shares.shape[-1] != len(tokens):
         raise InputError(
             f"expected one share per token, got {len(tokens)} tokens with {shares.shape[-1]} shares: measure again"
         )
-    bad = (~(shares >= 0) | torch.isinf(shares)).nonzero()
+    bad = (~torch.isfinite(shares) if signed else ~(shares >= 0) | torch.isinf(shares)).nonzero()
     if len(bad):
         *_, i = at = tuple(bad[0].tolist())
         raise InputError(
-            f"expected shares from 0 to 1, got {shares[at]:g} as the {what} of token {i} "
+            f"expected shares{'' if signed else ' from 0 to 1'}, got {shares[at]:g} as the {what} of token {i} "
             f"({visible_token(tokens[i])}): look for NaN or infinite values in the result, and measure again in float32"
         )
 
@@ -157,11 +161,13 @@ class Rows(NamedTuple):
     notes: list[str]
     meaning: str
     millionths: bool = False  # a flow has many rows: carried as whole millionths of three digits, a third of the size
+    unit: str = "share"
+    start: str = "a tenth of a uniform share"  # where colour starts, in words
 
     @property
     def floor(self) -> float:
-        """Where colour starts: a tenth of a uniform share."""
-        return 0.1 / len(self.tokens)
+        """Where colour starts."""
+        return 0.1 / len(self.tokens) if self.unit == "share" else 0.01
 
 
 def input_rows(result: PathProfile | MeasuredSensitivity | Substitution | object) -> Rows:
@@ -176,25 +182,33 @@ def input_rows(result: PathProfile | MeasuredSensitivity | Substitution | object
     return _checked(Rows(result.tokens, result.share.detach().cpu().double()[None], [""], [""], SHARE))
 
 
-def layer_rows(result: PathProfile | Flow | object) -> Rows:
+def layer_rows(result: PathProfile | Flow | MeasuredFlow | object) -> Rows:
     """A row for what enters each layer, and the last one for what leaves the last."""
-    if not isinstance(result, PathProfile | Flow):
+    if not isinstance(result, PathProfile | Flow | MeasuredFlow):
         raise InputError(
-            f"expected a PathProfile, from path_bound or mean_field_sensitivity, or a Flow, from flow, got "
-            f"{kind_of(result)}: call one of them (a measured truth has no layers: use positions)"
+            "expected a PathProfile, from path_bound or mean_field_sensitivity, a MeasuredFlow, from measured_flow, or "
+            f"a Flow, from flow, got {kind_of(result)}: call one of them (a measured truth has no layers: use "
+            "positions)"
         )
-    is_flow = isinstance(result, Flow)
-    shares = (result.node if isinstance(result, Flow) else result.share_by_layer).detach().cpu().double()
+    if isinstance(result, PathProfile):
+        return _checked(rows_by_layer(result.tokens, result.share_by_layer, SHARE))
+    meaning = PASSED if isinstance(result, Flow) else RUNS
+    rows = rows_by_layer(result.tokens, result.node, meaning, millionths=True)
+    return _checked(rows, signed=isinstance(result, MeasuredFlow))
+
+
+def rows_by_layer(tokens: tuple[str, ...], shares: Float[Tensor, "layer_plus_1 pos"], meaning: str, **how: Any) -> Rows:
+    """Rows with their names; `how`: the other fields of `Rows`."""
     last = len(shares) - 1
     labels = [f"layer {layer}" for layer in range(last + 1)]
     meanings = ["the embeddings", *(f"what enters block {layer}" for layer in range(1, last))]
     meanings.append("what leaves the last block")
     notes = [f"{label} of {last}: {meaning}" for label, meaning in zip(labels, meanings, strict=True)]
-    return _checked(Rows(result.tokens, shares, labels, notes, PASSED if is_flow else SHARE, is_flow))
+    return Rows(tokens, shares.detach().cpu().double(), labels, notes, meaning, **how)
 
 
-def _checked(rows: Rows) -> Rows:
-    check_shares(rows.tokens, rows.shares)
+def _checked(rows: Rows, signed: bool = False) -> Rows:
+    check_shares(rows.tokens, rows.shares, signed=signed)
     return rows
 
 
@@ -215,7 +229,7 @@ def strip_view(
     if rows.millionths:
         shares = millionths(sums).tolist()
     else:
-        shares = [[rounded(share) for share in row] for row in sums.tolist()]
+        shares = [[None if math.isnan(share) else rounded(share) for share in row] for row in sums.tolist()]
     payload = {
         "view": "strip",
         "tokens": bins.texts,
@@ -223,6 +237,7 @@ def strip_view(
         "places": bins.places,
         "shares": shares,
         "parts": MILLION if rows.millionths else 1,  # of which one is the unit of `shares`
+        "unit": rows.unit,
         "labels": rows.labels,
         "notes": rows.notes,
         "floor": rounded(floor),
@@ -234,7 +249,7 @@ def strip_view(
         inside = [rounded(share, 3) for share in rows.shares[0].tolist()]  # every token's own share
         payload["inside"] = {"tokens": [bin_text(token) for token in rows.tokens], "shares": inside}
         notes.append("Click a bin, or press Enter on it, and its tokens open one by one.")
-    words = guide(rows.meaning, "a tenth of a uniform share", floor, rows.tokens)
+    words = guide(rows.meaning, rows.start, floor, rows.tokens, signed=bool((sums < 0).any()))
     return View(payload, title, gloss, notes, words)
 
 

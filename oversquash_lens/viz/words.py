@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.swaps.substitution import Substitution
@@ -25,8 +26,8 @@ MEANINGS = {
     "‹U+": "‹U+…› a character that cannot be seen",
 }
 NAMES = {
-    "truth": "Measured truth",
-    "substitution": "Measured by replacing",
+    "truth": "Measured sensitivity",
+    "substitution": "Replaced",
     "mean_field": "Mean-field estimate",
     "proof": "Paper’s bound",
     "proof, β = 1": "Paper’s bound with β = 1",
@@ -117,12 +118,13 @@ def named(tokens: Sequence[str], i: int) -> str:
     return f"token {i} {visible_token(tokens[i], 24)}"
 
 
-def source_named(flow: Flow) -> str:
-    """A flow's source, one token or a span, in words."""
+def source_named(flow: Flow | MeasuredFlow) -> str:
+    """A flow's source, one token, a span or all tokens, in words."""
+    if flow.source is None:
+        return "all tokens"
     if isinstance(flow.source, slice):
         start, stop = flow.source.start, flow.source.stop
         return f"{place(start, stop)} {span_text(flow.tokens, start, stop)}"
-    assert flow.source is not None
     return named(flow.tokens, flow.source)
 
 
@@ -135,11 +137,14 @@ def measure_name(kind: str) -> str:
 
 
 def title_and_gloss(
-    result: PathProfile | MeasuredSensitivity | Substitution | Flow | object, topic: str = "Flow"
+    result: PathProfile | MeasuredSensitivity | MeasuredFlow | Substitution | Flow | object, topic: str = "Flow"
 ) -> tuple[str, str]:
     """Name of the result, and what it is; `topic` is what is shown of a flow."""
+    if isinstance(result, MeasuredFlow):
+        how = "exact" if result.probes is None else f"error about {number(result.error, '.2g')}"
+        return topic, f"measured: sensitivity of the {result.target or 'last output'} to {source_named(result)}, {how}"
     if isinstance(result, Flow):
-        source = "all tokens" if result.source is None else f"{source_named(result)} alone"
+        source = source_named(result) + ("" if result.source is None else " alone")
         return topic, f"{measure_name(result.kind)}, paths from {source} to the last one"
     if isinstance(result, PathProfile):
         return measure_name(result.kind), GLOSSES.get(result.kind, "")
@@ -147,20 +152,21 @@ def title_and_gloss(
         return NAMES["substitution"], f"how far the last output moves when this token is replaced, {result.method}"
     assert isinstance(result, MeasuredSensitivity)
     if result.target:
-        return f"{NAMES['truth']}, of the {result.target}", "how far it moves with this token’s embedding: exact"
+        return f"Sensitivity of the {result.target}", "how far it moves with this token’s embedding: exact"
     how = "exact, by autograd" if result.exact else f"by autograd, {result.probes} random probes"
     frozen = f", {' and '.join(result.freeze)} frozen" if result.freeze else ""
-    return NAMES["truth"], f"how far the last output moves with this token’s embedding: {how}{frozen}"
+    return "Sensitivity of all outputs", f"how far the last output moves with this token’s embedding: {how}{frozen}"
 
 
-def guide(meaning: str, start: str, floor: float, tokens: Iterable[str], walk: str = "") -> str:
+def guide(meaning: str, start: str, floor: float, tokens: Iterable[str], walk: str = "", signed: bool = False) -> str:
     """How to read a view: what colour means and where it starts; of the marks of white space, those that occur."""
     shown = "".join({visible_token(token) for token in tokens})
     marks = ", ".join(text for mark, text in MEANINGS.items() if mark in shown)
     walk = walk or "Hover over a token, tap it or walk to it with the arrow keys for the number."
+    below = " Blue is below 0: it works against the rest." if signed else ""
     return (
-        f"Colour is {meaning}, on a logarithmic scale: none at {plain_number(floor)} ({start}) or less, full at 1. "
-        f"{walk} Tokens count from 0{'; ' if marks else ''}{marks}."
+        f"Colour is {meaning}, on a logarithmic scale: none at {plain_number(floor)} ({start}) or less, full at 1."
+        f"{below} {walk} Tokens count from 0{'; ' if marks else ''}{marks}."
     )
 
 

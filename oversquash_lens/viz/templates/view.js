@@ -1,16 +1,19 @@
 // What all views share. CircuitsVis' bundle stands above, in the same function.
 const COLOR = "#f5a742"; // on white up to here black text keeps a contrast above 9
+const NEGATIVE = "#62a8e8"; // of shares below 0
 const STEPS = { ArrowLeft: [0, -1], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowDown: [1, 0] };
 
-// Where a share stands on the colour scale: 0 at `floor` or below, 1 at share 1, logarithmic between.
+// Where a share stands on the colour scale: 0 at `floor` or below, 1 at share 1, logarithmic between; negative shares
+// have the same below 0.
 function shade(share, floor) {
-  return share > floor ? 1 - Math.log(share) / Math.log(floor) : 0;
+  const size = Math.abs(share);
+  return size > floor ? Math.sign(share) * Math.min(1, 1 - Math.log(size) / Math.log(floor)) : 0;
 }
 
 // The colour of a shade, as near to CircuitsVis' own mixing with white as the eye can tell.
 function tint(shade) {
-  const channels = [1, 3, 5].map((at) => parseInt(COLOR.slice(at, at + 2), 16));
-  return `rgb(${channels.map((channel) => Math.round(255 - shade * (255 - channel))).join(",")})`;
+  const channels = [1, 3, 5].map((at) => parseInt((shade < 0 ? NEGATIVE : COLOR).slice(at, at + 2), 16));
+  return `rgb(${channels.map((channel) => Math.round(255 - Math.abs(shade) * (255 - channel))).join(",")})`;
 }
 
 // CircuitsVis colours by arithmetic on a value and prints the same value in its hover box. An array of one string
@@ -21,7 +24,7 @@ function cell(text, number) {
 
 // Three digits, as people write them: 0.0412, and 4e-7 only where there is no other way.
 function told(share) {
-  return String(Number(share.toPrecision(3)));
+  return share === null ? "unknown" : String(Number(share.toPrecision(3)));
 }
 
 function element(tag, className = "", text = "") {

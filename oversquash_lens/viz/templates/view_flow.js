@@ -25,21 +25,18 @@ function inWords(view, matrix) {
 }
 
 function drawHeads(view, stage) {
-  const heads = view.columns.length - 1;
+  const heads = view.columns.filter((name) => name.startsWith("head ")).length;
+  const withPatterns = Object.keys(view.patterns).length > 0;
   const now = sayingLine();
   const patterns = element("div", "osl-patterns");
   const shown = {}; // layer -> what is drawn of it
   let picked = view.start;
-  const label = (layer, column) => {
-    const share = told(view.table[layer][column]);
-    return column < heads
-      ? `layer ${layer}, head ${column}: share ${share}`
-      : `layer ${layer}, residual stream: share ${share} stays where it is`;
-  };
+  const label = (layer, column) => `layer ${layer}, ${view.columns[column]}: share ${told(view.table[layer][column])}`;
   const pick = (layer, column) => {
     picked = [layer, column];
     map.mark(layer, column);
     now.textContent = label(layer, column);
+    if (!withPatterns) return;
     shown[layer] ??= layerPatterns(view, layer, patterns, (head) => pick(layer, head));
     Object.entries(shown).forEach(([other, made]) => (made.box.hidden = Number(other) !== layer));
     shown[layer].zoom(column < heads ? column : 0);
@@ -50,7 +47,7 @@ function drawHeads(view, stage) {
   const scroll = element("div");
   scroll.append(map.table);
   left.append(scroll, now);
-  stage.append(left, patterns);
+  stage.append(left, ...(withPatterns ? [patterns] : []));
   pick(...view.start);
   ready(stage);
 }
@@ -109,18 +106,15 @@ function drawRoute(view, stage) {
   const said = sayingLine();
   const moves = element("div", "osl-moves");
   const text = (layer, i) =>
-    `layer ${layer}, ${view.places[i]} ${view.tokens[i].trim()}: share ${sharesOf(view, layer)[i]}`;
+    `layer ${layer}, ${view.places[i]} ${view.tokens[i].trim()}: ${inUnits(view, sharesOf(view, layer)[i])}`;
   const hint = "Point at the map, or walk it with the arrow keys, for the numbers; a click or Enter picks the layer.";
   const pointed = (layer, i) => (said.textContent = layer === undefined ? hint : text(layer, i));
   pointed();
   const pick = (layer) => pickLayer(layer);
   const map = overview(view, { name: "Map of layers and positions. " + hint, pointed, pick });
-  const top = element("div", "osl-axis");
-  const bottom = element("span");
-  bottom.append(element("span", "", "layer 0, first token"), element("span", "", "last token"));
-  top.append(element("span", "", `layer ${view.shares.length - 1}, what leaves the last block`), map.box, bottom);
-  stage.append(top, said, heaviestMoves(view, pick));
-  const pickLayer = drawStrip(view, stage, [moves], (layer) => {
+  stage.append(axes(view, map.box), said);
+  if (view.heaviest.length) stage.append(heaviestMoves(view, pick));
+  const pickLayer = drawStrip(view, stage, view.heaviest.length ? [moves] : [], (layer) => {
     map.mark(layer);
     const list = element("ul");
     const leaving = !view.moves[layer]; // behind the last layer nothing moves any more
@@ -128,6 +122,41 @@ function drawRoute(view, stage) {
     const stays = leaving ? "" : `Layer ${layer}: ${view.stays[layer]}. Most of what moves:`;
     moves.replaceChildren(element("p", "", stays), list);
   });
+}
+
+// A map with its layers named at the left and, below it, as many tokens as there is room for, the heaviest first.
+function axes(view, map) {
+  const rows = view.shares.length;
+  const columns = view.tokens.length;
+  const box = element("div", "osl-axes");
+  const layers = element("div", "osl-layers");
+  const every = Math.max(1, Math.round(rows / 6));
+  for (let layer = 0; layer < rows; layer += every) {
+    const tick = element("span", "", String(layer));
+    tick.style.top = `${(100 * (rows - layer - 0.5)) / rows}%`;
+    layers.append(tick);
+  }
+  const tokens = element("div", "osl-names");
+  box.append(element("span", "osl-unit", "layer"), layers, map, tokens);
+  box.setAttribute("aria-hidden", "false");
+  layers.setAttribute("aria-hidden", "true");
+  tokens.setAttribute("aria-hidden", "true");
+  const largest = view.tokens.map((_, i) => Math.max(...view.shares.map((row) => Math.abs(row[i]) / view.widths[i])));
+  const order = [...largest.keys()].sort((one, other) => largest[other] - largest[one]);
+  const name = () => {
+    const apart = (14 * columns) / (tokens.clientWidth || 1); // columns that a name is wide
+    const named = [];
+    for (const i of order) if (named.every((other) => Math.abs(other - i) >= apart)) named.push(i);
+    tokens.replaceChildren(
+      ...named.map((i) => {
+        const made = element("span", "", view.tokens[i].trim());
+        made.style.left = `${(100 * (i + 0.5)) / columns}%`;
+        return made;
+      }),
+    );
+  };
+  new ResizeObserver(name).observe(tokens);
+  return box;
 }
 
 // The heaviest moves of all layers, each a button that shows its layer.

@@ -18,7 +18,7 @@ function grid(view, { name, label, pointed, pick }) {
   const last = view.table.length - 1;
   const heading = table.createTHead().insertRow();
   ["layer", ...view.columns].forEach((text, i) => {
-    const short = i === 0 ? "layer" : i === view.columns.length ? "stays" : String(i - 1);
+    const short = text.replace(/^(head|what) /, "");
     const made = Object.assign(element("th", "", short), { scope: "col", title: text });
     made.setAttribute("aria-label", text);
     heading.append(made);

@@ -1,11 +1,17 @@
 // Tokens coloured by their shares, a row of them for each layer.
 
 function strip(tokens, values) {
-  return component("ColoredTokens", { tokens, values, minValue: -1, maxValue: 1, positiveColor: COLOR });
+  const colours = { positiveColor: COLOR, negativeColor: NEGATIVE };
+  return component("ColoredTokens", { tokens, values, minValue: -1, maxValue: 1, ...colours });
 }
 
+// null is what was not measured.
 function sharesOf(view, layer) {
-  return view.shares[layer].map((number) => number / view.parts);
+  return view.shares[layer].map((number) => (number === null ? null : number / view.parts));
+}
+
+function inUnits(view, share) {
+  return share === null ? "not measured" : `${view.unit} ${share}`;
 }
 
 // A strip is one stop for the Tab key; arrow keys walk its tokens and open their hover boxes.
@@ -93,7 +99,7 @@ function drawStrip(view, stage, above = [], picked = () => {}) {
     picked(layer);
     if (!strips[layer]) {
       const shares = sharesOf(view, layer);
-      const texts = shares.map((share, i) => view.places[i] + ": share " + share);
+      const texts = shares.map((share, i) => `${view.places[i]}: ${inUnits(view, share)}`);
       // A bin's number is the sum of its tokens, its colour their mean, or bins would outshine single tokens.
       const values = shares.map((share, i) => cell(texts[i], shade(share / view.widths[i], view.floor)));
       const made = (strips[layer] = strip(view.tokens, values));
