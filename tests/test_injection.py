@@ -90,7 +90,7 @@ def test_no_string_becomes_markup(number):
 
 
 def test_no_string_becomes_markup_in_the_index():
-    entries = [Entry(text, text, "1.html", 3, 1.0, 2.0, 0.5, 0, 0.9) for text in CORPUS]
+    entries = [Entry(text, text, "1.html", 3, text, (text, text), 1.0, 2.0, 0, 0.9) for text in CORPUS]
     entries += [Entry(text, text, error=text) for text in CORPUS]
     page = render_index(entries, CORPUS[0])
     assert page.isascii()
@@ -154,7 +154,7 @@ def test_nothing_runs_in_a_browser_even_without_the_policy(opened):
 
 @pytest.mark.browser
 def test_nothing_runs_in_the_index_even_without_the_policy(opened):
-    entries = [Entry(text, text, "1.html", 3, 1.0, 2.0, 0.5, 0, 0.9) for text in CORPUS]
+    entries = [Entry(text, text, "1.html", 3, text, (text, text), 1.0, 2.0, 0, 0.9) for text in CORPUS]
     page = opened(POLICY.sub("", render_index([*entries, *(Entry(text, text, error=text) for text in CORPUS)])))
     assert page.ask("return window.pwned") is None
     assert page.ask("return document.querySelectorAll('tbody tr').length") == 2 * len(CORPUS)
