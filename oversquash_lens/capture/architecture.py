@@ -230,7 +230,7 @@ def check_class(model: Any) -> None:
 def read_architecture(model: Any) -> Architecture:
     """Read a model's structure, no pass is made; an InputError or ModelError for what is no causal hooked model."""
     check_class(model)
-    hooks = model.hook_dict  # a bridge builds it anew at every look
+    hooks = model.hook_dict
     cfg, block = model.cfg, model.blocks[0]
     name = getattr(cfg, "model_name", None) or "this model"
     if getattr(cfg, "attention_dir", "causal") != "causal":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -49,6 +50,20 @@ class HookedModel(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[Tensor]: ...
 
     def modules(self) -> Iterator[Any]: ...
+
+
+_points: WeakKeyDictionary[Any, tuple[list[ref], dict[str, ref]]] = WeakKeyDictionary()
+
+
+def hook_points(model: HookedModel) -> dict[str, Any]:
+    """The model's hook points by name. A bridge builds `hook_dict` anew at every look, slowly: as long as its modules
+    are the same, so are they.
+    """
+    modules = [ref(module) for module in model.modules()]
+    known = _points.get(model)
+    if known is None or known[0] != modules:
+        known = _points[model] = modules, {name: ref(point) for name, point in model.hook_dict.items()}
+    return {name: point() for name, point in known[1].items()}
 
 
 def is_hooked_transformer(model: Any) -> bool:

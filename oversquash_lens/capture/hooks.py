@@ -14,7 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS
-from oversquash_lens.capture.hooked_model import LIBRARIES, HookedModel, is_a, wrapped_config, wrapped_model
+from oversquash_lens.capture.hooked_model import (
+    LIBRARIES,
+    HookedModel,
+    hook_points,
+    is_a,
+    wrapped_config,
+    wrapped_model,
+)
 from oversquash_lens.errors import HookMismatchError, ModelError, OversquashError
 
 Hook = Callable[..., Tensor | None]  # a returned tensor takes the place of what the hook saw
@@ -197,8 +204,7 @@ def _detach(handles: list[tuple[Any, Any]], lent: Any) -> None:
 
 def _hook_points(model: HookedModel) -> tuple[dict[str, Any], Any]:
     """The model's hook points. TransformerLens 2 has none before the unembedding: it is lent one, with its handle."""
-    points = model.hook_dict  # a bridge builds it anew at every look
-    name = FINAL_HOOKS["prediction_input"]
+    points, name = hook_points(model), FINAL_HOOKS["prediction_input"]
     if name in points or not isinstance(getattr(model, "unembed", None), nn.Module):
         return points, None
     point = type(next(iter(points.values())))()

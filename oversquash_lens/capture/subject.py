@@ -252,7 +252,7 @@ def _loose_norms(subject: Subject) -> str:
     model, architecture, blocks = subject.model, subject.architecture, cast(nn.ModuleList, subject.model.blocks)
     names = [f"blocks.{i}.{name}" for i in range(architecture.n_layers) for name in architecture.scale_hooks()]
     names += [architecture.final_hooks()["final_scale"]] if architecture.normed else []
-    if absent := [name for name in names if name not in model.hook_dict]:
+    if absent := sorted(set(names) - set(model.hook_dict)):
         return f"no hook {absent[0]} shows a norm's divisor"
     apart_from = [
         getattr(getattr(block, "attn", None), name, None) for block in blocks for name in ("q_norm", "k_norm")
