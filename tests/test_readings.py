@@ -13,7 +13,7 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.capture import prefixes, readings
 from oversquash_lens.capture.prefixes import plan
-from oversquash_lens.capture.readings import Readings, read, read_alone, unembedded
+from oversquash_lens.capture.readings import Readings, logits_of, read, read_alone
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.errors import HookMismatchError, ModelError
 
@@ -250,7 +250,7 @@ def test_a_batch_and_the_model_s_own_logits(name: str, watch: Watch) -> None:
         assert torch.allclose(heads, truth["heads"][0], rtol=0, atol=1e-12)
     with torch.no_grad():
         logits = model(torch.tensor([ids]))[0, -1]
-    assert torch.allclose(unembedded(subject, y[None])[0], logits, rtol=0, atol=1e-12)
+    assert torch.allclose(logits_of(subject, y[None])[0], logits, rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- when the cache lies

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS, Architecture
-from oversquash_lens.capture.hooked_model import HookedModel
+from oversquash_lens.capture.hooked_model import HookedModel, wrapped_config
 from oversquash_lens.capture.hooks import NamedHook, attached
 from oversquash_lens.capture.weights import LayerWeights, WeightGains
 from oversquash_lens.errors import HookMismatchError, ModelError
@@ -329,6 +329,26 @@ def refuse_apart(said: str | None, architecture: Architecture, route: str) -> No
 # ------------------------------------------------------------ what needs passes of its own (verify=True)
 
 
+def logits_from(model: HookedModel, unembedded: Float[Tensor, "*axes d_vocab"]) -> Float[Tensor, "*axes d_vocab"]:
+    """What the model makes of y W_U + b_U: some cap it or multiply it, as their config says."""
+    config = wrapped_config(model) or model.cfg
+    for word, rule in LOGIT_RULES.items():
+        number = getattr(config, word, None)
+        if number is not None and number > 0:
+            unembedded = rule(unembedded, number)
+    return unembedded
+
+
+# What configs call that which a model does to its logits behind the unembedding.
+LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "output_logits_soft_cap": lambda logits, cap: cap * (logits / cap).tanh(),
+    "final_logit_softcapping": lambda logits, cap: cap * (logits / cap).tanh(),
+    "logit_scale": lambda logits, scale: logits * scale,
+    "logits_scaling": lambda logits, scale: logits / scale,
+    "lm_head_multiplier": lambda logits, factor: logits * factor,
+}
+
+
 def verify_pass(model: HookedModel, architecture: Architecture, ids: Int[Tensor, "one pos"], recorded: Any) -> None:
     """Run the model again without our hooks, and once with halved patterns; an error says what does not fit."""
     shown: list[Tensor] = []
@@ -339,10 +359,8 @@ def verify_pass(model: HookedModel, architecture: Architecture, ids: Int[Tensor,
     finally:
         handle.remove()
     check_same("logits", recorded, plain, "the recorded pass", "a plain pass", architecture.dtype)
-    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
-    unembedded, logits = shown[0][0, -1], plain[0, -1].to(shown[0])
-    unembedded = cap * torch.tanh(unembedded / cap) if cap > 0 else unembedded
-    factor = (unembedded @ logits) / (unembedded @ unembedded)  # what logits are multiplied by (Granite, Cohere)
+    unembedded, logits = logits_from(model, shown[0][0, -1]), plain[0, -1].to(shown[0])
+    factor = (unembedded @ logits) / (unembedded @ unembedded)  # one that no config names changes no order
     check_same("logits", unembedded * factor, logits, "y · W_U + b_U", "the model's logits", architecture.dtype)
     if not architecture.delegated and not patterns_are_used(model, architecture, ids):
         raise HookMismatchError(

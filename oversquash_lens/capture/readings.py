@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.architecture import FINAL_HOOKS, LAYER_HOOKS, Architecture
-from oversquash_lens.capture.checks import TOLERANCE
+from oversquash_lens.capture.checks import TOLERANCE, logits_from
 from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.hooks import Hook, NamedHook, attached, hooks_on, last_logits_only, without_cache
 from oversquash_lens.capture.prefixes import (
@@ -178,10 +178,11 @@ def _heads_hook(subject: Subject, keep: Hook) -> list[NamedHook]:
     return [(name, keep)] if subject.function.shown.heads else []
 
 
-def unembedded(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
-    """The model's own logits of these prediction inputs."""
+def logits_of(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
+    """The model's own logits of these prediction inputs, capped and scaled as it does, in float32 at least."""
     with torch.no_grad():
-        return subject.model.unembed(_restored(y, subject.architecture, undo=True)[None])[0]
+        logits = subject.model.unembed(_restored(y, subject.architecture, undo=True)[None])[0]
+    return logits_from(subject.model, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def _restored(y: Tensor, architecture: Architecture, *, undo: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.capture.prefixes import Ids
-from oversquash_lens.capture.readings import read, read_alone, unembedded
+from oversquash_lens.capture.readings import logits_of, read, read_alone
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.collapse.families import repeats_last
 from oversquash_lens.collapse.precision import NumberFormat, stored
@@ -80,7 +80,7 @@ class PairRun:
         wide = torch.promote_types(inputs.dtype, torch.float32)
         for first, second in zip(self.first.split(LOGITS), self.second.split(LOGITS), strict=True):
             both, place = torch.cat([first, second]).unique(return_inverse=True)
-            logits = unembedded(self.subject, inputs[both]).to(wide)
+            logits = logits_of(self.subject, inputs[both]).to(wide)
             best = logits.topk(2)
             a, b = place.tensor_split(2)
             top, runner_up = best.values.double().unbind(1)

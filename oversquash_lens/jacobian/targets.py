@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.capture.hooked_model import HookedModel, wrapped_config
-from oversquash_lens.capture.readings import unembedded
-from oversquash_lens.capture.subject import Subject
+from oversquash_lens.capture.hooked_model import HookedModel
 from oversquash_lens.capture.tokens import text_ids, token_strings
 from oversquash_lens.errors import InputError, one_line
 
@@ -97,24 +94,3 @@ def _name(model: HookedModel, token: int) -> str:
 
 def _shown(value: Any) -> str:
     return one_line(repr(value), 60)
-
-
-def logits_of(subject: Subject, y: Float[Tensor, "sequence d_model"]) -> Float[Tensor, "sequence d_vocab"]:
-    """The model's own logits of these prediction inputs, capped and scaled as it does, in float32 at least."""
-    logits = unembedded(subject, y)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    config = wrapped_config(subject.model) or subject.model.cfg
-    for word, rule in LOGIT_RULES.items():
-        number = getattr(config, word, None)
-        if number is not None and number > 0:
-            logits = rule(logits, number)
-    return logits
-
-
-# What configs call that which a model does to its logits behind the unembedding.
-LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "output_logits_soft_cap": lambda logits, cap: cap * (logits / cap).tanh(),
-    "final_logit_softcapping": lambda logits, cap: cap * (logits / cap).tanh(),
-    "logit_scale": lambda logits, scale: logits * scale,
-    "logits_scaling": lambda logits, scale: logits / scale,
-}

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from oversquash_lens.capture.checks import logits_from
 from oversquash_lens.capture.prefixes import hooked_cache_class
 from oversquash_lens.errors import InputError, ModelError
 
@@ -187,10 +188,7 @@ class HookedBackend:
         self, ids: Int[Tensor, "row n"], mask: Int[Tensor, "row n"], limit: int, stops: Sequence[int], pick: Pick
     ) -> Int[Tensor, "row new"]:
         def picked(unembed: Any, inputs: Any, logits: Float[Tensor, "row n vocab"]) -> Float[Tensor, "row n vocab"]:
-            last = logits[:, -1]
-            cap = getattr(self.model.cfg, "output_logits_soft_cap", None) or -1.0
-            if cap > 0:  # the model caps them behind this hook, which leaves their order
-                last = cap * (last / cap).tanh()
+            last = logits_from(self.model, logits[:, -1])  # which it does behind this hook, and leaves their order
             return torch.cat([logits[:, :-1], pick(None, last)[:, None]], 1)
 
         begin = getattr(self.model.tokenizer, "bos_token_id", None)

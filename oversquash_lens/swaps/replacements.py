@@ -11,10 +11,10 @@ from torch import Tensor
 
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.prefixes import Ids
+from oversquash_lens.capture.readings import logits_of
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import TokenizedPrompt, text_ids
 from oversquash_lens.errors import InputError, one_line
-from oversquash_lens.jacobian.targets import logits_of
 from oversquash_lens.numerics import drawn_index
 from oversquash_lens.paths.flow import position_of, span_of
 

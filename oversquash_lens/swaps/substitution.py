@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from oversquash_lens.capture.hooked_model import is_hooked_transformer
 from oversquash_lens.capture.prefixes import Branch, Ids
-from oversquash_lens.capture.readings import predictions, read_substituted
+from oversquash_lens.capture.readings import logits_of, predictions, read_substituted
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, in_format, number_format, stored
 from oversquash_lens.errors import InputError, ModelError, one_line, whole_number
 from oversquash_lens.identity import subject_identity
-from oversquash_lens.jacobian.targets import Target, logits_of, target_of
+from oversquash_lens.jacobian.targets import Target, target_of
 from oversquash_lens.numerics import json_numbers, kl_divergence
 from oversquash_lens.parts import RECORDED, Parts
 from oversquash_lens.results import About, Result
