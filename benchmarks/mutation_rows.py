@@ -320,10 +320,10 @@ JACOBIAN = _in(
     ),
     (
         "block_products",
-        "heads counted at every position twice",
+        "head dimensions taken for heads",
         'over = (1, 3) if key == "z" else (1, 2)',
         'over = (1, 2) if key == "z" else (1, 2)',
-        "test_measured_flow.py::test_what_stays_is_what_the_middle_residual_carries",
+        "test_measured_flow.py::test_each_head_carries_what_its_own_output_carries",
     ),
     (
         "block_products",
@@ -775,7 +775,7 @@ CAPTURE = _in(
         "a window that is one too wide",
         "torch.cat([before, positions]) < window",
         "torch.cat([before, positions]) <= window",
-        "test_substitution.py::test_given_replacements_are_passes_of_their_own",
+        "test_prefixes.py::test_a_token_of_a_branch_sees_what_it_would_in_its_own_pass",
     ),
     (
         "prefixes",

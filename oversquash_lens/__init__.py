@@ -165,6 +165,16 @@ _MOVED = {
 }
 
 
+def _hint(name: str) -> str:
+    """Where the name went, or which one was probably meant."""
+    if name in _MOVED:
+        return f"; it is {_MOVED[name]} now"
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, [*__all__, *_MOVED], 1)
+    return f"; did you mean {close[0]!r}?" if close else "; see docs/api.md for what is public"
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
@@ -174,16 +184,6 @@ def __getattr__(name: str) -> Any:
         home = import_module(f"oversquash_lens.{_HOME[name]}")
         return import_module(f"{home.__name__}.{name}") if name in _MODULES else getattr(home, name)
     raise AttributeError(f"module 'oversquash_lens' has no attribute {name!r}{_hint(name)}", name=name)
-
-
-def _hint(name: str) -> str:
-    """Where the name went, or which one was probably meant."""
-    if name in _MOVED:
-        return f"; it is {_MOVED[name]} now"
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, [*__all__, *_MOVED], 1)
-    return f"; did you mean {close[0]!r}?" if close else "; see docs/api.md for what is public"
 
 
 def __dir__() -> list[str]:

@@ -121,6 +121,30 @@ def test_what_stays_is_what_the_middle_residual_carries(family: str, kind: str) 
         assert found.stays[layer] + found.head[layer].sum() == pytest.approx(1, abs=1e-9)
 
 
+@each("gpt2", "llama", "qwen3", "gpt-neox")
+def test_each_head_carries_what_its_own_output_carries(family: str, kind: str) -> None:
+    """Gradient times tangent at hook_z, head by head, by autograd of whole passes."""
+    model, source = made(family, kind), 1
+    found = measured_flow(model, IDS, source, target=7)
+    caught: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> Tensor:
+        caught.append(value if caught else value.detach().requires_grad_())
+        return caught[-1]
+
+    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.attn.hook_z" for i in range(len(model.blocks)))]
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        logit = model(torch.tensor([IDS]))[0, -1, 7]
+    first, *rest = caught
+    start = torch.autograd.grad(logit, first, retain_graph=True)[0]
+    start = torch.where(torch.arange(len(IDS))[None, :, None] == source, start, 0)
+    for layer, z in enumerate(rest):
+        gradient = torch.autograd.grad(logit, z, retain_graph=True)[0].double()
+        tangent = torch.einsum("apd,pd->a", jacobian(z, first), start[0].double()).view(z.shape)
+        product = (gradient * tangent).reshape(len(IDS), model.cfg.n_heads, -1).sum((0, 2))
+        assert torch.allclose(found.head[layer], product / start.double().square().sum(), atol=1e-6)
+
+
 @each("gpt-neox", "gpt-j")
 def test_heads_mlp_and_what_stays_sum_to_one_in_parallel_blocks(family: str, kind: str) -> None:
     model = made(family, kind)
@@ -165,15 +189,17 @@ def test_all_tokens_count_alike(family: str, kind: str) -> None:
 def test_the_estimate_is_near_all_directions_and_says_how_near(family: str, kind: str) -> None:
     model = made(family, kind)
     exact = measured_flow(model, IDS, 2, probes=None)
-    apart, said = [], []
+    apart, said, totals = [], [], []
     for seed in range(12):
         found = measured_flow(model, IDS, 2, probes=3, seed=seed)
         assert found.probes == 3
         assert found.conservation < 1e-4
+        totals.append(found.total / exact.total)
         apart.append(0.5 * (found.node - exact.node).abs().sum(-1).max().item())
         said.append(found.error)
     assert sum(apart) / len(apart) < 0.1
     assert 0.3 < sum(said) / sum(apart) < 3
+    assert sum(totals) / len(totals) == pytest.approx(1, abs=0.1)  # unbiased: no direction is counted twice
 
 
 @each("llama")

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from oversquash_lens.capture.prefixes import Branch, PassPlan, Place, Trunk, plan, separate
+from oversquash_lens.capture.prefixes import Branch, PassPlan, Place, Trunk, branch_mask, plan, separate
 
 Ids = tuple[int, ...]
 # Few kinds of token, so that beginnings are shared often; a long common beginning, so that branching pays.
@@ -154,3 +154,28 @@ def test_what_shares_less_than_half_is_a_trunk_of_its_own() -> None:
 def test_nothing_planned_is_nothing_run() -> None:
     assert plan([]) == PassPlan((), ())
     assert plan([]).tokens == 0
+
+
+BRANCHES = st.integers(1, 6).flatmap(
+    lambda n: st.lists(
+        st.lists(st.integers(0, n + 2), min_size=1, max_size=4, unique=True).map(sorted), min_size=1, max_size=3
+    ).map(lambda branches: (n, branches))
+)
+
+
+@given(BRANCHES, st.none() | st.integers(1, 5))
+def test_a_token_of_a_branch_sees_what_it_would_in_its_own_pass(drawn, window: int | None) -> None:
+    """The trunk's earlier tokens that its branch leaves in place, and its branch's own; both within the window."""
+    n, places = drawn
+    branches = [Branch(min(each), (0,) * len(each), tuple(each)) for each in places]
+    mask = branch_mask(branches, n, window)
+    tokens = [(number, position) for number, each in enumerate(places) for position in each]
+    keys = [(None, position) for position in range(n)] + tokens
+    assert mask.shape == (len(tokens), len(keys))
+    for row, (own, position) in zip(mask.tolist(), tokens, strict=True):
+        for seen, (branch, at) in zip(row, keys, strict=True):
+            near = window is None or position - at < window
+            if branch is None:
+                assert seen == (at < position and at not in places[own] and near)
+            else:
+                assert seen == (branch == own and at <= position and near)
