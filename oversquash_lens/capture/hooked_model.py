@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from oversquash_lens.capture.architecture import Architecture
 
 
+class _Surface(type(Protocol)):  # type: ignore[misc]  # from Python 3.12 on its own check overlooks submodules
+    def __instancecheck__(cls, model: Any) -> bool:
+        return all(hasattr(model, name) for name in ("cfg", "blocks", "embed", "unembed", "hook_dict", "to_tokens"))
+
+
 @runtime_checkable
-class HookedModel(Protocol):
+class HookedModel(Protocol, metaclass=_Surface):
     """The surface that HookedTransformer and TransformerBridge share and that we use."""
 
     cfg: Any
@@ -56,14 +61,11 @@ _points: WeakKeyDictionary[Any, tuple[list[ref], dict[str, ref]]] = WeakKeyDicti
 
 
 def hook_points(model: HookedModel) -> dict[str, Any]:
-    """The model's hook points by name. A bridge builds `hook_dict` anew at every look, slowly: as long as its modules
-    are the same, so are they.
-    """
+    """The model's hook points by name, kept while its modules are the same: a bridge's `hook_dict` takes long."""
     modules = [ref(module) for module in model.modules()]
-    known = _points.get(model)
-    if known is None or known[0] != modules:
-        known = _points[model] = modules, {name: ref(point) for name, point in model.hook_dict.items()}
-    return {name: point() for name, point in known[1].items()}
+    if model not in _points or _points[model][0] != modules:
+        _points[model] = modules, {name: ref(point) for name, point in model.hook_dict.items()}
+    return {name: point() for name, point in _points[model][1].items()}
 
 
 def is_hooked_transformer(model: Any) -> bool:
