@@ -5,8 +5,8 @@ alone, times the covector g_j at z_j, is the share of the edge i → j:
 
     P_ji [g_j · dv_i + (g_j · (v_i − z_j)) ds_ji],
 
-ds_ji being the score's tangent as the key of i moves. As the query of j moves, all of its row does: g · dq at the query,
-which belongs to j itself and is added to the edge j → j. A head's edges sum to its share.
+ds_ji being the score's tangent as the key of i moves. As the query of j moves, all of its row does: g · dq at the
+query, which belongs to j itself and is added to the edge j → j. A head's edges sum to its share.
 """
 
 from __future__ import annotations
