@@ -3,7 +3,9 @@
     python -m benchmarks.planted_facts [--probes K] [--random N] [--kind bridge] [--out FILE.json]
 
 For each prompt: the flow from the fact's word, the heads by the share they move to other positions, and
-‖∂y_n/∂v_word‖_F measured with the first of them ablated, and with random other heads ablated, one at a time.
+‖∂y_n/∂v_word‖_F measured with the first of them ablated, and with random other heads ablated, one at a time. Beside
+them the head with the largest share of the measured flow, of all outputs and of the likeliest token as target; with the
+latter, what is left of that target's sensitivity is measured too.
 No threshold: the whole distribution is printed. The same probes measure all runs of a prompt.
 """
 
@@ -31,15 +33,31 @@ def moved_by_head(flow: Flow) -> torch.Tensor:
     return torch.stack([heads.sum((1, 2)) - heads.diagonal(dim1=1, dim2=2).sum(1) for heads in edges])
 
 
-def measured(model: object, prompt: str, position: int, probes: int, head: tuple[int, int] | None) -> float:
-    """‖∂y_n/∂v_position‖_F, with a head's output cut off."""
+def measured(
+    model: object, prompt: str, position: int, probes: int, head: tuple[int, int] | None, target: int | None = None
+) -> float:
+    """‖∂y_n/∂v_position‖_F, or of a target's logit, with a head's output cut off."""
 
     def cut(pattern: torch.Tensor, hook: object = None) -> torch.Tensor:
         return pattern.index_fill(1, torch.tensor([head[1]]), 0.0)
 
     hooks = [(f"blocks.{head[0]}.attn.hook_pattern", cut)] if head else []
     with attached(model, hooks):
-        return osl.measured_sensitivity(model, prompt, probes=probes).values[position].item()
+        how = {"probes": probes} if target is None else {"target": target}
+        return osl.measured_sensitivity(model, prompt, **how).values[position].item()
+
+
+def by_measured_routes(model: object, prompt: str, position: int, probes: int) -> dict[str, dict]:
+    """The head with the largest measured share, and what is left without it, of all outputs and of the answer."""
+    with torch.no_grad():
+        answer = int(model(model.to_tokens(prompt))[0, -1].argmax())
+    found = {}
+    for name, target in (("all outputs", None), ("the answer", answer)):
+        flow = osl.measured_flow(model, prompt, position, probes, target=target)
+        head = divmod(int(flow.head.argmax()), flow.head.shape[1])
+        left = [measured(model, prompt, position, probes, each, target) for each in (head, None)]
+        found[name] = {"head": head, "share": flow.head[head].item(), "ratio": left[0] / left[1]}
+    return found
 
 
 def one_prompt(model: object, prompt: str, position: int, probes: int, n_random: int, draw: random.Random) -> dict:
@@ -56,6 +74,7 @@ def one_prompt(model: object, prompt: str, position: int, probes: int, n_random:
         "word": trace.tokens[position],
         "position": position,
         "sensitivity": base,
+        "measured_routes": by_measured_routes(model, prompt, position, probes),
         "top_heads": [{"layer": layer, "head": head, "moves": moved[layer, head].item()} for layer, head in order[:8]],
         "paths": [path.to_dict() for path in osl.heaviest_paths(flow, 5)],
         "ablated": [
@@ -93,12 +112,18 @@ def main() -> None:
             f"{top['measured']:6.3f}   " + " ".join(f"{x:6.3f}" for x in five),
             flush=True,
         )
+        for name, route in row["measured_routes"].items():
+            layer, head = route["head"]
+            print(f"{name:>16}  {layer:>5}.{head} {route['share']:6.3f} {route['ratio']:6.3f}", flush=True)
     tops = [row["ablated"][0]["measured"] for row in rows]
     rest = [each["measured"] for row in rows for each in row["ablated"][1:]]
     below = statistics.mean(
         sum(each["measured"] > row["ablated"][0]["measured"] for each in row["ablated"][1:]) / len(row["ablated"][1:])
         for row in rows
     )
+    for name in rows[0]["measured_routes"]:
+        left = sorted(row["measured_routes"][name]["ratio"] for row in rows)
+        print(f"measured route's top head, {name}: {' '.join(f'{x:.3f}' for x in left)}")
     each = [one for row in rows for one in row["ablated"]]
     rho = spearman(*(torch.tensor([one[name] for one in each]) for name in ("predicted", "measured")))
     print(f"top head: median {statistics.median(tops):.3f}; random: median {statistics.median(rest):.3f}")

@@ -139,6 +139,7 @@ SINGLE = [
         for name in ("report", "bound", "audit")
     ),
     Command(("flow", "--prompt", PROMPT, "--estimate", "--attention", "sparse"), "'sparse'"),
+    Command(("flow", "--prompt", PROMPT, "--edges", "-1"), "edges=-1"),
     Command(("bound", "--prompt", PROMPT, "--variant", "theorem_9"), "'theorem_9'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "much"), "'much'"),
     Command(("bound", "--prompt", PROMPT, "--beta", "0"), "beta=0"),

@@ -302,6 +302,7 @@ ARGUMENTS = [
     Case("findings", "probes negative", "probes=-1", lambda w: osl.findings(w.model, PROMPT, probes=-1)),
     Case("findings", "beta a word", "'big'", lambda w: osl.findings(w.model, PROMPT, probes=1, beta="big")),
     Case("measured_flow", "no probes", "probes=0", lambda w: osl.measured_flow(w.model, PROMPT, probes=0)),
+    Case("measured_flow", "negative edges", "edges=-1", lambda w: osl.measured_flow(w.model, PROMPT, edges=-1)),
     Case("measured_flow", "a source beyond it", "source=99", lambda w: osl.measured_flow(w.model, PROMPT, 99)),
     Case("measured_flow", "no such token", "10000", lambda w: osl.measured_flow(w.model, PROMPT, target=10000)),
     Case("measured_flow", "three targets", "(1, 2, 3)", lambda w: osl.measured_flow(w.model, PROMPT, target=(1, 2, 3))),

@@ -178,6 +178,7 @@ def measured_flow_result(
         conservation=3e-7,
         error=0.0,
         probes=None,
+        edges=(),
         about=about(),
     )
 

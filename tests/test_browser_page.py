@@ -49,14 +49,15 @@ def whole(page) -> Opened:
 def test_every_view_shows_every_token(whole, found):
     estimates = inside(whole, "estimate")
     views = [*inside(whole, "tokens"), inside(whole, "where")[1], *estimates[:3], *estimates[4:]]
-    assert len(views) == 2 + 1 + 3 + len(found.routes)  # nothing was replaced: this class takes no gaps
+    assert len(views) == 3 + 1 + 3 + len(found.routes)
     for view in views:
         assert whole.tokens(view) == seen(found.tokens)
     assert whole.complaints() == []
 
 
 def test_hover_shows_the_share_of_the_result(page, found):
-    for view, measured in zip(inside(page, "tokens"), (found.answer.sensitivity, found.audit.truth), strict=True):
+    measures = (found.answer.sensitivity, found.answer.replaced, found.audit.truth)
+    for view, measured in zip(inside(page, "tokens"), measures, strict=True):
         for i in (0, 7, 13):
             assert page.share(view, i) == pytest.approx(measured.share[i].item(), rel=5e-4)
     assert page.complaints() == []
@@ -110,7 +111,7 @@ def test_numbers_read_back_are_those_found(whole, found):
         "return rows.map(row => [...row.cells].map(cell => cell.innerText))"
     )
     assert [float(row[2]) for row in rows] == pytest.approx(answer.sensitivity.values.tolist(), rel=1e-3)
-    assert [float(row[4]) for row in rows] == pytest.approx(found.audit.truth.values.tolist(), rel=1e-3)
+    assert [float(row[5]) for row in rows] == pytest.approx(found.audit.truth.values.tolist(), rel=1e-3)
     assert whole.complaints() == []
 
 

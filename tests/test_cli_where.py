@@ -60,9 +60,20 @@ def test_flow_writes_json_and_figures(on_tiny: Callable, tmp_path: Path) -> None
     assert written["flow"]["paths"] == "proof"
 
 
+def test_flow_prints_measured_edges(on_tiny: Callable, tiny: object) -> None:
+    result = on_tiny("flow", "--prompt", PROMPT, "--edges", "3")
+    assert result.code == 0
+    lines = result.out.splitlines()
+    printed = lines[lines.index("heaviest edges between positions, signed") + 1 :]
+    expected = osl.measured_flow(tiny, PROMPT, target="top", edges=3).edges
+    assert [line.split()[0] for line in printed] == [f"{edge.share:.2%}" for edge in expected]
+    assert "edges" not in on_tiny("flow", "--prompt", PROMPT).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--edges", "3"], "no --target, --probes or --edges with an estimate"),
         (["--variant", "prof"], "got variant 'prof': did you mean proof?"),
         (["--top", "0"], "expected at least 1, got --top 0"),
         (["--source", "9"], "slice of positions, got source='9'"),

@@ -157,6 +157,71 @@ def test_heads_mlp_and_what_stays_sum_to_one_in_parallel_blocks(family: str, kin
     assert found.stays[layer].item() == pytest.approx(((whole * through).sum() / whole.square().sum()).item(), abs=1e-6)
 
 
+@each("gpt2", "llama", "gemma2", "qwen3", "mistral-window", "bloom")
+def test_edges_are_what_one_position_alone_moves_in_a_head(family: str, kind: str) -> None:
+    """By whole Jacobians: the gradient at z_j times ∂z_j/∂x_i times the tangent of x_i alone."""
+    model, source, n = made(family, kind), 1, len(IDS)
+    found = measured_flow(model, IDS, source, target=7, edges=10**6)
+    layers = range(len(model.blocks))
+    caught: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(value: Tensor, hook: Any) -> Tensor:
+            caught[name] = value.detach().requires_grad_() if name == "pre0" else value
+            return caught[name]
+
+        return hook
+
+    hooks = [(f"blocks.{i}.hook_resid_pre", keep(f"pre{i}")) for i in layers]
+    hooks += [(f"blocks.{i}.attn.hook_z", keep(f"z{i}")) for i in layers]
+    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+        logit = model(torch.tensor([IDS]))[0, -1, 7]
+    start = torch.autograd.grad(logit, caught["pre0"], retain_graph=True)[0][0]
+    start = torch.where(torch.arange(n)[:, None] == source, start, 0).double()
+    expected = {}
+    for layer in layers:
+        z, before = caught[f"z{layer}"], caught[f"pre{layer}"]
+        gradient = torch.autograd.grad(logit, z, retain_graph=True)[0][0].double()
+        tangent = torch.einsum("apd,pd->a", jacobian(before, caught["pre0"]), start).view(n, -1)
+        by_source = torch.einsum("aid,id->ai", jacobian(z, before), tangent).view(*gradient.shape, n)
+        shares = torch.einsum("jhd,jhdi->hji", gradient, by_source) / start.square().sum()
+        assert torch.allclose(shares.sum((1, 2)), found.head[layer], atol=1e-5)
+        for head, dest, src in shares.nonzero().tolist():
+            if dest != src:
+                expected[layer, head, dest, src] = shares[head, dest, src].item()
+    came = {(edge.layer, edge.head, edge.dest, edge.src): edge.share for edge in found.edges}
+    assert all(came.get(edge, 0) == pytest.approx(share, abs=1e-5) for edge, share in expected.items())
+    assert all(edge in expected for edge, share in came.items() if abs(share) > 1e-5)
+    sizes = [abs(edge.share) for edge in found.edges]
+    assert sizes == sorted(sizes, reverse=True)
+    assert measured_flow(model, IDS, source, target=7, edges=3).edges == found.edges[:3]
+
+
+@each("llama", "gpt-neox")
+def test_edges_of_all_outputs_are_those_of_their_directions_together(family: str, kind: str) -> None:
+    """A basis in batches and at once; what a position hands on is what it has."""
+    model = made(family, kind)
+    whole = measured_flow(model, IDS, 1, probes=None, edges=40)
+    apart = measured_flow(model, IDS, 1, probes=None, edges=40, memory=1)
+    for one, other in zip(whole.edges, apart.edges, strict=True):
+        assert one.share == pytest.approx(other.share, abs=1e-5)
+    sketched = measured_flow(model, IDS, 1, probes=3, edges=40)
+    shares = {(e.layer, e.head, e.dest, e.src): e.share for e in whole.edges}
+    for edge in sketched.edges[:5]:
+        known = shares.get((edge.layer, edge.head, edge.dest, edge.src), 0)
+        assert edge.share == pytest.approx(known, abs=0.2)
+    assert [e["share"] for e in whole.to_dict()["edges"]] == [e.share for e in whole.edges]
+
+
+@each("opt")
+def test_edges_that_do_not_make_up_their_head_are_refused(family: str, kind: str) -> None:
+    if kind == "hooked":
+        assert len(measured_flow(made(family, kind), IDS, 1, target=7, edges=2).edges) == 2
+        return
+    with pytest.raises(osl.OversquashError, match="edges differ from what it writes"):
+        measured_flow(made(family, kind), IDS, 1, target=7, edges=2)
+
+
 @each("llama")
 def test_the_flow_of_a_target_is_that_of_its_gradient(family: str, kind: str) -> None:
     model = made(family, kind)

@@ -4,13 +4,14 @@ A causal model's activations at a position know nothing of what follows, so a se
 nothing; one that shares a beginning with another branches off it and costs its own ending only: it is run against the
 keys and values of the trunk. A bridge runs many endings as one sequence: a mask lets each see its own beginning and
 itself, and positions say where each stands. A HookedTransformer takes neither, so there they are a batch whose cached
-keys are masked out beyond each beginning.
+keys are masked out beyond each beginning; with gaps, each unbroken piece is a pass of its own, and what it computes
+takes its place among the keys and values that the next piece sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby
@@ -207,7 +208,8 @@ def run_branches(
 ) -> None:
     """All endings of a trunk, some at a time, each pass inside `watch`; `windows`: how far each layer sees."""
     if is_hooked_transformer(model):
-        _run_batches(model, trunk, cache, watch)
+        gaps = any(branch.positions for branch in trunk.branches)
+        (_run_pieces if gaps else _run_batches)(model, trunk, cache, watch)
     else:
         _run_trees(model, trunk, cache, watch, windows)
 
@@ -282,6 +284,39 @@ def _run_batches(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> 
             ids = torch.tensor([branch.suffix for _, branch in some], device=device)
             with watch([(number, row, 0) for row, (number, _) in enumerate(some)]):
                 model(ids, past_kv_cache=cache, attention_mask=torch.ones_like(ids))
+
+
+def _run_pieces(model: HookedModel, trunk: Trunk, cache: Any, watch: Watch) -> None:
+    """Branches in the same places are one batch; only the last tokens of each are inside `watch`."""
+    device = device_of(model)
+    base = [(entry.past_keys, entry.past_values) for entry in cache.entries]
+    numbered = sorted(enumerate(trunk.branches), key=lambda pair: tuple(pair[1].places))
+    for places, same in groupby(numbered, key=lambda pair: tuple(pair[1].places)):
+        for some in _chunks(list(same), lambda pair: max(len(pair[1].suffix), TOKENS // 16)):
+            ids = torch.tensor([branch.suffix for _, branch in some], device=device)
+            now = [tuple(each.repeat(len(some), 1, 1, 1) for each in pair) for pair in base]
+            for first, stop in _pieces(places):
+                start, size = places[first], stop - first
+                for entry, (keys, values) in zip(cache.entries, now, strict=True):
+                    entry.past_keys, entry.past_values = keys[:, :start], values[:, :start]
+                cache.previous_attention_mask = torch.ones(len(some), start, dtype=torch.int, device=device)
+                cache.unfreeze()
+                last = stop == len(places)
+                with watch([(number, row, -first) for row, (number, _) in enumerate(some)]) if last else nullcontext():
+                    model(ids[:, first:stop], past_kv_cache=cache, attention_mask=torch.ones_like(ids[:, first:stop]))
+                for entry, (keys, values) in zip(cache.entries, now, strict=True):
+                    keys[:, start : start + size] = entry.past_keys[:, start:]
+                    values[:, start : start + size] = entry.past_values[:, start:]
+
+
+def _pieces(places: Ids) -> list[tuple[int, int]]:
+    """Where runs without gaps begin and end, as indices.
+
+    >>> _pieces((3, 4, 8, 9))
+    [(0, 2), (2, 4)]
+    """
+    ends = [i for i in range(1, len(places)) if places[i] != places[i - 1] + 1]
+    return list(zip([0, *ends], [*ends, len(places)], strict=True))
 
 
 def hooked_cache_class() -> Any:

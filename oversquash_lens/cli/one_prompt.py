@@ -23,7 +23,7 @@ from oversquash_lens.cli.common import (
     target_options,
     verify_option,
 )
-from oversquash_lens.errors import InputError, one_line, one_of
+from oversquash_lens.errors import InputError, one_line, one_of, whole_number
 from oversquash_lens.paths.kinds import KINDS, VARIANTS
 
 LEADING = 4  # heads named for each layer
@@ -51,6 +51,9 @@ def add_commands(commands: Any) -> None:
     flow.add_argument("--estimate", action="store_true", help="path sums from one pass: an estimate, heads unsigned")
     flow.add_argument("--variant", help=f"of the path sums (with --estimate): {', '.join(KINDS)}; default mean_field")
     flow.add_argument("--top", type=int, default=10, metavar="K", help="edges and paths to list (default 10)")
+    flow.add_argument(
+        "--edges", type=int, default=0, metavar="K", help="measure the K heaviest edges between positions too"
+    )
     flow.add_argument("--figures", metavar="FOLDER", help="write the figures as PDF, SVG and PNG")
     edited = prompt_command(commands, "what-if", run_what_if, "measure again under edits of prompt or attention")
     edited.add_argument("--edit", action="append", required=True, metavar="EDIT", help=f"repeatable; one of {FORMS}")
@@ -116,6 +119,7 @@ def run_flow(options: argparse.Namespace) -> None:
 
 def _measured_flow(options: argparse.Namespace) -> None:
     """Of the likeliest token unless another target, or all outputs, are asked for."""
+    whole_number("edges", options.edges, least=0)
     if options.probes is not None and options.target is not None:
         raise InputError("expected --target or --probes, got both: leave one out; only a target's flow is exact")
     _places(options.figures, ("measured_flow",))
@@ -133,7 +137,8 @@ def _measured_flow(options: argparse.Namespace) -> None:
 
         price = plan(model, prompt, "measured_flow", probes=options.probes, chat=options.chat, bos=options.bos)
         print(price.sentence, file=sys.stderr)
-    found = measured_flow(model, prompt, options.source, options.probes or 8, seed=options.seed, progress=True, **how)
+    how |= {"edges": options.edges, "seed": options.seed, "progress": True}
+    found = measured_flow(model, prompt, options.source, options.probes or 8, **how)
     remark(found.about)
     if options.figures:
         from oversquash_lens.viz import figures
@@ -156,14 +161,18 @@ def _measured_lines(found: Any, top: int) -> list[str]:
         for i in found.head.abs().flatten().argsort(descending=True)[:top].tolist():
             layer, head = divmod(i, found.head.shape[1])
             lines.append(f"{found.head[layer, head].item():8.1%}  layer {layer}, head {head}")
+    if found.edges:
+        lines += ["", "heaviest edges between positions, signed", *_edge_lines(found.edges, found.tokens)]
     return lines
 
 
 def _estimated_flow(options: argparse.Namespace) -> None:
     variant = "mean_field" if options.variant is None else options.variant
     one_of("variant", variant, KINDS)
-    if options.target is not None or options.probes is not None:
-        raise InputError("expected neither --target nor --probes with an estimate: leave out --estimate and --variant")
+    if options.target is not None or options.probes is not None or options.edges:
+        raise InputError(
+            "expected no --target, --probes or --edges with an estimate: leave out --estimate and --variant"
+        )
     figures = _places(options.figures, ("flow", "heads", "width", "route"))
     prompt = prompt_of(options)
     from oversquash_lens.capture.recorder import record
@@ -298,12 +307,18 @@ def _layers(flow: Any) -> list[str]:
     return lines
 
 
+def _edge_lines(edges: Any, tokens: Any) -> list[str]:
+    return [
+        f"{e.share:8.2%}  layer {e.layer}, head {e.head}: {e.src} {tokens[e.src]!r} → {e.dest} {tokens[e.dest]!r}"
+        for e in edges
+    ]
+
+
 def _heaviest(flow: Any, edges: Any, paths: Any) -> list[str]:
     def at(position: int) -> str:
         return f"{position} {flow.tokens[position]!r}"
 
-    lines = ["heaviest edges between positions"]
-    lines += [f"{e.share:8.2%}  layer {e.layer}, head {e.head}: {at(e.src)} → {at(e.dest)}" for e in edges]
+    lines = ["heaviest edges between positions", *_edge_lines(edges, flow.tokens)]
     lines += ["", "heaviest whole paths (all heads between two positions together; the one named brings most)"]
     for path in paths:
         moves = [f"layer {layer}, head {head} → {at(dest)}" for layer, head, _, dest in path.moves]

@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oversquash_lens.capture.architecture import LAYER_HOOKS
+from oversquash_lens.jacobian.edge_products import SHOWN, EdgeShares, EdgeTangents
 from oversquash_lens.jacobian.products import Checkpointed, vjp, vjps
 from oversquash_lens.jacobian.routes import products_at_once
 
 WATCHED = ("z", "mlp_out")  # where heads and MLP write, before W_O and norms behind them
+GRADIENTS = (*WATCHED, "query")  # of what is watched, where gradients are wanted too
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class BlockProducts:
     made: Checkpointed
     memory: int
     progress: bool
+    edges: EdgeShares | None = None
+    """Where the sums of each head's edges go, if they are asked for."""
     by_differences: bool = field(init=False)
     """Fused attention has no second derivative on the CPU: there tangents are central differences."""
     watched: list[tuple[str, ...]] = field(init=False)
@@ -72,8 +76,9 @@ class BlockProducts:
     def __post_init__(self) -> None:
         self.by_differences = self.made.fused
         known = self.made.subject.model.hook_dict
+        wanted = WATCHED if self.edges is None else (*WATCHED, *SHOWN)
         self.watched = [
-            tuple(key for key in WATCHED if f"blocks.{layer}.{LAYER_HOOKS[key]}" in known)
+            tuple(key for key in wanted if f"blocks.{layer}.{LAYER_HOOKS[key]}" in known)
             for layer in range(self.layers)
         ]
 
@@ -90,22 +95,28 @@ class BlockProducts:
         return torch.cat([rows.cpu().double() for rows in self.made.products(covectors, self.memory, self.progress)])
 
     def contributions(
-        self, covectors: Float[Tensor, "row d_model"], weights: Float[Tensor, " pos"], step: float
+        self, covectors: Float[Tensor, "row d_model"], weights: Float[Tensor, " pos"], step: float, part: float = 1.0
     ) -> Contributions:
-        """g · t at every cut, of each covector alone; as many at a time as their gradients fit into memory."""
+        """g · t at every cut, of each covector alone; as many at a time as their gradients fit into memory.
+
+        Each counts as much as `part` says in the sums of edges.
+        """
         kept = (1 + len(WATCHED)) * (self.layers + 1) * self.made.leaf.numel() * 4
+        kept += self.edges.bytes_per_product if self.edges else 0
         parts = []
-        for part in tqdm(
+        for some in tqdm(
             covectors.split(max(1, self.memory // kept)), desc="flow", disable=not self.progress, leave=False
         ):
-            parts.append(self.along(self.gradients(part), weights, step))
+            parts.append(self.along(self.gradients(some), weights, step, part))
         names = ("node", "head", "mlp", "squares")
-        return Contributions(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return Contributions(*(torch.cat([getattr(each, name) for each in parts]) for name in names))
 
-    def along(self, gradients: Gradients, weights: Float[Tensor, " pos"], step: float) -> Contributions:
+    def along(
+        self, gradients: Gradients, weights: Float[Tensor, " pos"], step: float, part: float = 1.0
+    ) -> Contributions:
         """As `contributions`, of gradients that are there."""
         start = gradients.residual[0].double() * weights[:, None].to(gradients.residual[0].device)
-        products = Cuts(gradients)
+        products = Cuts(gradients, self.edges, part)
         self.tangents(start, step, products)
         return products.found()
 
@@ -115,11 +126,12 @@ class BlockProducts:
             rows = vjp(made.output, made.top, covectors.to(made.output.dtype))
             found = Gradients([rows[:, 0]], [])
             for layer in reversed(range(self.layers)):
-                with made.block(layer, self.watched[layer]) as (leaf, leaving, caught):
+                watched = [key for key in self.watched[layer] if key in GRADIENTS]
+                with made.block(layer, watched) as (leaf, leaving, caught):
                     leaves = [leaf, *caught.values()]
-                    rows, *watched = self._in_batches(leaving, leaves, rows)
+                    rows, *others = self._in_batches(leaving, leaves, rows)
                 found.residual.insert(0, rows[:, 0])
-                found.watched.insert(0, {key: each[:, 0] for key, each in zip(caught, watched, strict=True)})
+                found.watched.insert(0, {key: each[:, 0] for key, each in zip(caught, others, strict=True)})
         return found
 
     def _in_batches(self, output: Tensor, leaves: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
@@ -136,9 +148,9 @@ class BlockProducts:
             for layer in range(self.layers):
                 if products:
                     products.enter(moving)
-                moving, shown = through(layer, moving, self.watched[layer] if products else (), step)
+                moving, shown, edges = through(layer, moving, self.watched[layer] if products else (), step)
                 if products:
-                    products.watch(layer, shown)
+                    products.watch(layer, shown, edges)
             if products:
                 products.enter(moving)
         return moving
@@ -151,18 +163,29 @@ class BlockProducts:
 
     def _forward(
         self, layer: int, moving: Float[Tensor, "row pos d_model"], watched: Sequence[str], step: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], EdgeTangents | None]:
         """Exact, as the derivative of backward products by their covector."""
         with self.made.block(layer, watched) as (leaf, leaving, caught):
-            outputs = [leaving, *caught.values()]
-            dummies = [torch.zeros_like(each, requires_grad=True) for each in outputs]
-            (back,) = torch.autograd.grad(outputs, leaf, dummies, create_graph=True)
-            first, *rest = self._in_batches(back, dummies, moving[:, None])
-        return first[:, 0], {key: each[:, 0] for key, each in zip(caught, rest, strict=True)}
+            every = dict(caught)
+            for key in ("scores", "pattern"):  # [dest, src]: a head's tangents come through queries, keys and values
+                caught.pop(key, None)
+            first, *rest = self._moved(leaf, [leaving, *caught.values()], moving[:, None])
+            shown = dict(zip(caught, rest, strict=True))
+            edges = None
+            if "pattern" in every:
+                (scored,) = self._moved(every["key"], [every["scores"]], shown["key"])
+                edges = EdgeTangents(shown["query"], shown["value"], scored, every["pattern"], every["value"])
+        return first[:, 0], {key: each[:, 0] for key, each in shown.items() if key in WATCHED}, edges
+
+    def _moved(self, leaf: Tensor, outputs: list[Tensor], moving: Float[Tensor, "row ..."]) -> list[Tensor]:
+        """Tangents of outputs as the leaf moves."""
+        dummies = [torch.zeros_like(each, requires_grad=True) for each in outputs]
+        (back,) = torch.autograd.grad(outputs, leaf, dummies, create_graph=True)
+        return self._in_batches(back, dummies, moving)
 
     def _differences(
         self, layer: int, moving: Float[Tensor, "row pos d_model"], watched: Sequence[str], step: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], None]:
         """Central differences, their step a part of the residual where it moves most."""
         residual = self.made.calls[layer].residual().detach()
         size = residual[0].norm(dim=-1).clamp(min=torch.finfo(residual.dtype).tiny)
@@ -175,27 +198,29 @@ class BlockProducts:
             ends = {"": (above, below), **{key: (shown[key], other[key]) for key in shown}}
             found.append({key: (a - b)[0] / (2 * length) for key, (a, b) in ends.items()})
         stacked = {key: torch.stack([each[key] for each in found]) for key in found[0]}
-        return stacked.pop(""), stacked
+        return stacked.pop(""), stacked, None
 
 
 class Cuts:
     """Gradients times tangents at every cut of the model, as the tangents come by."""
 
-    def __init__(self, gradients: Gradients) -> None:
-        self.gradients = gradients
+    def __init__(self, gradients: Gradients, edges: EdgeShares | None = None, part: float = 1.0) -> None:
+        self.gradients, self.edges, self.part = gradients, edges, part
         self.node: list[Tensor] = []
         self.watched: list[dict[str, Tensor]] = []
 
     def enter(self, moving: Float[Tensor, "row pos d_model"]) -> None:
         self.node.append((self.gradients.residual[len(self.node)].double() * moving.double()).sum(-1).cpu())
 
-    def watch(self, layer: int, shown: dict[str, Tensor]) -> None:
+    def watch(self, layer: int, shown: dict[str, Tensor], edges: EdgeTangents | None = None) -> None:
         own = self.gradients.watched[layer]
         sums = {}
         for key, value in shown.items():
             over = (1, 3) if key == "z" else (1, 2)
             sums[key] = (own[key].double() * value.double()).sum(over).cpu()
         self.watched.append(sums)
+        if self.edges is not None and edges is not None:
+            self.edges.add(layer, edges.along(own["z"], own["query"]) * self.part)
 
     def found(self) -> Contributions:
         node = torch.stack(self.node, 1)

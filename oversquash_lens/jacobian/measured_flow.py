@@ -24,11 +24,13 @@ from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.errors import HookMismatchError, whole_number
 from oversquash_lens.jacobian.block_products import BlockProducts, Contributions
+from oversquash_lens.jacobian.edge_products import EdgeShares
 from oversquash_lens.jacobian.measured import MEMORY
 from oversquash_lens.jacobian.products import checkpointed
 from oversquash_lens.jacobian.targets import target_of
 from oversquash_lens.numerics import effective_number, json_numbers
 from oversquash_lens.paths.flow import Source, position_of, span_of
+from oversquash_lens.paths.heaviest import HeavyEdge
 from oversquash_lens.results import About, Result
 
 STEP = 2e-3  # of central differences: the largest move of a position, relative to its residual
@@ -69,6 +71,8 @@ class MeasuredFlow(Result):
     """Expected total variation of `node` at its worst layer from that of all directions; 0 where exact."""
     probes: int | None
     """Directions of the sketch and as many of the rest; None where exact."""
+    edges: tuple[HeavyEdge, ...]
+    """The edges between positions that carry most, as many as were asked for; signed, the largest by size first."""
     about: About
 
     @property
@@ -110,7 +114,8 @@ class MeasuredFlow(Result):
         source = [self.source.start, self.source.stop] if isinstance(self.source, slice) else self.source
         rest = {name: getattr(self, name) for name in ("target", "total", "conservation", "error", "probes")}
         start = {"kind": "measured_flow", "tokens": list(self.tokens), "source": source}
-        return {**start, **rest, **tensors, "about": self.about.to_dict()}
+        edges = [edge.to_dict() for edge in self.edges]
+        return {**start, **rest, **tensors, "edges": edges, "about": self.about.to_dict()}
 
 
 _TENSORS = ("node", "head", "stays", "mlp", "norms")
@@ -123,6 +128,7 @@ def measured_flow(
     probes: int | None = 8,
     *,
     target: Any = None,
+    edges: int = 0,
     chat: bool = False,
     bos: bool | None = None,
     seed: int = 0,
@@ -140,6 +146,9 @@ def measured_flow(
             all directions, at three times as many backward and forward products; None takes all d_model directions.
         target: a number F of the prediction, as `measured_sensitivity` takes it: its flow is exact by one product each
             way, and `probes` is without effect.
+        edges: how many of the heaviest edges (layer, head, dest, src) to keep: what a head writes at `dest` because of
+            the residual at `src`, as its value and its key; what the query of `dest` does stays at `dest`. A head's
+            edges sum to its share. Their time and memory grow with the square of the prompt.
         chat: as `record` takes it, and so is bos.
         seed: draws the probes; the global random state is left alone.
         memory: bytes that a batch of products may take.
@@ -150,16 +159,18 @@ def measured_flow(
 
     Raises:
         InputError: a source or target that cannot be used, or a prompt that does not fit into memory.
+        ModelError: edges of a model that shows no attention scores.
         HookMismatchError: a pass that cannot be repeated, or whose flow is not conserved.
     """
     if probes is not None:
         whole_number("probes", probes, otherwise=", or None for all directions")
+    whole_number("edges", edges, least=0)
     subject = Subject.of(model)
     subject.require("truth")
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     place = None if source is None else position_of(tokenized.tokens, source)
-    made = checkpointed(subject, tokenized)
-    way = BlockProducts(made, memory, progress)
+    made = checkpointed(subject, tokenized, patterns=edges > 0)
+    way = BlockProducts(made, memory, progress, EdgeShares(subject, len(tokenized.ids)) if edges else None)
     label, basis = "", None
     if target is not None:
         chosen = target_of(subject.model, target, made.prediction.logits.detach())
@@ -194,6 +205,7 @@ def measured_flow(
         conservation=found.conservation,
         error=error,
         probes=probes if basis is None else None,
+        edges=way.edges.heaviest(edges, head, found.total) if way.edges else (),
         about=tokenized.described(subject.about),
     )
 
@@ -220,7 +232,7 @@ def _hutch(
     moved = way.outputs(way.tangents(starts[:probes] * weights[:, None], step))
     basis = torch.linalg.qr(moved.T).Q.T
     rest = rest - rest @ basis.T @ basis
-    exact, others = way.contributions(basis, weights, step), way.contributions(rest, weights, step)
+    exact, others = way.contributions(basis, weights, step), way.contributions(rest, weights, step, 1 / probes)
     both = exact.together(others)
     apart = others.node - (both.node / both.total) * others.node.sum(-1, keepdim=True)
     scatter = apart.std(0) / probes**0.5 / both.total if probes > 1 else torch.full_like(both.node, math.nan)

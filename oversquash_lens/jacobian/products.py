@@ -198,8 +198,10 @@ def differentiate(subject: Subject, tokenized: TokenizedPrompt, freeze: Iterable
     return _with_checkpoints(subject, tokenized, frozen, one, fused=route == "fused")
 
 
-def checkpointed(subject: Subject, tokenized: TokenizedPrompt) -> Checkpointed:
+def checkpointed(subject: Subject, tokenized: TokenizedPrompt, *, patterns: bool = False) -> Checkpointed:
     """As `differentiate`, always a block at a time; fused where it pays and where hooks show what heads write.
+
+    With `patterns`, attention is never fused, so that hooks show it.
 
     Raises ModelError for a model whose blocks take more than what the one before left, which cuts its paths in two.
     """
@@ -210,7 +212,7 @@ def checkpointed(subject: Subject, tokenized: TokenizedPrompt) -> Checkpointed:
         )
     n = len(tokenized.ids)
     route = truth_route(subject, n)
-    fused = route == "fused" and fused_shows_heads(subject.model)
+    fused = route == "fused" and fused_shows_heads(subject.model) and not patterns
     one = product_bytes(subject.size, n, "fused" if fused else "blocks")
     return _with_checkpoints(subject, tokenized, [], one, fused=fused)
 

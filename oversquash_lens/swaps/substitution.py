@@ -273,9 +273,7 @@ def _expected(draws: int) -> str:
 def _why_no_nodes(subject: Subject, spans: Sequence[Span]) -> str:
     if any(stop - start > 1 for start, stop in spans):
         return "spans are replaced as wholes"
-    if is_hooked_transformer(subject.model):
-        return "a HookedTransformer takes no positions with gaps"
-    if subject.architecture.biased:
+    if subject.architecture.biased and not is_hooked_transformer(subject.model):
         return "its scores have a bias that is counted from a mask of two axes"
     return ""
 
