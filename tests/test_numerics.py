@@ -202,8 +202,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 SETTINGS: dict[str, tuple[Callable[[], Any], float]] = {  # and how far results may differ
-    "one thread": (lambda: threads(1), 1e-10),
-    "two threads": (lambda: threads(2), 1e-10),
+    "one thread": (lambda: threads(1), 1e-5),  # parts of a bridge round to float32, and threads split sums
+    "two threads": (lambda: threads(2), 1e-5),
     "default float64": (lambda: default_dtype(torch.float64), 0),
     "default bfloat16": (lambda: default_dtype(torch.bfloat16), 0),
     "no_grad": (torch.no_grad, 0),

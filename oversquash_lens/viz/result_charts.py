@@ -21,7 +21,7 @@ from oversquash_lens.swaps.swap import Swap
 from oversquash_lens.sweeps.result import Bands, SweepResult
 from oversquash_lens.viz.chart import Chart, Heat, Panel, Route, Series, Verdict
 from oversquash_lens.viz.style import short
-from oversquash_lens.viz.words import measure_name, place, visible_token
+from oversquash_lens.viz.words import measure_name, place, source_named, visible_token
 
 FEW = 12  # positions that a route draws all of
 MOST_ALONE = 12  # positions of a longer prompt that have a column of their own, besides the source and the last token
@@ -223,8 +223,7 @@ def measured_flow_chart(found: MeasuredFlow) -> Chart:
         maps.append(Panel("heads", "head", "layer", (stays,), heat=heat, x_names=tuple(map(str, range(n_heads)))))
     most = found.negative.max().item()
     notes = (f"conserved within {found.conservation:.0e}; negative shares sum to at most {most:.0%} of a layer",)
-    source = "all tokens" if found.source is None else f"source {found.source}"
-    title = f"Where the sensitivity runs, measured: {found.target or 'all outputs'}, {source}"
+    title = f"Where the sensitivity of the {found.target or 'output'} to {source_named(found)} runs, measured"
     return Chart("measured", title, tuple(maps), (), str(found.about), notes=notes, columns=1)
 
 
