@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from random_models import Case, build, draw
 from soundness import Judged, Tally, jacobians, judge
 
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 
 SHORT = ("The capital of France is", "Once upon a time there was a little girl who lived in a village")
 COLUMNS = ("cases", "spearman", "median", "low", "high", "compared", "violations", "tightest")

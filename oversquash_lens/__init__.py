@@ -154,7 +154,7 @@ _MOVED = {
     "Verdict": "oversquash_lens.capture.subject.SupportVerdict",
     "WhatIf": "oversquash_lens.analyses.what_if.WhatIf",
     "cached_models": "oversquash_lens.models.default_model.cached_models",
-    "compare": "oversquash_lens.analyses.audit.compare",
+    "compare": "oversquash_lens.analyses.compare.compare",
     "computing_in": "oversquash_lens.collapse.precision.computing_in",
     "count_paths": "oversquash_lens.paths.squashing.count_paths",
     "flows": "oversquash_lens.paths.flow.flows",

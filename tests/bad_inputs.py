@@ -10,7 +10,7 @@ import torch
 from bad_days import PROMPT, Case, World
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.collapse import lemmas
 from oversquash_lens.collapse.families import Family
 from oversquash_lens.collapse.precision import NumberFormat, computing_in, number_format

@@ -20,7 +20,7 @@ from torch.nn import functional
 from zoo import float64_throughout, zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict

@@ -8,7 +8,7 @@ import torch
 from small_results import TOKENS, audit_result, flow_result, measured_flow_result, substitution_result, truth
 
 from oversquash_lens.analyses.answer import AnswerFindings, null_of
-from oversquash_lens.analyses.audit import Comparison
+from oversquash_lens.analyses.compare import Comparison
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, Assumption, Findings
 from oversquash_lens.paths.flow import Flow
 from oversquash_lens.paths.heaviest import heaviest_edges, heaviest_paths

@@ -248,10 +248,10 @@ def audit_result(
     rows = [
         AuditRow(kind, 0.25, *(math.nan,) * 3, None, False, "–")
         if kind in unspecified
-        else AuditRow(kind, -0.5, 1.25, -0.75, 3.0, 2, kind.startswith("cal"), "‖J‖₂")
+        else AuditRow(kind, -0.5, 1.25, -0.75, 3.0, 2, kind.startswith("cal"), "‖J‖₂", 0.4)
         for kind in VARIANTS
     ]
-    rows.append(AuditRow("mean_field", 0.93, -0.09, -0.55, 0.22, None, False, "‖J‖_F"))
+    rows.append(AuditRow("mean_field", 0.93, -0.09, -0.55, 0.22, None, False, "‖J‖_F", 0.3))
     return Audit(
         about=about(model),
         tokens=tokens,

@@ -17,14 +17,16 @@ from small_results import audit_result
 from zoo import zoo
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, audit_trace, compare, measure_truths
+from oversquash_lens.analyses.audit import UNIT_BETA, Audit, AuditRow, audit_trace, measure_truths
+from oversquash_lens.analyses.compare import baselines, compare
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
-from oversquash_lens.errors import ModelError
+from oversquash_lens.errors import InputError, ModelError
 from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")
+BASELINES = ("attention", "values", "truth")
 # Its norms, softmax and rotations are float32 inside.
 TOLERANCE = {"bridge-llama": 1e-5}
 
@@ -41,7 +43,7 @@ def audited(request: pytest.FixtureRequest) -> tuple[str, Audit]:
 
 def test_there_is_a_row_for_every_measure(audited: tuple[str, Audit]) -> None:
     audit = audited[1]
-    assert [each.name for each in audit.rows] == ["mean_field", *VARIANTS, UNIT_BETA]
+    assert [each.name for each in audit.rows] == ["mean_field", *VARIANTS, UNIT_BETA, *BASELINES]
     assert list(audit.bounds) == [*VARIANTS, UNIT_BETA]
     assert [each.name for each in audit.rows if each.promises_bound] == list(CALIBRATED)
 
@@ -60,7 +62,7 @@ def test_rows_are_against_the_norm_that_they_name(audited: tuple[str, Audit]) ->
     full, frozen = (exact_jacobian(model, tokens, freeze_attention=freeze) for freeze in (False, True))
     truths = {"‖J‖_F": frobenius(full), "‖J‖₂": spectral(full), "‖J‖₂, attention frozen": spectral(frozen)}
     profiles = audit.bounds | {"mean_field": audit.mean_field}
-    for each in audit.rows:
+    for each in audit.rows[: -len(BASELINES)]:
         profile = profiles[each.name]
         ranks = spearman(profile.log_by_layer[0], truths["‖J‖_F"].log())
         assert each.spearman == pytest.approx(ranks, abs=1e-9)
@@ -75,6 +77,54 @@ def test_rows_are_against_the_norm_that_they_name(audited: tuple[str, Audit]) ->
         assert each.max_log10_ratio == pytest.approx(ratio.max().item(), abs=1e-4)
         assert each.min_log10_ratio <= each.median_log10_ratio <= each.max_log10_ratio
         assert each.violations == (None if each.name == "mean_field" else int((ratio < -1e-9).sum()))
+
+
+def test_every_measure_is_ranked_against_replacing(audited: tuple[str, Audit]) -> None:
+    """By a substitution of its own, and attention as the model's cache has it."""
+    name, audit = audited
+    model, tokens = case(name)
+    own = osl.substitution(model, tokens, draws=4, method="nodes")
+    assert torch.allclose(audit.replaced.distances, own.distances, rtol=1e-9)
+    effect = own.distance.log()
+    for each in audit.rows[: -len(BASELINES)]:
+        profile = {**audit.bounds, "mean_field": audit.mean_field}[each.name]
+        assert each.finite == pytest.approx(spearman(profile.log_by_layer[0], effect), abs=1e-9)
+    assert row(audit, "truth").finite == pytest.approx(spearman(audit.truth.values.double().log(), effect), abs=1e-9)
+    assert row(audit, "truth").spearman == pytest.approx(1)
+    halves = [own.distances[:, at].log().mean(-1) for at in ([2, 0], [3, 1])]
+    assert audit.ceiling == pytest.approx(spearman(*halves))
+    assert f"one half of the draws ranks the other at {audit.ceiling:.2f}" in audit.sentence
+
+
+@pytest.mark.parametrize("name", ["ln-plain-learned", "rms-gated-rotary-gqa"])
+def test_baselines_are_what_the_cache_says(name: str) -> None:
+    model, tokens = case(name)
+    _, cache = model.run_with_cache(tokens)
+    found = baselines(osl.record(model, tokens), osl.measured_sensitivity(model, tokens, probes=2))
+    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+    rows = torch.stack([cache["pattern", layer][0, :, -1] for layer in layers])
+    assert torch.allclose(found["attention"], rows.mean((0, 1)).double(), rtol=1e-6)
+    written = []
+    for layer in layers:
+        attn = model.blocks[layer].attn
+        values = cache["v", layer][0]
+        values = values.repeat_interleave(model.cfg.n_heads // values.shape[1], 1)
+        sizes = torch.stack([rows[layer, h] * (values[:, h] @ attn.W_O[h]).norm(dim=-1) for h in heads])
+        total = sizes.square().sum(0).sqrt()
+        written.append(total / total.sum())
+    assert torch.allclose(found["values"], torch.stack(written).mean(0).double(), rtol=1e-6)
+
+
+def test_nothing_is_replaced_where_nobody_asks() -> None:
+    model, tokens = case("bridge-gpt2")
+    audit = osl.audit(model, tokens, probes=2, draws=0)
+    assert (audit.replaced, audit.not_replaced) == (None, "it was not asked for (draws=0)")
+    assert math.isnan(audit.ceiling)
+    assert all(math.isnan(each.finite) for each in audit.rows)
+    assert "replaced" not in audit.sentence
+    assert math.isnan(osl.audit(model, tokens, probes=2, draws=2).ceiling)  # no half has both kinds
+    with pytest.raises(InputError, match="draws"):
+        osl.audit(model, tokens, draws=-1)
 
 
 def test_the_calibrated_bounds_are_never_broken(audited: tuple[str, Audit]) -> None:
@@ -130,7 +180,7 @@ def test_probes_find_violations_that_are_certain(name: str, probes: int) -> None
     assert (probed.truth.standard_error > 0).all()
     for each in probed.rows:
         same = row(exact, each.name)
-        if each.name != "mean_field" and each.name not in NO_CONSTANT:
+        if each.name not in ("mean_field", *NO_CONSTANT, *BASELINES):
             assert each.compared_with == f"{same.compared_with}, from below"
             assert each.min_log10_ratio >= same.min_log10_ratio - 1e-6
             assert each.violations <= same.violations
@@ -199,19 +249,16 @@ def test_where_attention_cannot_be_frozen_the_rest_is_audited() -> None:
 
 def test_the_table_holds_every_row(audited: tuple[str, Audit]) -> None:
     audit = audited[1]
-    lines = str(audit).splitlines()
-    assert audit.about.model in lines[0]
+    first, *lines = str(audit).splitlines()
+    assert audit.about.model in first
     for each in audit.rows:
-        (line,) = (
-            text
-            for text in lines
-            if re.search(rf"\s{re.escape(each.name)}\s", f" {text.replace('│', ' ')} ") and "ρ =" not in text
-        )
+        (line,) = (text for text in lines if text.strip("│ ").split("│")[0].strip() == each.name)
         cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-        numbers = (each.spearman, each.median_log10_ratio, each.min_log10_ratio, each.max_log10_ratio)
-        assert cells[1:5] == ["–" if math.isnan(number) else f"{number:.2f}" for number in numbers]
-        assert cells[5] == ("–" if each.violations is None else str(each.violations))
-        assert cells[6].split()[0] == each.compared_with.split()[0]
+        ratios = (each.median_log10_ratio, each.min_log10_ratio, each.max_log10_ratio)
+        numbers = (each.spearman, each.finite, *ratios)
+        assert cells[1:6] == ["–" if math.isnan(number) else f"{number:.2f}" for number in numbers]
+        assert cells[6] == ("–" if each.violations is None else str(each.violations))
+        assert cells[7].split()[0] == each.compared_with.split()[0]
     assert " ".join(audit.sentence.split()) in " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= 120
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_results import about, profile, truth
 
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.numerics import spearman

@@ -13,7 +13,7 @@ from small_models import CASES, case
 from small_results import about
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import APART, OFFSET_SPREAD, RANK, MeasuredSensitivity, corrected
 from oversquash_lens.paths.recursion import PathProfile

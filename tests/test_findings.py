@@ -16,7 +16,8 @@ from zoo import zoo
 import oversquash_lens as osl
 from oversquash_lens.analyses import audit as audit_module
 from oversquash_lens.analyses import findings as findings_module
-from oversquash_lens.analyses.audit import audit_trace, compare, measure_truths
+from oversquash_lens.analyses.audit import audit_trace, measure_truths
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.analyses.findings import DISTANT, LARGEST, MOST_SQUASHED, assumptions, chosen_sources, findings
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import tokenize
@@ -235,8 +236,9 @@ def test_an_audit_is_that_of_its_parts():
     model, tokens = case("rms-plain-rotary")
     trace = osl.record(model, tokens)
     truths = measure_truths(Subject.of(model), tokenize(model, tokens), trace.about)
-    assert audit_trace(trace, truths).rows == osl.audit(model, tokens).rows
-    assert audit_trace(trace, truths, 2.0).rows == osl.audit(model, tokens, beta=2.0).rows
+    replaced = osl.substitution(model, tokens, draws=4, method="nodes"), ""
+    assert audit_trace(trace, truths, replaced=replaced).rows == osl.audit(model, tokens).rows
+    assert repr(audit_trace(trace, truths, 2.0).rows) == repr(osl.audit(model, tokens, beta=2.0, draws=0).rows)
 
 
 def test_bad_input_is_refused_before_anything_is_recorded(monkeypatch):

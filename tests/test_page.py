@@ -67,10 +67,10 @@ def outline() -> Outline:
 def test_page_shows_every_audit_row(outline):
     dash = "–"
     sizes = ["+1.25", "−0.75", "+3.00", "‖J‖₂", "2 of 11", "no"]
-    assert outline.row("Paper’s bound proof") == ["Paper’s bound proof", "−0.50", *sizes]
-    assert outline.row("Theorem 5.1")[1:] == ["0.25", dash, dash, dash, dash, dash, "no"]
+    assert outline.row("Paper’s bound proof") == ["Paper’s bound proof", "−0.50", "0.40", *sizes]
+    assert outline.row("Theorem 5.1")[1:] == ["0.25", dash, dash, dash, dash, dash, dash, "no"]
     assert outline.row("Calibrated bound, nothing frozen")[-1] == "yes"
-    assert outline.row("Mean-field estimate")[1:6] == ["0.93", "−0.09", "−0.55", "+0.22", "‖J‖F"]
+    assert outline.row("Mean-field estimate")[1:7] == ["0.93", "0.30", "−0.09", "−0.55", "+0.22", "‖J‖F"]
 
 
 def test_page_shows_every_token_with_its_numbers(outline):
@@ -228,7 +228,7 @@ def test_infinite_and_missing_numbers_are_shown():
     with pytest.raises(InputError, match="look for NaN or infinite values"):
         render_page(replace(result, audit=audit))
     page = Outline(render_page(replace(result, audit=replace(result.audit, rows=(row, *result.audit.rows[:-1])))))
-    assert page.row("Mean-field estimate")[1:3] == ["–", "+∞"]
+    assert page.row("Mean-field estimate")[1:4] == ["–", "0.30", "+∞"]
 
 
 def test_page_is_accessible_in_its_markup(outline):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 SHORT = "The capital of France is"

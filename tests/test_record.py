@@ -15,7 +15,7 @@ import torch
 from small_models import CASES, NO_HOOKED, bridge, case, has_bridge, has_hooked, hooked, tokenizer, tokens_for
 
 import oversquash_lens as osl
-from oversquash_lens.analyses.audit import compare
+from oversquash_lens.analyses.compare import compare
 from oversquash_lens.errors import HookMismatchError, InputError
 from oversquash_lens.paths.kinds import VARIANTS
 

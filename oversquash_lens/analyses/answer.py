@@ -151,24 +151,22 @@ def answer_of(
     logits: Float[Tensor, " d_vocab"],
     target: Target,
     null: tuple[Float[Tensor, " pos"], Float[Tensor, " layer_plus_1"]],
-    draws: int | None = None,
+    replaced: tuple[Substitution | None, str],
     *,
-    seed: int = 0,
     memory: int = MEMORY,
     progress: bool = False,
 ) -> AnswerFindings:
     """Measure what a prompt's answer hangs on.
 
-    `logits`: what the last token predicts. `null`: shares and widths with uniform attention. `draws`: replacements of
-    each token, 0 for none; None for two up to 150 tokens where single positions can be recomputed alone.
+    `logits`: what the last token predicts. `null`: shares and widths with uniform attention. `replaced`: what
+    `replaced_unasked` gives.
     """
     chances, ids = logits.double().softmax(-1).topk(min(TOP_TOKENS, len(logits)))
     predicted = tuple(zip(token_strings(subject.model, ids.cpu()), chances.tolist(), strict=True))
     sensitivity = measured_sensitivity(subject.model, tokenized.ids, target=target, memory=memory, progress=progress)
     word = _largest_word(sensitivity)
     flow = measured_flow(subject.model, tokenized.ids, slice(*word), target=target, memory=memory, progress=progress)
-    replaced, reason = _replaced(subject, tokenized.ids, target, draws, seed, progress)
-    return AnswerFindings(predicted, sensitivity, flow, *null, replaced, reason)
+    return AnswerFindings(predicted, sensitivity, flow, *null, *replaced)
 
 
 def _largest_word(sensitivity: MeasuredSensitivity) -> tuple[int, int]:
@@ -177,23 +175,23 @@ def _largest_word(sensitivity: MeasuredSensitivity) -> tuple[int, int]:
     return max(words, key=lambda word: sensitivity.values[slice(*word)].sum().item())
 
 
-def _replaced(
-    subject: Subject, ids: Tensor, target: Any, draws: int | None, seed: int, progress: bool
+def replaced_unasked(
+    subject: Subject, ids: Tensor, draws: int | None, unasked: int, seed: int, progress: bool, target: Any = None
 ) -> tuple[Substitution | None, str]:
-    """Every token replaced, or None and why not."""
+    """Every token replaced, or None and why not; `unasked`: draws where nobody asked for a number of them."""
     if draws == 0:
         return None, "it was not asked for (draws=0)"
     if draws is None and len(ids) > REPLACED_UNASKED:
-        return None, f"beyond {REPLACED_UNASKED} tokens it is measured on request (draws=2)"
+        return None, f"beyond {REPLACED_UNASKED} tokens it is measured on request (draws={unasked})"
     how: dict[str, Any] = {"target": target, "seed": seed, "progress": progress}
     try:
         if draws is None:
-            return substitution(subject.model, ids, draws=DRAWS, method="nodes", **how), ""
+            return substitution(subject.model, ids, draws=unasked, method="nodes", **how), ""
         return substitution(subject.model, ids, draws=draws, **how), ""
     except ModelError as error:
         if draws is not None:
             raise
-        return None, f"{error}; on request (draws=2) every replaced prompt is run"
+        return None, f"{error}; on request (draws={unasked}) every replaced prompt is run"
 
 
 def words_of(tokens: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,23 +1,25 @@
-"""Bound, estimate and truth side by side, on the user's own model and prompt; and any two profiles compared."""
+"""Bound, estimate and both truths side by side, on the user's own model and prompt."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from oversquash_lens.analyses.answer import replaced_unasked
+from oversquash_lens.analyses.compare import baselines, ceiling, compare, rank_of_replaced
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt, TokenizedPrompt
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.errors import InputError, whole_number
+from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
 from oversquash_lens.jacobian.products import differentiate, truth_route
 from oversquash_lens.jacobian.routes import MOST_FROZEN, fitting_memory, truth_bytes
@@ -27,17 +29,20 @@ from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, V
 from oversquash_lens.paths.profiles import ExpectedError, paths_of_trace, predicted_error, profiles_in_one_sweep
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.results import About, Result
-
-Profile = PathProfile | MeasuredSensitivity
+from oversquash_lens.swaps.substitution import Substitution
 
 ROUNDING = 1e-9  # a bound may be below the truth by this share before it counts as violated
 UNIT_BETA = "proof, β = 1"
+DRAWS = 4  # replacements of each token, two uniform and two plausible: a half of both kinds has a half to be held to
+UNSIZED = (math.nan,) * 3  # of what has no size to be compared
+WORDS = {"truth": "the infinitesimal truth", "mean_field": "the estimate", "attention": "last-row attention"}
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One measure against the truth. `spearman` is always against ‖∂y_n/∂v_i‖_F; ratios are log₁₀ of the measure
-    over the truth named by `compared_with`; `violations` counts positions where it lies below that truth.
+    """One measure against both truths. `spearman` is always against ‖∂y_n/∂v_i‖_F, `finite` against how far y moves
+    when a token is replaced (nan where that was not measured); ratios are log₁₀ of the measure over the truth named by
+    `compared_with`; `violations` counts positions where it lies below that truth.
     """
 
     name: str
@@ -48,15 +53,17 @@ class AuditRow:
     violations: int | None
     promises_bound: bool
     compared_with: str
+    finite: float = math.nan
 
 
 @dataclass(frozen=True, repr=False)
 class Audit(Result):
-    """Every measure of one prompt beside the measured truth.
+    """Every measure of one prompt beside both truths, the infinitesimal one and the finite one.
 
     `str(audit)` is a table of `rows`, `sentence` says what it says; `truth` is ‖∂y_n/∂v_i‖_F, `mean_field` and
-    `bounds` (by variant) are the profiles that `rows` compare with it. `expected` is the estimate's error, predicted
-    without the truth.
+    `bounds` (by variant) are the profiles that `rows` compare with it; two baselines of attention follow, and the
+    infinitesimal truth itself. `expected` is the estimate's error, predicted without the truth. `replaced` is what
+    replacing each token does, or None, and `not_replaced` why it was not measured.
     """
 
     about: About
@@ -66,6 +73,13 @@ class Audit(Result):
     mean_field: PathProfile
     rows: tuple[AuditRow, ...]
     expected: ExpectedError  # of the estimate, predicted without the truth
+    replaced: Substitution | None = None
+    not_replaced: str = ""
+
+    @property
+    def ceiling(self) -> float:
+        """ρ of one half of the draws with the other: what no measure can pass by much; nan below four draws."""
+        return math.nan if self.replaced is None else ceiling(self.replaced)
 
     @property
     def sentence(self) -> str:
@@ -75,8 +89,18 @@ class Audit(Result):
             f"Of these {len(self.tokens)} tokens the mean-field estimate ranks the sensitivities "
             f"{_in_words(estimate.spearman)} (Spearman ρ = {estimate.spearman:.2f}, typically {size:.2f} times the "
             f"true size), the paper's bound {_in_words(paper.spearman)} (ρ = {paper.spearman:.2f}); "
-            f"{self._soundness}."
+            f"{self._soundness}.{self._finite}"
         )
+
+    @property
+    def _finite(self) -> str:
+        """What is said of the finite truth."""
+        if self.replaced is None:
+            return ""
+        by = {name: self._row(name).finite for name in ("truth", "mean_field", "attention")}
+        said = ", ".join(f"{WORDS[name]} at {rho:.2f}" for name, rho in by.items())
+        half = "" if math.isnan(self.ceiling) else f"; one half of the draws ranks the other at {self.ceiling:.2f}"
+        return f" How far the output moves when a token is replaced is ranked by {said}{half}."
 
     @property
     def _soundness(self) -> str:
@@ -101,6 +125,7 @@ class Audit(Result):
         names = {
             "measure": "name",
             "spearman": "spearman",
+            "finite": "finite",
             "median_log10_ratio": "median_log10_ratio",
             "min": "min_log10_ratio",
             "max": "max_log10_ratio",
@@ -119,6 +144,9 @@ class Audit(Result):
                 {k: json_numbers(v) if isinstance(v, float) else v for k, v in asdict(row).items()} for row in self.rows
             ],
             "truth": self.truth.to_dict(),
+            "replaced": None if self.replaced is None else self.replaced.to_dict(),
+            "not_replaced": self.not_replaced,
+            "ceiling": json_numbers(self.ceiling),
             "mean_field": self.mean_field.to_dict(),
             "expected": self.expected.to_dict(),
             "bounds": {name: profile.to_dict() for name, profile in self.bounds.items()},
@@ -132,7 +160,7 @@ class Audit(Result):
         title = Text(f"{self.about}, {len(self.tokens)} tokens")  # a model's name is no markup
         table = Table(title=title, title_justify="left")
         table.add_column("measure")
-        for name in ("Spearman ρ", "median log₁₀ ratio", "min", "max", "below truth"):
+        for name in ("Spearman ρ", "ρ, replaced", "median log₁₀ ratio", "min", "max", "below truth"):
             table.add_column(name, justify="right")
         table.add_column("ratio to")
         for row in self.rows:
@@ -140,6 +168,7 @@ class Audit(Result):
             table.add_row(
                 row.name,
                 _number(row.spearman),
+                _number(row.finite),
                 *map(_number, numbers),
                 "–" if row.violations is None else str(row.violations),
                 row.compared_with,
@@ -171,6 +200,7 @@ def audit(
     *,
     probes: int | None = None,
     beta: float | str = "measured",
+    draws: int | None = None,
     chat: bool = False,
     bos: bool | None = None,
     seed: int = 0,
@@ -180,7 +210,7 @@ def audit(
     memory: int = MEMORY,
     progress: bool = False,
 ) -> Audit:
-    """Record a prompt, compute every bound and the mean-field estimate, measure the truth, and compare.
+    """Record a prompt, compute every bound and the mean-field estimate, measure both truths, and compare.
 
     Beyond `MOST_FROZEN` tokens the truth is not measured again with attention frozen, which would take memory that
     grows with their square.
@@ -192,35 +222,45 @@ def audit(
             Frobenius truth is estimated, and bounds are compared with ‖ωJ‖/‖ω‖, which the spectral norm is never
             below: a violation found so is certain.
         beta: of the printed bounds, "measured" or one number, as in `path_bound`.
+        draws: replacements of each token for the finite truth, 0 for none; None for four up to 150 tokens, where single
+            positions can be recomputed alone (see `substitution`).
         chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
         memory: bytes for a batch of backward products.
         progress: show a bar.
 
     Returns:
-        An `Audit`: a row for each measure, with its rank correlation with the truth, its log₁₀ ratios to the truth,
-        and how often it lies below.
+        An `Audit`: a row for each measure, with its rank correlations with both truths, its log₁₀ ratios to the
+        infinitesimal one, and how often it lies below.
 
     Raises:
         InputError: what cannot be used, or does not fit into memory.
         ModelError: a model of which the truth cannot be measured.
     """
     subject = Subject.of(model)
-    check_effort(probes, node_probes)
+    check_effort(probes, node_probes, draws)
     recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
-    trace, truths = recorded_truths(subject, subject.tokenize(prompt, chat=chat, bos=bos), recording, effort)
-    return audit_trace(trace, truths, beta)
+    tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
+    trace, truths = recorded_truths(subject, tokenized, recording, effort)
+    return audit_trace(trace, truths, beta, replaced_unasked(subject, tokenized.ids, draws, DRAWS, seed, progress))
 
 
-def check_effort(probes: int | None, node_probes: int | None) -> None:
-    """How many directions truth and nodes are measured in; asked before the model runs."""
+def check_effort(probes: int | None, node_probes: int | None, draws: int | None = None) -> None:
+    """How many directions truth and nodes are measured in, and how often is replaced; asked before the model runs."""
+    if draws is not None:
+        whole_number("draws", draws, least=0, otherwise=", or None for what a short prompt allows")
     for name, number in (("probes", probes), ("node_probes", node_probes)):
         if number is not None:
             whole_number(name, number, otherwise=", or None for exact numbers")
 
 
-def audit_trace(trace: Trace, truths: Truths, beta: float | str = "measured") -> Audit:
-    """The audit of a recorded prompt whose truth is measured already; variants that the model refuses are left out."""
+def audit_trace(
+    trace: Trace,
+    truths: Truths,
+    beta: float | str = "measured",
+    replaced: tuple[Substitution | None, str] = (None, "it was not asked for"),
+) -> Audit:
+    """The audit of a recorded prompt whose truths are measured already, without variants that the model refuses."""
     known = [name for name in VARIANTS if name not in CALIBRATED or trace.support[name].state != "refused"]
     weighings = {name: paths_of_trace(trace, name, beta if name in PRINTED else "measured") for name in known}
     if beta == "measured":
@@ -236,9 +276,16 @@ def audit_trace(trace: Trace, truths: Truths, beta: float | str = "measured") ->
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
         label = label if truth is None or truth.exact else f"{label}, from below"
         rows.append(_row(name, bound, truth, truths, label))
-    return Audit(
-        trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), predicted_error(estimate, fixed)
-    )
+    plain = baselines(trace, truths.frobenius)
+    rows += [
+        AuditRow(name, spearman(values.log(), plain["truth"].log()), *UNSIZED, None, False, "–")
+        for name, values in plain.items()
+    ]
+    if replaced[0] is not None:
+        measures: dict[str, Any] = {**bounds, "mean_field": estimate, **plain}
+        rows = [replace(row, finite=rank_of_replaced(measures[row.name], replaced[0])) for row in rows]
+    error = predicted_error(estimate, fixed)
+    return Audit(trace.about, trace.tokens, truths.frobenius, bounds, estimate, tuple(rows), error, *replaced)
 
 
 def recorded_truths(
@@ -338,60 +385,3 @@ def _in_words(rho: float) -> str:
         if rho >= least:
             return words
     return "hardly as the truth does" if rho >= 0.3 else "not as the truth does"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Spearman's ρ, and log₁₀ of first/second over positions; nan where a profile has shares only."""
-
-    spearman: float
-    median_log10_ratio: float
-    min_log10_ratio: float
-    max_log10_ratio: float
-
-
-def compare(first: Profile | Any, second: Profile | Any) -> Comparison:
-    """Rank correlation and log₁₀ ratios of two profiles or truths over the same tokens, also across models.
-
-    Refuses (InputError) to set a y with its final gain against one whose gain was folded away and is not known.
-    """
-    for profile in (first, second):
-        if not isinstance(profile, Profile):
-            raise InputError(
-                "expected two results of path_bound, mean_field_sensitivity or measured_sensitivity, got a "
-                f"{type(profile).__name__}: call one of them first"
-            )
-    if first.tokens != second.tokens:
-        raise InputError(
-            f"expected the same tokens in both, got profiles over {len(first.tokens)} and {len(second.tokens)} "
-            "tokens, or of other texts: measure one prompt twice"
-        )
-    _refuse_mixed_gains(first, second)
-    logs = _log_shape(first), _log_shape(second)
-    connected = ~(torch.isneginf(logs[0]) & torch.isneginf(logs[1]))  # where both are 0 there is no ratio
-    ratio = ((logs[0] - logs[1]) / math.log(10))[connected]
-    if not (_has_size(first) and _has_size(second)) or not len(ratio) or bool(torch.isnan(ratio).any()):
-        return Comparison(spearman(*logs), math.nan, math.nan, math.nan)
-    ordered = ratio.sort().values
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return Comparison(spearman(*logs), middle.item(), ordered[0].item(), ordered[-1].item())
-
-
-def _has_size(profile: Profile) -> bool:
-    return isinstance(profile, MeasuredSensitivity) or not math.isnan(profile.log_constant)
-
-
-def _log_shape(profile: Profile) -> Float[Tensor, " pos"]:
-    """Log of the values; where the paper leaves the constant open, of the shares' numerators."""
-    if isinstance(profile, MeasuredSensitivity):
-        return profile.values.double().log()
-    return profile.log_values if _has_size(profile) else profile.log_by_layer[0]
-
-
-def _refuse_mixed_gains(first: Profile, second: Profile) -> None:
-    unknown = [p.about is not None and p.about.final_gain == "unknown" for p in (first, second)]
-    if unknown[0] != unknown[1]:
-        raise InputError(
-            "one model's final gain was folded into its unembedding and is not known, the other's is in its y; "
-            "expected the same convention: load both without folding (fold_ln=False)"
-        )

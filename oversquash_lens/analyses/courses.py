@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from oversquash_lens.analyses.answer import DRAWS, REPLACED_UNASKED
+from oversquash_lens.analyses.audit import DRAWS as AUDIT_DRAWS
 from oversquash_lens.jacobian import routes
 from oversquash_lens.memory import BASE, HELD, Size, kept_bytes, logits_bytes, record_bytes
 from oversquash_lens.swaps.substitution import BEHIND, LAST
@@ -115,11 +116,16 @@ def _truth(run: Request) -> Course:
     return Course({"measuring the truth": run.truth_bytes(run.truth)}, steps)
 
 
-def _audit(run: Request) -> Course:
-    """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate."""
+def _audit(run: Request, draws: int = AUDIT_DRAWS) -> Course:
+    """The truth twice, as it is and with attention frozen, while the trace is kept; all bounds and the estimate.
+
+    And the replacements that a short prompt is given unasked.
+    """
     course, spectral = _bound(run), run.probes is None
     phases = {**course.phases, "measuring the truth": run.kept() | run.truth_bytes(run.truth, spectral)}
     steps = {**course.steps, "the truth": run.times * run.truth_operations(run.truth)}
+    if run.n <= REPLACED_UNASKED:
+        steps["replacing"] = run.times * draws * (BEHIND + LAST + 2) * run.one_pass
     if run.n <= routes.MOST_FROZEN:
         name = "the truth with attention frozen"
         phases[f"measuring {name}"] = run.kept() | run.truth_bytes(run.frozen, spectral)
@@ -130,12 +136,10 @@ def _audit(run: Request) -> Course:
 def _report(run: Request) -> Course:
     """An audit, the truth with the norms frozen, flows (all, uniform, of chosen tokens), four more estimates.
 
-    And the target's: its sensitivity, its flow, and the replacements that a short prompt is given unasked.
+    And the target's: its sensitivity and its flow.
     """
-    course, target = _audit(run), _measured_flow(replace(run, probes=None))
+    course, target = _audit(run, DRAWS), _measured_flow(replace(run, probes=None))
     steps = {**course.steps, "flows and routes": run.times * 6 * run.sweep, **target.steps}
-    if run.n <= REPLACED_UNASKED:
-        steps["replacing"] = run.times * DRAWS * (BEHIND + LAST + 2) * run.one_pass
     if run.n <= routes.MOST_FROZEN:
         steps["the truth with norms frozen"] = run.times * run.truth_operations(run.truth)
         steps["each assumption imposed"] = run.times * 4 * run.sweep

@@ -12,23 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from oversquash_lens.analyses.answer import AnswerFindings, answer_of, null_of
+from oversquash_lens.analyses.answer import DRAWS, AnswerFindings, answer_of, null_of, replaced_unasked
 from oversquash_lens.analyses.audit import (
     Audit,
-    Comparison,
     Truths,
     audit_trace,
     check_audit,
     check_effort,
-    compare,
     recorded_truths,
 )
+from oversquash_lens.analyses.compare import Comparison, compare
 from oversquash_lens.capture.readings import predictions
 from oversquash_lens.capture.recorder import NODE_PROBES
 from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.tokens import Prompt
 from oversquash_lens.capture.trace import Trace
-from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, measured_sensitivity
 from oversquash_lens.jacobian.routes import MOST_FROZEN
 from oversquash_lens.jacobian.targets import TOP, target_of
@@ -162,12 +160,10 @@ def findings(
         ModelError: a model of which the truth cannot be measured.
     """
     subject = Subject.of(model)
-    check_effort(probes, node_probes)
+    check_effort(probes, node_probes, draws)
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort: dict[str, Any] = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
-    if draws is not None:
-        whole_number("draws", draws, least=0, otherwise=", or None for what a short prompt allows")
     check_audit(subject, len(tokenized.ids), probes)
     _, logits = predictions(subject, tuple(tokenized.ids.tolist()))
     chosen_target = target_of(subject.model, TOP if target is None else target, logits)  # refused before all the rest
@@ -178,14 +174,13 @@ def findings(
             # TransformerLens says that an edited divisor costs the last digits; ours is detached, its value stays.
             warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
             norms_frozen = measured_sensitivity(subject.model, tokenized.ids, freeze=("norms",), **effort)
-    audited = audit_trace(trace, truths, beta)
+    replaced = replaced_unasked(subject, tokenized.ids, draws, DRAWS, seed, progress, chosen_target)
+    audited = audit_trace(trace, truths, beta, replaced)
     squashed = squashing(trace, profile=audited.mean_field)
     chosen = chosen_sources(squashed)
     routes = flows(trace, tuple(chosen.values()), profile=audited.mean_field)
     null = null_of(squashed.null)
-    answer = answer_of(
-        subject, tokenized, logits, chosen_target, null, draws, seed=seed, memory=memory, progress=progress
-    )
+    answer = answer_of(subject, tokenized, logits, chosen_target, null, replaced, memory=memory, progress=progress)
     return Findings(
         answer,
         audited,

@@ -38,8 +38,11 @@ def add_commands(commands: Any) -> None:
     bound.add_argument("--variant", default="proof", help=f"{', '.join(VARIANTS)}, or mean_field")
     bound.add_argument("--beta", default="measured", help="'measured' or a number (printed variants only)")
     bound.add_argument("--top", type=int, default=20, metavar="K", help="rows of the table (default 20)")
-    audit = prompt_command(commands, "audit", run_audit, "every measure beside the measured truth")
+    audit = prompt_command(commands, "audit", run_audit, "every measure beside both truths, infinitesimal and finite")
     audit.add_argument("--probes", type=int, metavar="K", help="estimate the truth from K probes, not exactly")
+    audit.add_argument(
+        "--draws", type=int, metavar="K", help="replacements of each token, 0 for none (default 4 up to 150 tokens)"
+    )
     flow = prompt_command(commands, "flow", run_flow, "where the sensitivity runs, measured; or an estimate of it")
     flow.add_argument(
         "--source", metavar="TOKEN", help="the route of one token: its position, its text, or START:END for a span"
@@ -95,6 +98,7 @@ def run_bound(options: argparse.Namespace) -> None:
 
 def run_audit(options: argparse.Namespace) -> None:
     checked("probes", options.probes)
+    checked("draws", options.draws, least=0)
     check_out(options)
     prompt = prompt_of(options)
     from oversquash_lens.analyses.audit import audit
@@ -102,7 +106,8 @@ def run_audit(options: argparse.Namespace) -> None:
     model = load(options)
     if planned(options, model, prompt, "audit", options.probes):
         return
-    result = audit(model, prompt, probes=options.probes, progress=True, **recording_options(options))
+    how = {"probes": options.probes, "draws": options.draws, **recording_options(options)}
+    result = audit(model, prompt, progress=True, **how)
     remark(result.about)
     deliver(options, result.to_dict(), str(result))
 

@@ -39,6 +39,8 @@ NAMES = {
     "calibrated_full": "Calibrated bound, nothing frozen",
     "count_paths": "Number of causal paths",
     "uniform_causal": "Uniform causal attention",
+    "attention": "Attention, last row",
+    "values": "Attention × values, last row",
 }
 GLOSSES = {
     "mean_field": "path sensitivity from one forward pass, no gradient",
