@@ -381,7 +381,10 @@ def _number(value: float) -> str:
 def _in_words(rho: float) -> str:
     if math.isnan(rho):
         return "not at all (all positions alike)"
-    for least, words in ((0.9, "almost as the truth does"), (0.6, "roughly as the truth does")):
+    for least, words in (
+        (0.9, "almost as the infinitesimal truth does"),
+        (0.6, "roughly as the infinitesimal truth does"),
+    ):
         if rho >= least:
             return words
-    return "hardly as the truth does" if rho >= 0.3 else "not as the truth does"
+    return "hardly as the infinitesimal truth does" if rho >= 0.3 else "not as the infinitesimal truth does"
