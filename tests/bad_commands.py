@@ -167,6 +167,9 @@ SINGLE = [
     Command(("flow", "--prompt", PROMPT, "--target", "w5", "w9", "w7"), "w5 w9 w7"),
     Command(("flow", "--prompt", PROMPT, "--probes", "0"), "--probes 0"),
     Command(("what-if", "--prompt", PROMPT, "--edit", "window:2", "--target", "w5 w9"), "2 tokens"),
+    Command(("report", "--prompt", PROMPT, "--target", "w5 w9"), "2 tokens"),
+    Command(("report", "--prompt", PROMPT, "--draws", "-1"), "--draws -1"),
+    Command(("audit", "--prompt", PROMPT, "--draws", "-1"), "--draws -1"),
     # substitute and swap
     Command(("swap", "--prompt", PROMPT, "--change", "w30=w7", "--target", "w5", "w5"), "the same"),
     Command(("substitute", "--prompt", PROMPT, "--draws", "0"), "--draws 0"),

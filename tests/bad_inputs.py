@@ -129,6 +129,7 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
     "views.side_by_side": lambda result: osl.views.side_by_side(result, result),
     "views.prompts": lambda result: osl.views.prompts(result, result),
     "views.what_if": lambda result: osl.views.what_if(result),
+    "views.swap": lambda result: osl.views.swap(result),
     "figures.profile": lambda result: osl.figures.profile(result),
     "figures.sensitivity": lambda result: osl.figures.sensitivity(result),
     "figures.collapse": lambda result: osl.figures.collapse(result),
