@@ -274,6 +274,13 @@ def test_a_layer_that_shows_no_heads_is_said_to():
     assert data_in(route(flow))["stays"][1] == "no heads are shown"
 
 
+def test_a_flow_without_heads_has_a_route_only():
+    none = replace(measured_flow_result(), head=torch.zeros(3, 0, dtype=torch.float64))
+    assert data_in(route(none))["heaviest"] == []
+    with pytest.raises(InputError, match="a model that shows none: use route"):
+        heads(none)
+
+
 def test_two_measured_flows_share_a_scale():
     pair = prompts(measured_flow_result(), measured_flow_result(TOKENS[:6]))
     assert len(pair.views) == 2

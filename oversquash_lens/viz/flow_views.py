@@ -61,6 +61,8 @@ def heads(flow: Flow | MeasuredFlow | object) -> View:
     which.
     """
     checked = _checked(flow)
+    if not checked.head.shape[1]:
+        raise InputError("expected a flow with heads, got one of a model that shows none: use route")
     measured = isinstance(checked, MeasuredFlow)
     bins = bins_for(checked.tokens, checked.node, _pattern_bins(checked.head.shape[1]))
     patterns, notes = ({}, []) if isinstance(checked, MeasuredFlow) else _patterns(checked, bins)
