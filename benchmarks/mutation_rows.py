@@ -929,7 +929,7 @@ ANALYSES = _in(
         "test_audit.py::test_rows_are_against_the_norm_that_they_name",
     ),
     (
-        "audit",
+        "compare",
         "a median of the upper half",
         "ordered[(len(ordered) - 1) // 2]",
         "ordered[len(ordered) // 2]",
