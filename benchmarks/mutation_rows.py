@@ -836,8 +836,8 @@ CAPTURE = _in(
     (
         "hooked_model",
         "dropout below one half passes",
-        "if isinstance(value, float) and value > 0}",
-        "if isinstance(value, float) and value > 0.5}",
+        "if isinstance(value, float) and value > 0:",
+        "if isinstance(value, float) and value > 0.5:",
         "test_subject.py::test_dropout_is_refused_wherever_it_is",
     ),
     (

@@ -89,6 +89,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "bamba": ("bamba", {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1]}),
+    "deepseek_v2": ("deepseek_v2", {"num_key_value_heads": 4}),
+    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 0}),
+    "deepseek_v3 dense": ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1}),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2}),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "gemma4_text": ("gemma4_text", {"global_head_dim": 4, "hidden_size_per_layer_input": 0}),

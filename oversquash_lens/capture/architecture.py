@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -188,16 +189,17 @@ class Architecture:
 
     def layer_hooks(self, route: str = "kept") -> dict[str, str]:
         """Key -> name inside `blocks.{layer}.` of the hooks that a route listens to in a layer of this model."""
-        behind = self.behind or ""
-        found = {key: name for key, name in LAYER_HOOKS.items() if self._has(key) and self._heard(key, route)}
-        return {key: name.replace("_post.", f"{behind}.") for key, name in found.items()}
+        return self._hooks_of[route]
 
-    def _has(self, key: str) -> bool:
-        return key not in ONLY_IF or getattr(self, ONLY_IF[key])
-
-    def _heard(self, key: str, route: str) -> bool:
-        routes, rotations = ONLY_ON.get(key, (ROUTES, ROTATIONS))
-        return route in routes and self.rotation in rotations
+    @cached_property  # asked for at every hook of every layer
+    def _hooks_of(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {route: {} for route in ROUTES}
+        for key, name in LAYER_HOOKS.items():
+            routes, rotations = ONLY_ON.get(key, (ROUTES, ROTATIONS))
+            if self.rotation in rotations and (key not in ONLY_IF or getattr(self, ONLY_IF[key])):
+                for route in routes:
+                    found[route][key] = name.replace("_post.", f"{self.behind or ''}.")
+        return found
 
     def final_hooks(self) -> dict[str, str]:
         found = {key: name.format(last=self.n_layers - 1) for key, name in FINAL_HOOKS.items()}
@@ -306,6 +308,7 @@ def read_architecture(model: Any) -> Architecture:
 def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
     """What would make the recorded hooks tell another story than the theory's equations."""
     attention, before = ([getattr(each, name, None) for each in model.blocks] for name in ("attn", "ln1"))
+    kinds = {mlp_kind(b) for b, a in zip(model.blocks, attention, strict=True) if a is not None}
     reasons = {
         "no attention in its first block": weight_of(attention[0], "W_O") is None,
         "attention without query and key weights of its own (latent attention)": weight_of(attention[0], "W_O")
@@ -317,11 +320,7 @@ def _obstacles(model: Any, hooks: dict[str, Any]) -> list[str]:
             getattr(wrapped_config(model), "apply_residual_connection_post_layernorm", False)
         ),
         "values that are normalised": any(hasattr(getattr(a, "original_component", None), "v_norm") for a in attention),
-        "blocks that differ in kind": len(
-            {mlp_kind(b) for b, a in zip(model.blocks, attention, strict=True) if a is not None}
-        )
-        > 1
-        or None in attention,
+        "blocks that differ in kind": len(kinds) > 1 or None in attention,
     }
     found = [reason for reason, applies in reasons.items() if applies]
     expected = (
@@ -416,5 +415,5 @@ def delegated(block: Any) -> bool:
 def biased(model: Any) -> bool:
     """Whether scores carry ALiBi's bias, wherever it is counted from."""
     config = wrapped_config(model)
-    own = bool(getattr(config, "alibi", False)) or getattr(config, "model_type", "") == "bloom"
-    return own or getattr(model.cfg, "positional_embedding_type", None) == "alibi"
+    own = getattr(config, "alibi", False) or getattr(config, "model_type", "") == "bloom"
+    return bool(own) or getattr(model.cfg, "positional_embedding_type", None) == "alibi"

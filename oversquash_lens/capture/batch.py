@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,19 +196,16 @@ class _Shares:
 
 def _dispatched(recorders: Sequence[Recorder], shares: _Shares) -> list[NamedHook]:
     """One hook for each point, which gives every recorder its prompt's part."""
-    found = []
+    found: list[NamedHook] = []
     for together in zip(*(recorder.hooks() for recorder in recorders), strict=True):
         (name,) = {name for name, _ in together}
-        found.append((name, _dispatch([hook for _, hook in together], shares, name.endswith(SQUARE))))
+        found.append((name, partial(_dispatch, [hook for _, hook in together], shares, name.endswith(SQUARE))))
     return found
 
 
-def _dispatch(hooks: Sequence[Hook], shares: _Shares, square: bool) -> Hook:
-    def take(value: Tensor, hook: Any = None) -> None:
-        for row, take_part in enumerate(hooks):
-            take_part(shares.part(value, row, square), hook=hook)
-
-    return take
+def _dispatch(hooks: Sequence[Hook], shares: _Shares, square: bool, value: Tensor, hook: Any = None) -> None:
+    for row, take_part in enumerate(hooks):
+        take_part(shares.part(value, row, square), hook=hook)
 
 
 def _ends(model: HookedModel, recorders: Sequence[Recorder], shares: _Shares) -> list[Any]:

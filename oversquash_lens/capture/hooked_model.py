@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 class _Surface(type(Protocol)):  # type: ignore[misc]  # from Python 3.12 on its own check overlooks submodules
     def __instancecheck__(cls, model: Any) -> bool:
-        return all(hasattr(model, name) for name in ("cfg", "blocks", "embed", "unembed", "hook_dict", "to_tokens"))
+        own = {*getattr(model, "__dict__", ()), *getattr(model, "_modules", ())}  # first, for hasattr may make a dict
+        rest = {"cfg", "blocks", "embed", "unembed", "hook_dict", "to_tokens"} - own
+        return all(hasattr(type(model), each) or hasattr(model, each) for each in rest)
 
 
 @runtime_checkable
@@ -385,13 +387,12 @@ def refuse_dropout(modules: Sequence[nn.Module], name: str) -> None:
         words = {key: value for key, value in vars(module).items() if "drop" in key or key == "p"}
         if not isinstance(module, nn.modules.dropout._DropoutNd):
             words.pop("p", None)
-        active = {key: value for key, value in words.items() if isinstance(value, float) and value > 0}
-        if active:
-            key, value = next(iter(active.items()))
-            raise ModelError(
-                f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = {value:g}; "
-                "expected a fixed function: call model.eval()"
-            )
+        for key, value in words.items():
+            if isinstance(value, float) and value > 0:
+                raise ModelError(
+                    f"{name} is in training mode and drops out at random: {type(module).__name__} has {key} = "
+                    f"{value:g}; expected a fixed function: call model.eval()"
+                )
 
 
 LIBRARIES = ("transformers.", "transformer_lens.", "torch.", "accelerate.")

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -182,15 +183,16 @@ def attached(model: HookedModel, hooks: Sequence[NamedHook]) -> Iterator[None]:
             handles.append((point, point.fwd_hooks[-1]))
             _attached.add(point.fwd_hooks[-1].hook.id)
 
-        def move_last(embed: Any, inputs: tuple) -> None:
-            check_pass(model)
-            for _, handle in handles:
-                waiting = handle.hook.hooks_dict_ref()
-                if waiting is not None and handle.hook.id in waiting:
-                    waiting.move_to_end(handle.hook.id)
-
-        stack.callback(model.embed.register_forward_pre_hook(move_last).remove)
+        stack.callback(model.embed.register_forward_pre_hook(partial(_move_last, model, handles)).remove)
         yield
+
+
+def _move_last(model: HookedModel, handles: list[tuple[Any, Any]], embed: Any, inputs: tuple) -> None:
+    check_pass(model)
+    for _, handle in handles:
+        waiting = handle.hook.hooks_dict_ref()
+        if waiting is not None and handle.hook.id in waiting:
+            waiting.move_to_end(handle.hook.id)
 
 
 def _detach(handles: list[tuple[Any, Any]], lent: Any) -> None:
@@ -295,18 +297,19 @@ def last_logits_only(model: HookedModel, lengths: Sequence[int] | None = None) -
         yield
         return
 
-    def cut(unembed: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = inputs[0]
-        if lengths is None:
-            return (x[:, -1:], *inputs[1:])
-        last = torch.tensor(lengths, device=x.device) - 1
-        return (x[torch.arange(len(last), device=x.device), last][:, None], *inputs[1:])
-
-    handle = model.unembed.register_forward_pre_hook(cut, prepend=True)
+    handle = model.unembed.register_forward_pre_hook(partial(_last_alone, lengths), prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _last_alone(lengths: Sequence[int] | None, unembed: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x = inputs[0]
+    if lengths is None:
+        return (x[:, -1:], *inputs[1:])
+    last = torch.tensor(lengths, device=x.device) - 1
+    return (x[torch.arange(len(last), device=x.device), last][:, None], *inputs[1:])
 
 
 needing_cache: WeakSet[Any] = WeakSet()  # models of which a pass without it has failed
@@ -335,14 +338,11 @@ def last_token_residual_hooks(model: Any, store: Store, *, detach: bool = True) 
     kept = store.setdefault("last_residual", {})
     names = [f"blocks.{i}.{LAYER_HOOKS['residual']}" for i in range(architecture.n_layers)]
     names.append(architecture.final_hooks()["last"])
+    return [(name, partial(_keep_last, kept, layer, detach)) for layer, name in enumerate(names)]
 
-    def keeper(layer: int) -> Hook:
-        def keep(residual: Tensor, hook: Any = None) -> None:
-            kept[layer] = _own(residual[:, -1], detach)
 
-        return keep
-
-    return [(name, keeper(layer)) for layer, name in enumerate(names)]
+def _keep_last(kept: dict, layer: int, detach: bool, residual: Tensor, hook: Any = None) -> None:
+    kept[layer] = _own(residual[:, -1], detach)
 
 
 def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> list[NamedHook]:
@@ -358,23 +358,18 @@ def attention_path_hooks(model: Any, store: Store, *, detach: bool = True) -> li
     subject = Subject.of(model)
     subject.require("path hooks")
     architecture = subject.architecture
-
-    def keeper(key: str, layer: int) -> Hook:
-        kept = store.setdefault(key, {})
-
-        def keep(value: Tensor, hook: Any = None) -> None:
-            kept[layer] = _own(value[..., 0] if key != "attention" else value, detach)
-
-        return keep
-
     names = architecture.layer_hooks()
     hooks = {"attention": "pattern", "attention_scale": "attention_scale", "mlp_scale": "mlp_scale"}
     return [
-        (f"blocks.{layer}.{names[name]}", keeper(key, layer))
+        (f"blocks.{layer}.{names[name]}", partial(_keep, store.setdefault(key, {}), layer, key == "attention", detach))
         for layer in range(architecture.n_layers)
         for key, name in hooks.items()
         if name in names
     ]
+
+
+def _keep(kept: dict, layer: int, whole: bool, detach: bool, value: Tensor, hook: Any = None) -> None:
+    kept[layer] = _own(value if whole else value[..., 0], detach)
 
 
 def _own(value: Tensor, detach: bool) -> Tensor:

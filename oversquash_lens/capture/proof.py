@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,6 @@ from oversquash_lens.capture.checks import Predictions, apart, refuse_apart
 from oversquash_lens.capture.fused import copied_projections_differ, fused_attention, why_not_fused
 from oversquash_lens.capture.hooked_model import HookedModel, device_of, unwrapped, wrapped_model
 from oversquash_lens.capture.hooks import (
-    Hook,
     NamedHook,
     attached,
     hooked_places,
@@ -221,19 +221,18 @@ class _Watched:
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self.values: dict[str, Tensor] = {}
 
-    def _noting(self, name: str, edit: Callable[[str, Tensor], Tensor] | None = None) -> Hook:
-        def note(value: Tensor, hook: Any = None) -> Tensor | None:
-            self.shapes.setdefault(name, []).append(tuple(value.shape))
-            self.values[name] = value.detach()
-            return None if edit is None else edit(name, value)
-
-        return note
+    def _note(
+        self, name: str, edit: Callable[[str, Tensor], Tensor] | None, value: Tensor, hook: Any = None
+    ) -> Tensor | None:
+        self.shapes.setdefault(name, []).append(tuple(value.shape))
+        self.values[name] = value.detach()
+        return None if edit is None else edit(name, value)
 
     def hooks(self) -> list[NamedHook]:
         """For the first pass; the residual stream that enters the first block begins a graph of its own."""
         names = [*self.entering, *self.leaving, *self.patterns, *self.scales]
         names = [*(name for name in names if name in self.points), FINAL_HOOKS["prediction_input"]]
-        return [(name, self._noting(name, self._leaf if name == self.entering[0] else None)) for name in names]
+        return [(name, partial(self._note, name, self._leaf if name == self.entering[0] else None)) for name in names]
 
     def begin(self, embed: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
         """Forward hook of the embedding, which begins a graph, too."""
@@ -307,8 +306,8 @@ class _Watched:
             edited[..., place, :] = 0
             return edited
 
-        found = [(name, self._noting(name, empty)) for name in self.patterns]
-        found += [(name, self._noting(name)) for name in self.mixed]
+        found = [(name, partial(self._note, name, empty)) for name in self.patterns]
+        found += [(name, partial(self._note, name, None)) for name in self.mixed]
         return [(name, hook) for name, hook in found if name in self.points]
 
     def unused(self, place: int) -> str:

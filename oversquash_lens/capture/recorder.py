@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from oversquash_lens.capture.fused import (
     patterns_fit,
 )
 from oversquash_lens.capture.hooked_model import HookedModel, check_recording, norm_bias, norm_gain
-from oversquash_lens.capture.hooks import Hook, NamedHook, attached, hooked_places, last_logits_only, without_cache
+from oversquash_lens.capture.hooks import NamedHook, attached, hooked_places, last_logits_only, without_cache
 from oversquash_lens.capture.layer import KEPT, LayerRecord
 from oversquash_lens.capture.mlp import random_source
 from oversquash_lens.capture.subject import Subject, architecture_support
@@ -236,36 +237,30 @@ class Recorder:
 
     def hooks(self) -> list[NamedHook]:
         inside = self.architecture.layer_hooks(self.route).items()
-        pairs = [
-            (f"blocks.{i}.{name}", self._in_layer(key, i))
+        pairs: list[NamedHook] = [
+            (f"blocks.{i}.{name}", partial(self._in_layer, key, i))
             for i in range(self.architecture.n_layers)
             for key, name in inside
         ]
-        return pairs + [(name, self._behind(key)) for key, name in self.architecture.final_hooks().items()]
+        return pairs + [(name, partial(self._behind, key)) for key, name in self.architecture.final_hooks().items()]
 
-    def _in_layer(self, key: str, layer: int) -> Hook:
-        def take(value: Tensor, hook: Any = None) -> None:
-            layers = self.passed().layers
-            with self._hooks_named():
-                if key == "residual" and layer:
-                    layers[layer - 1].leave(value.detach()[0])
-                layers[layer].take(key, value)
-
-        return take
+    def _in_layer(self, key: str, layer: int, value: Tensor, hook: Any = None) -> None:
+        layers = self.passed().layers
+        with self._hooks_named():
+            if key == "residual" and layer:
+                layers[layer - 1].leave(value.detach()[0])
+            layers[layer].take(key, value)
 
     def report(self, layer: int, key: str, value: Tensor) -> None:
         """What no hook shows, reported by fused attention."""
-        self._in_layer(key, layer)(value)
+        self._in_layer(key, layer, value)
 
-    def _behind(self, key: str) -> Hook:
-        def take(value: Tensor, hook: Any = None) -> None:
-            passed = self.passed()
-            with self._hooks_named():
-                if key == "last" and key not in passed.final.kept:
-                    passed.layers[-1].leave(value.detach()[0])
-                passed.final.take(key, value.detach()[0])
-
-        return take
+    def _behind(self, key: str, value: Tensor, hook: Any = None) -> None:
+        passed = self.passed()
+        with self._hooks_named():
+            if key == "last" and key not in passed.final.kept:
+                passed.layers[-1].leave(value.detach()[0])
+            passed.final.take(key, value.detach()[0])
 
     @contextmanager
     def _hooks_named(self) -> Iterator[None]:

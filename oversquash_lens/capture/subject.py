@@ -379,9 +379,9 @@ def refuse_unsupported(supported: dict[str, SupportVerdict], measure: str, model
     verdict = supported[measure]
     if verdict.state == "refused":
         others = ", ".join(name for name, other in supported.items() if other.state != "refused")
+        instead = f"ask for one of {others} instead" if others else "no measure of this model remains"
         raise ModelError(
-            f"{measure} was asked of {model}: refused, because {verdict.why}; expected a model without that: ask for "
-            f"one of {others} instead"
+            f"{measure} was asked of {model}: refused, because {verdict.why}; expected a model without that: {instead}"
         )
 
 

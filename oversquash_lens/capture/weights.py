@@ -105,12 +105,6 @@ def layer_weights(model: HookedModel, architecture: Architecture, layer: int) ->
     block, factor = model.blocks[layer], architecture.multiplier
     attn, width = block.attn, block.attn.W_Q.shape[2]
 
-    def post_gain(norm: str) -> Tensor | None:
-        return None if architecture.behind is None else norm_gain(getattr(block, norm + architecture.behind), model)
-
-    def head_gain(norm: Any) -> Tensor | None:
-        return None if norm is None else norm_gain(norm, model, width).view(-1, width)
-
     of_queries, of_keys = head_norms(attn) or (None, None)
     before = block.ln1 if architecture.pre_norms else None
     mlp_norm = getattr(block, "ln1" if architecture.shared_norm else "ln2", None) if architecture.pre_norms else None
@@ -123,18 +117,27 @@ def layer_weights(model: HookedModel, architecture: Architecture, layer: int) ->
         query_bias=_heads_bias(attn, "b_Q", architecture.n_heads),
         key_bias=_heads_bias(attn, "b_K", architecture.n_kv_heads),
         value_bias=_heads_bias(attn, "b_V", architecture.n_kv_heads),
-        query_gain=head_gain(of_queries),
-        key_gain=head_gain(of_keys),
+        query_gain=_head_gain(of_queries, model, width),
+        key_gain=_head_gain(of_keys, model, width),
         output=_times(attn.W_O.detach(), factor),
         output_bias=_times(_detached(attn, "b_O"), factor),
         score_scale=_score_scale(attn) * architecture.score_factor,
         sinks=per_head_sinks(block),
-        attention_post_gain=post_gain("ln1"),
+        attention_post_gain=_post_gain(block, "ln1", model, architecture),
         mlp_gain=norm_gain(mlp_norm, model),
         mlp_norm_bias=norm_bias(mlp_norm),
-        mlp_post_gain=post_gain("ln2") if architecture.mlp != "none" else None,
+        mlp_post_gain=_post_gain(block, "ln2", model, architecture) if architecture.mlp != "none" else None,
         mlp=_mlp_weights(model, layer, norm_bias(mlp_norm), factor) if architecture.dense else None,
     )
+
+
+def _post_gain(block: Any, norm: str, model: HookedModel, architecture: Architecture) -> Tensor | None:
+    """Of the norm behind attention ("ln1") or MLP ("ln2")."""
+    return None if architecture.behind is None else norm_gain(getattr(block, norm + architecture.behind), model)
+
+
+def _head_gain(norm: Any, model: HookedModel, width: int) -> Tensor | None:
+    return None if norm is None else norm_gain(norm, model, width).view(-1, width)
 
 
 def _times(weight: Any, factor: float) -> Any:
@@ -154,22 +157,23 @@ def _mlp_weights(model: HookedModel, layer: int, norm_bias: Tensor | None, facto
     gated = _detached(mlp, "W_gate") is not None
     # HookedTransformer adds a gated MLP's b_in after the product, a bridge's own class inside it.
     after = is_hooked_transformer(model) and gated
-
-    def offset(weight: Tensor, bias: Tensor | None) -> Tensor:
-        total = weight.new_zeros(weight.shape[1]) if norm_bias is None else norm_bias @ weight
-        return total if bias is None else total + bias
-
     parts = ("gate", "in") if gated else ("in",)
     entering = tuple(getattr(mlp, f"W_{part}").detach() for part in parts)
     biases = (None if after else _detached(mlp, f"b_{part}") for part in parts)
     return MlpWeights(
         activation=activation,
         entering=entering,
-        offsets=tuple(offset(weight, bias) for weight, bias in zip(entering, biases, strict=True)),
+        offsets=tuple(_offset(weight, norm_bias, bias) for weight, bias in zip(entering, biases, strict=True)),
         post_bias=_detached(mlp, "b_in") if after else None,
         output=_times(mlp.W_out.detach(), factor),
         output_bias=_times(_detached(mlp, "b_out"), factor),
     )
+
+
+def _offset(weight: Tensor, norm_bias: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What enters an activation where the normalised residual is 0."""
+    total = weight.new_zeros(weight.shape[1]) if norm_bias is None else norm_bias @ weight
+    return total if bias is None else total + bias
 
 
 def _detached(module: Any, name: str) -> Tensor | None:
