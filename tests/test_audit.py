@@ -26,7 +26,7 @@ from oversquash_lens.numerics import spearman
 from oversquash_lens.paths.kinds import CALIBRATED, VARIANTS
 
 NO_CONSTANT = ("theorem_5_1", "rollout")
-BASELINES = ("attention", "values", "truth")
+BASELINES = ("attention", "values", "truth", "vocabulary")
 # Its norms, softmax and rotations are float32 inside.
 TOLERANCE = {"bridge-llama": 1e-5}
 

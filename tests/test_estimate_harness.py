@@ -20,6 +20,7 @@ import oversquash_lens as osl
 from benchmarks import estimate_anatomy as anatomy
 from benchmarks import estimate_calibration as calibration
 from benchmarks import estimate_vs_truth as harness
+from benchmarks import finite_truth as finite
 from benchmarks.estimate_prompts import KINDS, REAL, Sample, halves, samples, tokens
 from oversquash_lens.numerics import spearman
 
@@ -191,3 +192,30 @@ def test_average_keys_pull_by_their_frobenius_norm() -> None:
     wanted = osl.mean_field_sensitivity(replace(trace, gains=by_hand))
     assert torch.allclose(before.log_values, wanted.log_values, rtol=1e-6)
     assert not torch.allclose(before.log_values, osl.mean_field_sensitivity(trace).log_values, rtol=1e-3)
+
+
+def test_recall_is_of_the_leading_positions_without_the_last() -> None:
+    truth = torch.tensor([9.0, 1, 8, 2, 3, 4, 5, 6, 7, 0.5, 0.4, 0.3, 0.2, 99])  # two of thirteen lead: 0 and 2
+    assert finite.recall(truth, truth) == 1
+    assert finite.recall(-truth, truth) == 0
+    assert finite.recall(torch.tensor([1.0, *[0] * 9, 0, 0, 0.5, 5]), truth) == 0.5
+
+
+def test_a_prompt_of_the_finite_harness_is_what_its_parts_say_and_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = small(5), tokens_for(6, 9)[0]
+    monkeypatch.setattr(finite, "model_of", lambda name: model)
+    monkeypatch.setattr(finite, "mark_of", lambda name: "mark")
+    options = Namespace(out=tmp_path, draws=4, most=5)
+    found = finite.kept("small", "one", ids, options)
+    assert found["places"] == [0, 2, 4, 6, 8]
+    truth = osl.substitution(model, ids, found["places"], 4, "exact")
+    assert found["truth"] == pytest.approx(truth.distance.tolist())
+    weighted = osl.measured_sensitivity(model, ids, probes=finite.PROBES, norm="vocabulary")
+    assert found["values"]["vocabulary"] == pytest.approx(weighted.values[found["places"]].tolist())
+    nodes = osl.substitution(model, ids, found["places"], 8, "nodes", seed=finite.OTHER_SEED)
+    assert found["values"]["nodes, 8 draws"] == pytest.approx(nodes.distance.tolist())
+    monkeypatch.setattr(finite, "judged", lambda *args: pytest.fail("measured again"))
+    assert finite.kept("small", "one", ids, options) == found
+    assert "nodes, 2 draws" in finite.table("small", [{"half": "first", "kind": "random", **found}])

@@ -43,6 +43,29 @@ def test_exact_equals_row_by_row_autograd(name: str, norm: str, freeze: tuple[st
 
 @quiet
 @pytest.mark.parametrize("name", CASES)
+def test_vocabulary_steps_are_what_each_word_would_do(name: str) -> None:
+    """√mean_w ‖J_i (v_i(w) − v_i)‖², word by word, v_i(w) being read off a pass with w at i."""
+    model, tokens = case(name)
+    measured = osl.measured_sensitivity(model, tokens, probes=None, norm="vocabulary")
+    jacobian = row_by_row(model, tokens, ())
+    words = torch.arange(model.cfg.d_vocab)
+    entering: list[torch.Tensor] = []
+    for place in range(tokens.shape[1]):
+        each = tokens.repeat(len(words), 1)
+        each[:, place] = words
+        with torch.no_grad():
+            hook = ("blocks.0.hook_resid_pre", lambda v, hook, place=place: entering.append(v[:, place].double()))
+            model.run_with_hooks(each, fwd_hooks=[hook])
+    steps = torch.stack([each - each[tokens[0, place]] for place, each in enumerate(entering)])
+    moved = torch.einsum("pod,pwd->pwo", jacobian, steps)
+    expected = moved.square().sum(-1).mean(-1).sqrt()
+    assert torch.allclose(measured.values, expected, rtol=TOLERANCE.get(name, 1e-9) * 10, atol=1e-12)
+    probed = osl.measured_sensitivity(model, tokens, probes=400, norm="vocabulary")
+    assert ((probed.values - expected).abs() <= 5 * probed.standard_error + 1e-9).all()
+
+
+@quiet
+@pytest.mark.parametrize("name", CASES)
 def test_freezing_changes_the_jacobian(name: str) -> None:
     """The four freezes measure four different things (else a freeze that does nothing would pass)."""
     model, tokens = case(name)

@@ -23,6 +23,7 @@ from oversquash_lens.errors import whole_number
 from oversquash_lens.jacobian.measured import MEMORY, MeasuredSensitivity, exact_norms, frobenius_estimate, probe_rows
 from oversquash_lens.jacobian.products import differentiate, truth_route
 from oversquash_lens.jacobian.routes import MOST_FROZEN, fitting_memory, truth_bytes
+from oversquash_lens.jacobian.steps import VocabularySteps
 from oversquash_lens.memory import HELD, check_memory, kept_bytes, record_bytes
 from oversquash_lens.numerics import json_numbers, spearman
 from oversquash_lens.paths.kinds import CALIBRATED, MEAN_FIELD_FIXED, PRINTED, VARIANTS
@@ -62,8 +63,9 @@ class Audit(Result):
 
     `str(audit)` is a table of `rows`, `sentence` says what it says; `truth` is ‖∂y_n/∂v_i‖_F, `mean_field` and
     `bounds` (by variant) are the profiles that `rows` compare with it; two baselines of attention follow, and the
-    infinitesimal truth itself. `expected` is the estimate's error, predicted without the truth. `replaced` is what
-    replacing each token does, or None, and `not_replaced` why it was not measured.
+    infinitesimal truth itself, plain and weighted with the steps that a token can take ("vocabulary"). `expected` is
+    the estimate's error, predicted without the truth. `replaced` is what replacing each token does, or None, and
+    `not_replaced` why it was not measured.
     """
 
     about: About
@@ -192,6 +194,8 @@ class Truths:
     spectral: MeasuredSensitivity
     frozen_frobenius: MeasuredSensitivity | None
     frozen_spectral: MeasuredSensitivity | None
+    vocabulary: MeasuredSensitivity | None = None
+    """With nothing frozen, weighted with the steps from each token to the other words."""
 
 
 def audit(
@@ -276,7 +280,7 @@ def audit_trace(
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
         label = label if truth is None or truth.exact else f"{label}, from below"
         rows.append(_row(name, bound, truth, truths, label))
-    plain = baselines(trace, truths.frobenius)
+    plain = baselines(trace, truths.frobenius, truths.vocabulary)
     rows += [
         AuditRow(name, spearman(values.log(), plain["truth"].log()), *UNSIZED, None, False, "–")
         for name, values in plain.items()
@@ -323,18 +327,22 @@ def measure_truths(
     progress: bool = False,
 ) -> Truths:
     """Full and, if asked, frozen-attention Jacobian of a tokenized prompt: both norms from the same products."""
+    steps = VocabularySteps(subject, tokenized.ids)
     largest = ("attention",) if frozen else ()
     memory = fitting_memory(subject, len(tokenized.ids), memory, spectral=probes is None, freeze=largest)
 
-    def both_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
+    def all_norms(freeze: tuple[str, ...]) -> Iterator[MeasuredSensitivity]:
         differentiated = differentiate(subject, tokenized, freeze)  # let go before the next: one graph at a time
         if probes is None:
-            exact = exact_norms(differentiated, ("fro", "spectral"), memory, progress)
+            norms = ("fro", "spectral", *(() if freeze else ("vocabulary",)))
+            exact = exact_norms(differentiated, norms, memory, progress, steps)
             found = {norm: (values, torch.zeros_like(values)) for norm, values in exact.items()}
         else:
             rows, covectors = probe_rows(differentiated, probes, seed, memory, progress)
             from_below = _spectral_from_below(rows, covectors)
             found = {"fro": frobenius_estimate(rows), "spectral": (from_below, torch.zeros_like(from_below))}
+            if not freeze:
+                found["vocabulary"] = frobenius_estimate(steps(rows))
         own_seed = None if probes is None else seed
         for norm, (values, error) in found.items():
             yield MeasuredSensitivity(
@@ -342,7 +350,9 @@ def measure_truths(
             )
 
     frozen = frozen and subject.support["attention frozen"].state != "refused"
-    return Truths(*both_norms(()), *(both_norms(("attention",)) if frozen else (None, None)))
+    frobenius, spectral, vocabulary = all_norms(())
+    fixed_frobenius, fixed_spectral = all_norms(("attention",)) if frozen else (None, None)
+    return Truths(frobenius, spectral, fixed_frobenius, fixed_spectral, vocabulary)
 
 
 def _spectral_from_below(

@@ -84,8 +84,12 @@ def _refuse_mixed_gains(first: Profile, second: Profile) -> None:
 # ------------------------------------------------------------ against what replacing does
 
 
-def baselines(trace: Trace, truth: MeasuredSensitivity) -> dict[str, Float[Tensor, " pos"]]:
+def baselines(
+    trace: Trace, truth: MeasuredSensitivity, vocabulary: MeasuredSensitivity | None = None
+) -> dict[str, Float[Tensor, " pos"]]:
     """What people use instead: "attention" and "values" of the last row, and "truth", the infinitesimal one.
+
+    "vocabulary" is the latter weighted with the steps that a token can take, where it was measured.
 
     "attention" is the mean over layers and heads of the last position's weights. "values" weighs each with the length
     of what the head then writes, α‖v W_O‖, heads by their squares; each layer counts alike. Both sum to 1, or to less
@@ -98,7 +102,8 @@ def baselines(trace: Trace, truth: MeasuredSensitivity) -> dict[str, Float[Tenso
     lengths = einsum(factor, values, "layer head rank d, layer head pos d -> layer head pos rank").norm(dim=-1)
     written = (weights * lengths).square().sum(1).sqrt()
     written = written / written.sum(-1, keepdim=True).clamp(min=torch.finfo(written.dtype).tiny)
-    return {"attention": weights.mean((0, 1)).cpu(), "values": written.mean(0).cpu(), "truth": truth.values.double()}
+    found = {"attention": weights.mean((0, 1)).cpu(), "values": written.mean(0).cpu(), "truth": truth.values.double()}
+    return found if vocabulary is None else {**found, "vocabulary": vocabulary.values.double()}
 
 
 def rank_of_replaced(measure: Profile | Float[Tensor, " pos"], replaced: Substitution) -> float:
