@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import case
 from small_results import about, profile, truth
 
-from oversquash_lens.analyses.compare import compare
+import oversquash_lens as osl
+from oversquash_lens.analyses.compare import compare, compare_flows
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.numerics import spearman
@@ -122,3 +124,32 @@ def test_an_unknown_gain_goes_with_nothing_but_itself(mine: str, theirs: str) ->
     else:
         with pytest.raises(InputError, match=r"fold_ln=False"):
             compare(one, two)
+
+
+@pytest.mark.parametrize("name", ["ln-plain-learned", "bridge-llama"])
+def test_the_estimated_flow_against_the_measured_one_number_by_number(name: str) -> None:
+    model, tokens = case(name)
+    audit = osl.audit(model, tokens, probes=2, draws=0, where=[1, slice(0, 2)])
+    trace = osl.record(model, tokens)
+    for found, source in zip(audit.where, (1, slice(0, 2)), strict=True):
+        estimated, measured = osl.flow(trace, source=source), osl.measured_flow(model, tokens, source)
+        rows = zip(estimated.node.tolist(), measured.node.tolist(), strict=True)
+        apart = [sum(abs(a - b) for a, b in zip(one, other, strict=True)) / 2 for one, other in rows]
+        assert found.total_variation.tolist() == pytest.approx(apart, abs=1e-6)
+        assert found.total_variation[-1] == pytest.approx(0, abs=1e-5)  # all of it leaves at the last position
+        rho = [slow_spearman(*pair) for pair in zip(estimated.head.tolist(), measured.head.tolist(), strict=True)]
+        assert found.heads.tolist() == pytest.approx(rho, abs=1e-9, nan_ok=True)
+        for leading, flow in ((found.estimated, estimated), (found.measured, measured)):
+            by_share = sorted(
+                itertools.product(*map(range, flow.head.shape)), key=lambda at, flow=flow: -flow.head[at].item()
+            )
+            assert leading == tuple(by_share[:3])
+        assert found.shared == len({*found.estimated} & {*found.measured})
+        assert f"flow of {found.text}: total variation" in str(audit)
+    assert audit.to_dict()["where"][0]["total_variation"] == pytest.approx(audit.where[0].total_variation.tolist())
+
+
+def test_flows_of_different_sources_are_not_compared() -> None:
+    model, tokens = case("ln-plain-learned")
+    with pytest.raises(InputError, match="one source"):
+        compare_flows(osl.flow(osl.record(model, tokens), source=1), osl.measured_flow(model, tokens, 2))

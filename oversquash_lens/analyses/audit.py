@@ -13,7 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from oversquash_lens.analyses.answer import replaced_unasked
-from oversquash_lens.analyses.compare import baselines, ceiling, compare, rank_of_replaced
+from oversquash_lens.analyses.compare import (
+    FlowComparison,
+    baselines,
+    ceiling,
+    compare,
+    flows_compared,
+    rank_of_replaced,
+)
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
 from oversquash_lens.capture.subject import Subject
@@ -65,7 +72,7 @@ class Audit(Result):
     `bounds` (by variant) are the profiles that `rows` compare with it; two baselines of attention follow, and the
     infinitesimal truth itself, plain and weighted with the steps that a token can take ("vocabulary"). `expected` is
     the estimate's error, predicted without the truth. `replaced` is what replacing each token does, or None, and
-    `not_replaced` why it was not measured.
+    `not_replaced` why it was not measured. `where` holds the estimated flow against the measured one, source by source.
     """
 
     about: About
@@ -77,6 +84,7 @@ class Audit(Result):
     expected: ExpectedError  # of the estimate, predicted without the truth
     replaced: Substitution | None = None
     not_replaced: str = ""
+    where: tuple[FlowComparison, ...] = ()
 
     @property
     def ceiling(self) -> float:
@@ -151,6 +159,7 @@ class Audit(Result):
             "ceiling": json_numbers(self.ceiling),
             "mean_field": self.mean_field.to_dict(),
             "expected": self.expected.to_dict(),
+            "where": [each.to_dict() for each in self.where],
             "bounds": {name: profile.to_dict() for name, profile in self.bounds.items()},
         }
 
@@ -178,7 +187,7 @@ class Audit(Result):
         out = io.StringIO()
         console = Console(file=out, width=110, legacy_windows=False, force_jupyter=False, force_terminal=False)
         console.print(table)
-        console.print(Text(self.sentence))
+        console.print(Text("\n".join([self.sentence, *map(str, self.where)])))
         return out.getvalue().rstrip()
 
 
@@ -205,6 +214,7 @@ def audit(
     probes: int | None = None,
     beta: float | str = "measured",
     draws: int | None = None,
+    where: bool | Sequence[Any] = False,
     chat: bool = False,
     bos: bool | None = None,
     seed: int = 0,
@@ -228,6 +238,8 @@ def audit(
         beta: of the printed bounds, "measured" or one number, as in `path_bound`.
         draws: replacements of each token for the finite truth, 0 for none; None for four up to 150 tokens, where single
             positions can be recomputed alone (see `substitution`).
+        where: True, or a list of sources as `flow` takes them: the estimated flow of each is held against the measured
+            one, which takes 24 backward and forward products for each; True means six positions over the prompt.
         chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
         memory: bytes for a batch of backward products.
         progress: show a bar.
@@ -246,7 +258,9 @@ def audit(
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
     trace, truths = recorded_truths(subject, tokenized, recording, effort)
-    return audit_trace(trace, truths, beta, replaced_unasked(subject, tokenized.ids, draws, DRAWS, seed, progress))
+    compared = flows_compared(subject, tokenized.ids, trace, where, seed, progress)
+    replaced = replaced_unasked(subject, tokenized.ids, draws, DRAWS, seed, progress)
+    return replace(audit_trace(trace, truths, beta, replaced), where=compared)
 
 
 def check_effort(probes: int | None, node_probes: int | None, draws: int | None = None) -> None:

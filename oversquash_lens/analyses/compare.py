@@ -1,21 +1,25 @@
-"""Measures against each other and against what replacing does: rank correlations, sizes, and baselines of attention."""
+"""Measures against each other and against what replacing does, and the estimated flow against the measured one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from oversquash_lens.capture.attention import per_head
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.capture.trace import Trace
 from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
-from oversquash_lens.numerics import spearman, to_float64
+from oversquash_lens.jacobian.measured_flow import MeasuredFlow, measured_flow
+from oversquash_lens.numerics import json_numbers, spearman, to_float64
+from oversquash_lens.paths.flow import Flow, flows
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.swaps.substitution import Substitution
 
@@ -126,3 +130,86 @@ def ceiling(replaced: Substitution) -> float:
         return math.nan
     first, second = (replaced.distances[:, at].log().mean(-1) for at in halves)
     return spearman(first, second)
+
+
+# ------------------------------------------------------------ where: the estimated flow against the measured one
+
+LEADING = 3  # heads
+WHERE_PROBES = 8  # of the measured flow: within a total variation of 0.02 of all directions
+
+
+@dataclass(frozen=True)
+class FlowComparison:
+    """The estimated flow of one source held against the measured one."""
+
+    source: int | slice | None
+    text: str
+    total_variation: Float[Tensor, " layer_plus_1"]
+    """Half the sum over positions of |estimated − measured share|, entering each layer and leaving the last; from 0."""
+    heads: Float[Tensor, " layer"]
+    """Spearman's ρ of both over the heads of each layer; nan where it shows none."""
+    estimated: tuple[tuple[int, int], ...]
+    """The leading (layer, head) of the estimate, the largest share first."""
+    measured: tuple[tuple[int, int], ...]
+    """The same, measured."""
+    error: float
+    """Of the measurement, as a total variation at its worst layer."""
+
+    @property
+    def shared(self) -> int:
+        """How many of the leading heads are both's."""
+        return len(set(self.estimated) & set(self.measured))
+
+    def to_dict(self) -> dict[str, Any]:
+        tensors = {name: json_numbers(getattr(self, name)) for name in ("total_variation", "heads")}
+        named = {name: [list(each) for each in getattr(self, name)] for name in ("estimated", "measured")}
+        return {"text": self.text, **tensors, **named, "shared": self.shared, "error": json_numbers(self.error)}
+
+    def __str__(self) -> str:
+        worst, inner = int(self.total_variation.argmax()), self.total_variation[1:-1]
+        typical = inner.median().item() if len(inner) else self.total_variation.median().item()
+        return (
+            f"flow of {self.text}: total variation {typical:.2f} (median over layers), "
+            f"{self.total_variation[worst]:.2f} entering layer {worst}; ρ over the heads of a layer "
+            f"{self.heads.nanmedian():.2f} (median); {self.shared} of the {len(self.measured)} leading heads are the "
+            "measured ones"
+        )
+
+
+def compare_flows(estimated: Flow, measured: MeasuredFlow) -> FlowComparison:
+    """How far the estimated flow of a source is from the measured one of the same tokens and source."""
+    if estimated.tokens != measured.tokens or estimated.source != measured.source:
+        raise InputError("expected flows of one prompt and one source, got two: measure and estimate the same one")
+    shown = measured.head if measured.head.numel() else torch.full_like(estimated.head, math.nan)
+    rho = [
+        spearman(*pair) if not pair[1].isnan().any() else math.nan for pair in zip(estimated.head, shown, strict=True)
+    ]
+    return FlowComparison(
+        source=measured.source,
+        text=estimated.source_text,
+        total_variation=(estimated.node.cpu() - measured.node).abs().sum(-1) / 2,
+        heads=torch.tensor(rho, dtype=torch.float64, device="cpu"),
+        estimated=_leading(estimated.head),
+        measured=_leading(shown),
+        error=measured.error,
+    )
+
+
+def _leading(head: Float[Tensor, "layer head"]) -> tuple[tuple[int, int], ...]:
+    largest = head.nan_to_num(nan=-math.inf).flatten().topk(min(LEADING, head.numel())).indices.tolist()
+    return tuple(divmod(at, head.shape[1]) for at in largest)
+
+
+def flows_compared(
+    subject: Subject, ids: Int[Tensor, " pos"], trace: Trace, where: bool | Sequence[Any], seed: int, progress: bool
+) -> tuple[FlowComparison, ...]:
+    """The estimate of a recorded prompt against a measured flow for each source; True: six places over the prompt."""
+    if where is False:
+        return ()
+    n = len(ids)
+    sources = sorted({0, 1, n // 4, n // 2, 3 * n // 4, n - 2} & set(range(n - 1))) if where is True else where
+    estimated = flows(trace, sources)
+    return tuple(
+        compare_flows(each, measured_flow(subject.model, ids, each.source, WHERE_PROBES, seed=seed, progress=progress))
+        for each in estimated
+    )

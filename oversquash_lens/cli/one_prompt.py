@@ -43,6 +43,9 @@ def add_commands(commands: Any) -> None:
     audit.add_argument(
         "--draws", type=int, metavar="K", help="replacements of each token, 0 for none (default 4 up to 150 tokens)"
     )
+    audit.add_argument(
+        "--where", action="store_true", help="hold the estimated flow against the measured one too (slow)"
+    )
     flow = prompt_command(commands, "flow", run_flow, "where the sensitivity runs, measured; or an estimate of it")
     flow.add_argument(
         "--source", metavar="TOKEN", help="the route of one token: its position, its text, or START:END for a span"
@@ -106,7 +109,7 @@ def run_audit(options: argparse.Namespace) -> None:
     model = load(options)
     if planned(options, model, prompt, "audit", options.probes):
         return
-    how = {"probes": options.probes, "draws": options.draws, **recording_options(options)}
+    how = {"probes": options.probes, "draws": options.draws, "where": options.where, **recording_options(options)}
     result = audit(model, prompt, progress=True, **how)
     remark(result.about)
     deliver(options, result.to_dict(), str(result))
