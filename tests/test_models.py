@@ -669,9 +669,12 @@ def test_hub_out_of_reach_is_asked_once(hub_cache: Callable, waits: list[float])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hub_out_of_reach_but_in_its_cache(kind: str, hub_cache: Callable, llama_folder: Path) -> None:
+def test_hub_out_of_reach_but_in_its_cache(
+    kind: str, hub_cache: Callable, llama_folder: Path, waits: list[float]
+) -> None:
     hub_cache("org/tiny", llama_folder)
     model = load_model("org/tiny", kind=kind, device="cpu")
+    assert waits == []
     assert model.cfg.model_name == "org/tiny"
     assert furthest(model, llama_folder, some_tokens()) <= 1e-4
 

@@ -210,6 +210,8 @@ def _pretrained(
 
     trust = {"trust_remote_code": loading.trust_remote_code}
     placing = {} if loading.device_map is None else {"device_map": loading.device_map}
+    # Where PEFT is installed transformers looks for an adapter, too, and would ask the hub for it six times over.
+    here = {"adapter_kwargs": {"local_files_only": True}} if where.get("local_files_only") else {}
     with _quiet():
         if "gguf_file" not in where:  # of these the header is checked already
             _check_depth(AutoConfig.from_pretrained(source, **where, **trust))
@@ -221,6 +223,7 @@ def _pretrained(
             output_loading_info=True,
             use_safetensors="gguf_file" not in where or None,
             **where,
+            **here,
             **trust,
             **placing,
             **(for_model or {}),
