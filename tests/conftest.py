@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import shape_checks  # noqa: F401  # before the package
 import torch
 from bad_summary import bad_days
 from browsing import Opened, chromium
