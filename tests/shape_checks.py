@@ -30,6 +30,14 @@ def shaped(hint: Any, names: dict[str, Any]) -> bool:
     return type(hint).__module__.startswith("jaxtyping") or any(shaped(each, {}) for each in get_args(hint))
 
 
+def checked(function: Callable, typechecker: Callable) -> Callable:
+    """With its annotations left as they are written: beartype puts what they mean in their place."""
+    written = dict(function.__annotations__)
+    found = typechecker(function)
+    function.__annotations__ = written
+    return found
+
+
 def jaxtyped(*args: Any, typechecker: Any = None, **kwargs: Any) -> Any:
     """In the place of jaxtyping's own decorator."""
     if args:
@@ -40,7 +48,7 @@ def jaxtyped(*args: Any, typechecker: Any = None, **kwargs: Any) -> Any:
             names = function.__globals__
             if not any(shaped(hint, names) for hint in function.__annotations__.values()):
                 inner = "<locals>" in function.__qualname__  # made anew at each call of what it is in
-                return function if inner or typechecker is None else typechecker(function)
+                return function if inner or typechecker is None else checked(function, typechecker)
         return ORIGINAL(typechecker=typechecker, **kwargs)(function)
 
     return decorate
