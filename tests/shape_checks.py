@@ -10,6 +10,7 @@ import builtins
 import inspect
 import re
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, get_args
 
 import jaxtyping
@@ -31,11 +32,16 @@ def shaped(hint: Any, names: dict[str, Any]) -> bool:
 
 
 def checked(function: Callable, typechecker: Callable) -> Callable:
-    """With its annotations left as they are written: beartype puts what they mean in their place."""
+    """By the type checker alone, or not where jaxtyping is switched off; with the annotations as they are written."""
     written = dict(function.__annotations__)
-    found = typechecker(function)
-    function.__annotations__ = written
-    return found
+    strict = typechecker(function)
+    function.__annotations__ = written  # beartype puts what they mean in their place
+
+    @wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else strict)(*args, **kwargs)
+
+    return either
 
 
 def jaxtyped(*args: Any, typechecker: Any = None, **kwargs: Any) -> Any:
