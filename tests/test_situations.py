@@ -216,7 +216,8 @@ def differences(model: Model, step: float = 0.02) -> torch.Tensor:
         moved[0, nudge["pos"], nudge["entry"]] += nudge["by"]
         return moved
 
-    hooks = [("blocks.0.hook_resid_pre", move), ("unembed.hook_in", lambda y, hook: kept.append(y[0, -1].double()))]
+    hooks = [("blocks.0.hook_resid_pre", move)]
+    reading = model.unembed.register_forward_pre_hook(lambda module, read: kept.append(read[0][0, -1].double()))
     rows = []
     for pos in range(len(IDS)):
         columns = []
@@ -227,6 +228,7 @@ def differences(model: Model, step: float = 0.02) -> torch.Tensor:
                     model.run_with_hooks(ids, fwd_hooks=hooks)
             columns.append((kept[-2] - kept[-1]) / (2 * step))
         rows.append(torch.stack(columns).norm())
+    reading.remove()
     return torch.stack(rows)
 
 
