@@ -46,6 +46,7 @@ SIZES |= dict.fromkeys(
 )
 SIZES |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 8)
 SIZES |= {"qk_rope_head_dim": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "global_head_dim": 4}
+SIZES |= dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_state", "state_size", "ssm_state_size"), 8)
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "attention_dropout": 0.0}
 MOST = 10**6  # weights of a model that is tiny
 # What one config class needs besides, and options of it that change its function: name -> (model type, settings).
