@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from oversquash_lens.analyses.compare import compare
 from oversquash_lens.capture.architecture import read_architecture
 from oversquash_lens.capture.hooks import attached
 from oversquash_lens.capture.subject import MEASURES, STATES, SupportVerdict
+from oversquash_lens.capture.subject import Subject as ProvenSubject
 from oversquash_lens.errors import HookMismatchError, ModelError
 from oversquash_lens.paths.kinds import PRINTED
 
@@ -137,7 +139,6 @@ class Subject:
         """What the unembedding reads at the last position, for each [pos, d_model] added to the embeddings."""
         found: list[torch.Tensor] = []
         hooks = [("unembed.hook_in", lambda y, hook=None: found.append(y[:, -1].double()))]
-        hooks.append(("blocks.0.hook_resid_pre", lambda v, hook=None: v + nudges.to(v)))
         if freeze_attention:
             kept = self.patterns
             hooks += [
@@ -147,7 +148,13 @@ class Subject:
                 )
                 for i in range(len(kept))
             ]
-        with torch.no_grad(), attached(self.model, hooks):
+        with torch.no_grad(), ExitStack() as stack:
+            if ProvenSubject.of(self.model).function.shown.embedded:  # later layers read the embedding, too
+                moved = self.model.embed.register_forward_hook(lambda embed, inputs, v: v + nudges.to(v))
+                stack.callback(moved.remove)
+            else:
+                hooks.append(("blocks.0.hook_resid_pre", lambda v, hook=None: v + nudges.to(v)))
+            stack.enter_context(attached(self.model, hooks))
             self.model(self.tokens.repeat(len(nudges), 1))
         restore = read_architecture(self.model).restore_gain
         return found[0] if restore is None else found[0] * restore.double()

@@ -1,6 +1,7 @@
 """Every decoder that transformers has a config class for, tiny and random, through `load_model`: what is said of it.
 
-    python tests/every_family.py --out families.json            # all of them; or name some: granite olmo2 "mpt clip"
+    python tests/every_family.py --out families-3.9.json     # all of them; or name some: granite olmo2 "mpt clip"
+    python tests/every_family.py --render families-*.json    # docs/families.md
 
 A family is supported, approximate, refused (a ModelError says why), wrong (a number that the truth refutes, or a
 declaration that is not kept) or foreign (somebody else's exception). Exits with 1 where any is wrong or foreign.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -49,6 +51,10 @@ SIZES |= {"qk_rope_head_dim": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "
 SIZES |= dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_d_state", "state_size", "ssm_state_size"), 8)
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "attention_dropout": 0.0}
 MOST = 10**6  # weights of a model that is tiny
+HYBRID = ["linear_attention", "full_attention"]
+LINEAR = {f"linear_{which}_head_dim": 4 for which in ("key", "value")} | {
+    f"linear_num_{which}_heads": 4 for which in ("key", "value")
+}
 # What one config class needs besides, and options of it that change its function: name -> (model type, settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"activation_function": "gelu_new"}),
@@ -94,6 +100,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", {"num_key_value_heads": 4}),
     "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 0}),
     "deepseek_v3 dense": ("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1}),
+    **{name: (name, {"num_key_value_heads": 4}) for name in ("glm4_moe_lite", "glm_moe_dsa", "youtu")},
+    **{name: (name, {"layer_types": HYBRID} | LINEAR) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {"mamba_n_heads": 4, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
+    ),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1}),
+    "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "recurrent_gemma": ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}),
+    "zamba2": ("zamba2", {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 4, "use_mamba_kernels": False}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2}),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
@@ -190,12 +207,52 @@ def said_of(name: str) -> dict[str, Any]:
     return {"outcome": outcome, "why": sorted(why), "measures": states}
 
 
+HEAD = """# Families
+
+Every type of model that transformers calls a causal language model and TransformerLens has a bridge for: one tiny random
+model of each, saved and loaded by `load_model`, every measure held against the truth and against what `osl.support`
+declares. Made by `python tests/every_family.py` and `--render`, never by hand; [compatibility](compatibility.md) has the
+numbers of those that most people use.
+
+- **supported**, **approximate**: every measure is there, and means what its documentation says, or nearly.
+- **in part**: some measures are refused, each with its reason; the column says which remain.
+- **refused**: none remains. **not loaded**: TransformerLens itself cannot load it.
+- **not made**: no tiny model of it could be made here, so nothing is known.
+"""
+
+
+def page(runs: dict[str, dict[str, Any]]) -> str:
+    """The table of every family with a bridge, a column for each version, and the totals."""
+    known = dict.fromkeys(name for found in runs.values() for name in found)
+    lines = [HEAD, f"| family | {' | '.join(runs)} | what remains where some is refused | why |"]
+    lines.append("|---" * (len(runs) + 3) + "|")
+    for name in known:
+        found = [run.get(name, {"outcome": "not tried", "why": ""}) for run in runs.values()]
+        if all(each["outcome"] in ("no bridge", "not tried") for each in found):
+            continue
+        last = next(each for each in reversed(found) if each["outcome"] not in ("no bridge", "not tried"))
+        remains = [measure for measure, state in last.get("measures", {}).items() if state != "refused"]
+        why = last["why"] if isinstance(last["why"], str) else "; ".join(last["why"])
+        why = re.sub(r"tmp\w+ ", "it ", why).split("; expected")[0].replace("|", "/").replace("\n", " ")
+        cells = [name, *(each["outcome"] for each in found)]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(remains) if last['outcome'] == 'in part' else ''} | {why} |")
+    for label, run in runs.items():
+        counts = Counter(each["outcome"] for each in run.values())
+        lines.append(f"\n{label}: {len(run)} tried, {', '.join(f'{n} {what}' for what, n in counts.most_common())}.")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--after", help="go on behind this one")
+    parser.add_argument("--render", nargs="+", type=Path, metavar="FILE", help="write docs/families.md from these runs")
     options = parser.parse_args()
+    if options.render:
+        runs = {path.stem.split("-", 1)[-1]: json.loads(path.read_text("utf-8")) for path in options.render}
+        (Path(__file__).parent.parent / "docs" / "families.md").write_text(page(runs), "utf-8")
+        return 0
     torch.set_num_threads(1)
     found = {}
     wanted = options.families or names()
