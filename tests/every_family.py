@@ -209,10 +209,10 @@ def said_of(name: str) -> dict[str, Any]:
 
 HEAD = """# Families
 
-Every type of model that transformers calls a causal language model and TransformerLens has a bridge for: one tiny random
-model of each, saved and loaded by `load_model`, every measure held against the truth and against what `osl.support`
-declares. Made by `python tests/every_family.py` and `--render`, never by hand; [compatibility](compatibility.md) has the
-numbers of those that most people use.
+Every type of model that transformers calls a causal language model and TransformerLens has a bridge for: one tiny
+random model of each, saved and loaded by `load_model`, every measure held against the truth and against what
+`osl.support` declares. Made by `python tests/every_family.py` and `--render`, never by hand;
+[compatibility](compatibility.md) has the numbers of those that most people use.
 
 - **supported**, **approximate**: every measure is there, and means what its documentation says, or nearly.
 - **in part**: some measures are refused, each with its reason; the column says which remain.
