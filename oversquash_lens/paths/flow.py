@@ -206,7 +206,7 @@ def flows(
     """
     trace = checked_trace(trace)
     if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
-        came = "no source" if isinstance(sources, Sequence) else f"a {type(sources).__name__}"
+        came = "no source" if isinstance(sources, list | tuple) and not sources else f"a {type(sources).__name__}"
         raise InputError(
             f"expected a list of positions of the prompt, or of None for all of them together, got {came}: give at "
             "least one, such as [None]"
