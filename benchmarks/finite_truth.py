@@ -7,7 +7,7 @@ The truth is `substitution(method="exact")`, with the geometric mean over --draw
 them uniform and half plausible; of longer prompts --most positions, spread evenly. Nodes draw other replacements than
 the truth. Nothing is fitted. Every prompt is kept in OUT as it is done, so a run that was stopped goes on. Prints, for
 each model, Spearman's ρ and how many of the truth's leading 15 % of positions are found: medians over prompts [worst].
---long adds a prompt of 1,000 tokens, 50 positions of it, to the real models.
+--long adds a prompt of 1,000 tokens to the real models.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import oversquash_lens as osl
-from benchmarks.estimate_prompts import KINDS, halves, tokens
+from benchmarks.estimate_prompts import KINDS, tokens
 from benchmarks.estimate_texts import TEXTS
-from benchmarks.estimate_vs_truth import GROUPS, TRUTH_OF, group_of, mark_of, model_of
+from benchmarks.estimate_vs_truth import GROUPS, TRUTH_OF, chosen, group_of, mark_of, model_of
+from oversquash_lens.analyses.audit import measure_truths
 from oversquash_lens.analyses.compare import baselines, ceiling
+from oversquash_lens.capture.subject import Subject
 from oversquash_lens.numerics import spearman
 from oversquash_lens.storage import write_atomically
 
@@ -52,18 +54,17 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        chosen = [
-            (half, sample.kind, sample.name, tokens(sample, model_of(name)).cpu())
-            for half, part in zip(("first", "second"), halves(), strict=True)
-            for sample in part
-            if options.half in (half, "both") and sample.kind in options.kinds
+        prompts = [
+            (half, sample.kind, sample.name, tokens(sample, model_of(name)).cpu()) for half, sample in chosen(options)
         ]
         if options.long and model_of(name).tokenizer is not None:
             text = " ".join(TEXTS["prose"])
-            chosen.append(("second", "long", "long", model_of(name).to_tokens(text, prepend_bos=False)[0][:LONG].cpu()))
+            prompts.append(
+                ("second", "long", "long", model_of(name).to_tokens(text, prepend_bos=False)[0][:LONG].cpu())
+            )
         rows = [
             {"half": half, "kind": kind, "prompt": prompt, **kept(name, prompt, ids, options)}
-            for half, kind, prompt, ids in tqdm(chosen, desc=name, unit="prompt")
+            for half, kind, prompt, ids in tqdm(prompts, desc=name, unit="prompt")
         ]
         write_atomically(options.out / f"{name}.json", json.dumps(rows, indent=1).encode())
         print(table(name, rows), flush=True)
@@ -86,15 +87,17 @@ def judged(model: Any, ids: Tensor, draws: int, most: int) -> dict[str, Any]:
     """Every measure's values at the positions whose tokens were replaced, and the truth's."""
     n = len(ids)
     places = torch.linspace(0, n - 1, min(n, most), device="cpu").round().long().tolist()
-    truth = osl.substitution(model, ids, places, draws, "exact")
+    subject, truth = Subject.of(model), osl.substitution(model, ids, places, draws, "exact")
     trace = osl.record(model, ids)
-    derivative = osl.measured_sensitivity(model, ids, probes=PROBES)
-    vocabulary = osl.measured_sensitivity(model, ids, probes=PROBES, norm="vocabulary")
+    derivatives = measure_truths(subject, subject.tokenize(ids), trace.about, probes=PROBES, frozen=False)
+    profiles = osl.profiles(trace, ("rollout", "proof", "mean_field"))
     measures = {
-        **baselines(trace, derivative, vocabulary),
-        "rollout": osl.path_bound(trace, "rollout").share,
-        "bound": osl.path_bound(trace, "proof").share,
-        "mean_field": osl.mean_field_sensitivity(trace).values,
+        **baselines(trace),
+        "truth": derivatives.frobenius.values,
+        "vocabulary": derivatives.vocabulary.values,
+        "rollout": profiles["rollout"].share,
+        "bound": profiles["proof"].share,
+        "mean_field": profiles["mean_field"].values,
     }
     values = {each: of.double()[places].tolist() for each, of in measures.items()}
     for many in NODES:

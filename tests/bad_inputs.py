@@ -301,6 +301,7 @@ ARGUMENTS = [
     Case("audit", "no probes", "probes=0", lambda w: osl.audit(w.model, PROMPT, probes=0)),
     Case("audit", "where a text", "str", lambda w: osl.audit(w.model, PROMPT, probes=1, where="Alice")),
     Case("audit", "where not there", "Zoe", lambda w: osl.audit(w.model, PROMPT, probes=1, where=["Zoe"])),
+    Case("audit", "where all", "None", lambda w: osl.audit(w.model, PROMPT, probes=1, where=[None])),
     Case("audit", "beta zero", "beta=0", lambda w: osl.audit(w.model, PROMPT, probes=1, beta=0)),
     Case("findings", "probes negative", "probes=-1", lambda w: osl.findings(w.model, PROMPT, probes=-1)),
     Case("findings", "beta a word", "'big'", lambda w: osl.findings(w.model, PROMPT, probes=1, beta="big")),

@@ -20,6 +20,7 @@ from oversquash_lens.analyses.compare import (
     compare,
     flows_compared,
     rank_of_replaced,
+    sources_compared,
 )
 from oversquash_lens.capture.fused import choose_route
 from oversquash_lens.capture.recorder import NODE_PROBES, record_tokens
@@ -203,7 +204,7 @@ class Truths:
     spectral: MeasuredSensitivity
     frozen_frobenius: MeasuredSensitivity | None
     frozen_spectral: MeasuredSensitivity | None
-    vocabulary: MeasuredSensitivity | None = None
+    vocabulary: MeasuredSensitivity
     """With nothing frozen, weighted with the steps from each token to the other words."""
 
 
@@ -238,8 +239,8 @@ def audit(
         beta: of the printed bounds, "measured" or one number, as in `path_bound`.
         draws: replacements of each token for the finite truth, 0 for none; None for four up to 150 tokens, where single
             positions can be recomputed alone (see `substitution`).
-        where: True, or a list of sources as `flow` takes them: the estimated flow of each is held against the measured
-            one, which takes 24 backward and forward products for each; True means six positions over the prompt.
+        where: True, or a list of tokens or spans as `flow` takes them: the estimated flow of each is held against the
+            measured one, which takes 24 backward and forward products for each; True means six positions.
         chat: as `record` takes it, and so are bos, seed, verify, node_probes and attention.
         memory: bytes for a batch of backward products.
         progress: show a bar.
@@ -257,8 +258,9 @@ def audit(
     recording = {"node_probes": node_probes, "seed": seed, "verify": verify, "attention": attention}
     effort = {"probes": probes, "seed": seed, "memory": memory, "progress": progress}
     tokenized = subject.tokenize(prompt, chat=chat, bos=bos)
+    places = sources_compared(tokenized.tokens, where)  # refused before the long part
     trace, truths = recorded_truths(subject, tokenized, recording, effort)
-    compared = flows_compared(subject, tokenized.ids, trace, where, seed, progress)
+    compared = flows_compared(subject, tokenized.ids, trace, places, seed, progress)
     replaced = replaced_unasked(subject, tokenized.ids, draws, DRAWS, seed, progress)
     return replace(audit_trace(trace, truths, beta, replaced), where=compared)
 
@@ -294,7 +296,8 @@ def audit_trace(
         label = "‖J‖₂, attention frozen" if frozen else "‖J‖₂"
         label = label if truth is None or truth.exact else f"{label}, from below"
         rows.append(_row(name, bound, truth, truths, label))
-    plain = baselines(trace, truths.frobenius, truths.vocabulary)
+    derivatives = {"truth": truths.frobenius, "vocabulary": truths.vocabulary}
+    plain = baselines(trace) | {name: each.values.double() for name, each in derivatives.items()}
     rows += [
         AuditRow(name, spearman(values.log(), plain["truth"].log()), *UNSIZED, None, False, "–")
         for name, values in plain.items()

@@ -19,7 +19,7 @@ from oversquash_lens.errors import InputError
 from oversquash_lens.jacobian.measured import MeasuredSensitivity
 from oversquash_lens.jacobian.measured_flow import MeasuredFlow, measured_flow
 from oversquash_lens.numerics import json_numbers, spearman, to_float64
-from oversquash_lens.paths.flow import Flow, flows
+from oversquash_lens.paths.flow import Flow, flows, places_of
 from oversquash_lens.paths.recursion import PathProfile
 from oversquash_lens.swaps.substitution import Substitution
 
@@ -88,12 +88,8 @@ def _refuse_mixed_gains(first: Profile, second: Profile) -> None:
 # ------------------------------------------------------------ against what replacing does
 
 
-def baselines(
-    trace: Trace, truth: MeasuredSensitivity, vocabulary: MeasuredSensitivity | None = None
-) -> dict[str, Float[Tensor, " pos"]]:
-    """What people use instead: "attention" and "values" of the last row, and "truth", the infinitesimal one.
-
-    "vocabulary" is the latter weighted with the steps that a token can take, where it was measured.
+def baselines(trace: Trace) -> dict[str, Float[Tensor, " pos"]]:
+    """What people use instead: "attention" and "values" of the last row.
 
     "attention" is the mean over layers and heads of the last position's weights. "values" weighs each with the length
     of what the head then writes, α‖v W_O‖, heads by their squares; each layer counts alike. Both sum to 1, or to less
@@ -106,8 +102,7 @@ def baselines(
     lengths = einsum(factor, values, "layer head rank d, layer head pos d -> layer head pos rank").norm(dim=-1)
     written = (weights * lengths).square().sum(1).sqrt()
     written = written / written.sum(-1, keepdim=True).clamp(min=torch.finfo(written.dtype).tiny)
-    found = {"attention": weights.mean((0, 1)).cpu(), "values": written.mean(0).cpu(), "truth": truth.values.double()}
-    return found if vocabulary is None else {**found, "vocabulary": vocabulary.values.double()}
+    return {"attention": weights.mean((0, 1)).cpu(), "values": written.mean(0).cpu()}
 
 
 def rank_of_replaced(measure: Profile | Float[Tensor, " pos"], replaced: Substitution) -> float:
@@ -200,16 +195,29 @@ def _leading(head: Float[Tensor, "layer head"]) -> tuple[tuple[int, int], ...]:
     return tuple(divmod(at, head.shape[1]) for at in largest)
 
 
+def sources_compared(tokens: Sequence[str], where: bool | Sequence[Any]) -> Sequence[int | slice]:
+    """The positions or spans that `where` means: none, six over the prompt (True), or those that it lists.
+
+    Raises InputError where it lists what is not there, or all tokens together, which both flows count in another way.
+    """
+    n = len(tokens)
+    if isinstance(where, bool):
+        return sorted({0, 1, n // 4, n // 2, 3 * n // 4, n - 2} & set(range(n - 1))) if where else []
+    places = places_of(tokens, where)
+    found = [each for each in places if each is not None]
+    if len(found) < len(places):
+        raise InputError(
+            "expected tokens or spans, got None for all tokens together, where the measured flow counts each token "
+            "alike and the estimate each path: name the tokens"
+        )
+    return found
+
+
 def flows_compared(
-    subject: Subject, ids: Int[Tensor, " pos"], trace: Trace, where: bool | Sequence[Any], seed: int, progress: bool
+    subject: Subject, ids: Int[Tensor, " pos"], trace: Trace, places: Sequence[int | slice], seed: int, progress: bool
 ) -> tuple[FlowComparison, ...]:
-    """The estimate of a recorded prompt against a measured flow for each source; True: six places over the prompt."""
-    if where is False:
-        return ()
-    n = len(ids)
-    sources = sorted({0, 1, n // 4, n // 2, 3 * n // 4, n - 2} & set(range(n - 1))) if where is True else where
-    estimated = flows(trace, sources)
+    """The estimate of a recorded prompt against a measured flow, for each place."""
     return tuple(
         compare_flows(each, measured_flow(subject.model, ids, each.source, WHERE_PROBES, seed=seed, progress=progress))
-        for each in estimated
+        for each in (flows(trace, places) if places else ())
     )

@@ -171,8 +171,10 @@ def exact_norms(
 ) -> dict[str, Float[Tensor, " pos"]]:
     """The asked norms of every ∂y_n/∂v_i from d_model products; the spectral one holds the Jacobians themselves.
 
-    Where these pass `memory`, positions are taken in windows and the products computed again for each.
+    Where these pass `memory`, positions are taken in windows and the products computed again for each. `steps`:
+    what the norm "vocabulary" weighs them with.
     """
+    assert steps is not None or "vocabulary" not in norms
     d_model, n = differentiated.output.shape[0], differentiated.leaf.shape[1]
     window = n
     if "spectral" in norms:
@@ -184,13 +186,13 @@ def exact_norms(
         squares = {norm: torch.zeros((), dtype=torch.float64, device="cpu") for norm in norms if norm != "spectral"}
         jacobian = []
         for rows in differentiated.products(eye, memory, progress):
+            rows = rows[:, columns]
             for norm in squares:
-                weighted = (rows if norm == "fro" or steps is None else steps(rows))[:, columns].cpu()
-                squares[norm] = (
-                    squares[norm] + torch.linalg.vector_norm(weighted, dim=(0, 2), dtype=torch.float64).square()
-                )
+                weighted = steps(rows, columns) if norm == "vocabulary" and steps is not None else rows.cpu()
+                lengths = torch.linalg.vector_norm(weighted, dim=(0, 2), dtype=torch.float64)
+                squares[norm] = squares[norm] + lengths.square()
             if "spectral" in norms:
-                jacobian.append(rows[:, columns])
+                jacobian.append(rows)
         for norm, total in squares.items():
             found[norm].append(total.sqrt())
         if "spectral" in norms:

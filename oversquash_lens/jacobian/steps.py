@@ -41,9 +41,12 @@ class VocabularySteps:
         self._root = vectors * values.clamp(min=0).sqrt()
         self._offset = mean - _entering(subject, ids)
 
-    def __call__(self, rows: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos step"]:
+    def __call__(
+        self, rows: Float[Tensor, "row pos d_model"], positions: slice = slice(None)
+    ) -> Float[Tensor, "row pos step"]:
+        """`positions`: which of the prompt's the rows are of."""
         rows = rows.double().cpu()
-        return torch.cat([rows @ self._root, (rows * self._offset).sum(-1, keepdim=True)], dim=-1)
+        return torch.cat([rows @ self._root, (rows * self._offset[positions]).sum(-1, keepdim=True)], dim=-1)
 
 
 def _entering(subject: Subject, words: Int[Tensor, " word"]) -> Float[Tensor, "word d_model"]:

@@ -205,13 +205,8 @@ def flows(
     `profile`: this kind's own, where it is known already, as from `profiles`; it saves the sweep from above.
     """
     trace = checked_trace(trace)
-    if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
-        came = "no source" if isinstance(sources, list | tuple) and not sources else f"a {type(sources).__name__}"
-        raise InputError(
-            f"expected a list of positions of the prompt, or of None for all of them together, got {came}: give at "
-            "least one, such as [None]"
-        )
-    places = [None if source is None else position_of(trace.tokens, source) for source in sources]
+    places = places_of(trace.tokens, sources)
+    assert isinstance(sources, Sequence)  # or places_of has refused them
     paths = paths_of_trace(trace, kind, beta)
     log_above = (profile or paths.profile()).log_by_layer / paths.power
     with without_autocast():
@@ -243,6 +238,17 @@ def flows(
             )
         )
     return tuple(found)
+
+
+def places_of(tokens: Sequence[str], sources: Sequence[Any] | object) -> list[int | slice | None]:
+    """`position_of` each, None for all tokens together; an InputError where `sources` is no list of at least one."""
+    if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
+        came = "no source" if isinstance(sources, list | tuple) and not sources else f"a {type(sources).__name__}"
+        raise InputError(
+            f"expected a list of positions of the prompt, or of None for all of them together, got {came}: give at "
+            "least one, such as [None]"
+        )
+    return [None if source is None else position_of(tokens, source) for source in sources]
 
 
 def position_of(tokens: Sequence[str], source: Source | object) -> int | slice:
