@@ -104,6 +104,11 @@ class Subject:
             self.model(self.tokens)
         return [found[i] for i in range(len(found))]
 
+    @cached_property
+    def embedded(self) -> bool:
+        """Whether later layers read the embedding beside the residual stream."""
+        return ProvenSubject.of(self.model).function.shown.embedded
+
     def frozen_spectral(self) -> torch.Tensor:
         """‖∂y_n/∂v_i‖₂ with the attention weights held fixed, also where no hook can hold them: Float[pos]."""
         try:
@@ -149,7 +154,7 @@ class Subject:
                 for i in range(len(kept))
             ]
         with torch.no_grad(), ExitStack() as stack:
-            if ProvenSubject.of(self.model).function.shown.embedded:  # later layers read the embedding, too
+            if self.embedded:
                 moved = self.model.embed.register_forward_hook(lambda embed, inputs, v: v + nudges.to(v))
                 stack.callback(moved.remove)
             else:

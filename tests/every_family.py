@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import re
 import sys
 import tempfile
 import traceback
@@ -185,9 +184,9 @@ def said_of(name: str) -> dict[str, Any]:
             return {"outcome": "not made", "why": f"{type(error).__name__}: {error}"[:160]}
         with tempfile.TemporaryDirectory() as folder:
             try:
-                model = loaded(model, folder)
+                model = loaded(model, f"{folder}/{name.replace(' ', '-')}")  # errors name it so
             except (ModelError, InputError) as error:
-                return {"outcome": "not loaded", "why": str(error)[-240:]}
+                return {"outcome": "not loaded", "why": str(error)[:240]}
             except Exception as error:
                 return {"outcome": "foreign", "why": f"load_model: {type(error).__name__}: {error}"[:300]}
             try:
@@ -233,7 +232,7 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         last = next(each for each in reversed(found) if each["outcome"] not in ("no bridge", "not tried"))
         remains = [measure for measure, state in last.get("measures", {}).items() if state != "refused"]
         why = last["why"] if isinstance(last["why"], str) else "; ".join(last["why"])
-        why = re.sub(r"tmp\w+ ", "it ", why).split("; expected")[0].replace("|", "/").replace("\n", " ")
+        why = why.split("; expected")[0].replace("|", "/").replace("\n", " ")
         cells = [name, *(each["outcome"] for each in found)]
         lines.append(f"| {' | '.join(cells)} | {', '.join(remains) if last['outcome'] == 'in part' else ''} | {why} |")
     for label, run in runs.items():
